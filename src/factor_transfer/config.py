@@ -1,0 +1,203 @@
+"""Every setting, written once: field, default and help; the command line, YAML, the API and the run folder follow.
+
+The docstring under a field is its help. Names are timm's where timm has the setting. Nothing here imports torch,
+so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, Literal
+
+from cyclopts import Group, Parameter
+
+from factor_transfer.errors import ConfigError
+
+_ORDER = ("Data", "Teacher", "Student", "Factor transfer", "Training", "Machine", "Run")
+_GROUPS = {name: Group(name, sort_key=place) for place, name in enumerate(_ORDER)}
+
+
+def _in(group: str, **how: Any) -> Parameter:
+    return Parameter(group=_GROUPS[group], negative_iterable=(), negative_none=(), **how)
+
+
+Rgb = tuple[float, float, float]
+ModelArgs = dict[str, Any]
+
+
+@Parameter(name="*", group=_GROUPS["Data"], negative_iterable=())
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and how they are shown."""
+
+    data: str = "digits"
+    """Images: `digits` (built in), a folder or tar with train/ and validation/, or a timm dataset such as torch/cifar10."""
+    data_dir: str | None = None
+    """Where a timm dataset (torch/..., hfds/..., wds/...) lies or is kept."""
+    class_map: str | None = None
+    """Text file with one class name a line, in index order. Default: the training folder's classes, sorted."""
+    img_size: int | None = None
+    """Side of the square image that both networks see, in pixels. Default: the images' own size up to 96, else the student's."""
+    validation_share: float = 0.1
+    """Share of each training class that is set aside where the data has no validation set."""
+    skip_corrupt: bool = False
+    """Leave out images that cannot be read, and count them, instead of stopping."""
+    hflip: float | None = None
+    """Probability of a horizontal flip. Default: 0.5; 0 for digits."""
+    crop_padding: int | None = None
+    """Pixels of padding before the random crop of small images. Default: an eighth of the image."""
+    scale: tuple[float, float] = (0.35, 1.0)
+    """Share of a large image's area that a random resized crop keeps."""
+    color_jitter: float = 0.0
+    """Strength of the colour jitter of large images."""
+    data_seed: int = 0
+    """Owns the split, the order, the views and the paraphraser. Another --seed with the same --data-seed sees the same images."""
+    workers: int | None = None
+    """Processes that decode large images. Default: one a core, at most 8. Small images are decoded once and need none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(DataConfig):
+    """All of `factor-transfer distill`, and the arguments of `factor_transfer.distill`."""
+
+    # -- teacher
+    teacher: Annotated[str, _in("Teacher")] = "cifar_resnet56"
+    """The trained network: a timm name, local-dir:FOLDER or hf-hub:NAME."""
+    teacher_weights: Annotated[str | None, _in("Teacher")] = None
+    """Its weights: a safetensors or torch file, or `pretrained` for timm's own."""
+    teacher_args: Annotated[ModelArgs | None, _in("Teacher")] = None
+    """Constructor arguments: --teacher-args.drop_rate 0.1, or a JSON object."""
+    teacher_layer: Annotated[str | None, _in("Teacher")] = None
+    """Submodule whose output is paraphrased. Default: the last feature map before pooling."""
+    teacher_epochs: Annotated[int, _in("Teacher")] = 0
+    """Passes of training, or of fine-tuning where it has weights, before it teaches."""
+    teacher_lr: Annotated[float | None, _in("Teacher")] = None
+    """Learning rate of those passes. Default: --lr, or a tenth of it for fine-tuning."""
+    teacher_mean: Annotated[Rgb | None, _in("Teacher")] = None
+    """Channel means that the teacher was trained with, for pixels in 0..1. Default: the model's own."""
+    teacher_std: Annotated[Rgb | None, _in("Teacher")] = None
+    """Channel standard deviations that the teacher was trained with. Default: the model's own."""
+
+    # -- student
+    student: Annotated[str, _in("Student")] = "cifar_resnet20"
+    """The network to train: a timm name, local-dir:FOLDER or hf-hub:NAME."""
+    student_weights: Annotated[str | None, _in("Student")] = None
+    """Weights to start from. Default: fresh ones, drawn from --seed."""
+    student_args: Annotated[ModelArgs | None, _in("Student")] = None
+    """Constructor arguments: --student-args.layers [3,3,3], or a JSON object."""
+    student_layer: Annotated[str | None, _in("Student")] = None
+    """Submodule whose output is translated. Default: the last feature map before pooling."""
+
+    # -- factor transfer
+    k: Annotated[float, _in("Factor transfer")] = 0.5
+    """Paraphrase rate: factor channels = round(teacher channels x k). May exceed 1."""
+    p: Annotated[float, _in("Factor transfer")] = 1.0
+    """Norm of the factor difference. The paper's choice is 1; 2 is nearly the same."""
+    beta: Annotated[float | Literal["auto"], _in("Factor transfer")] = "auto"
+    """Weight of the factor loss. auto: the bound 2 x beta / sqrt(elements) of the authors' CIFAR-10 program (beta 500 at 2048)."""
+    reconstruction: Annotated[Literal["l1", "l2"], _in("Factor transfer")] = "l1"
+    """Paraphraser's loss: l1 (mean, the authors' program) or l2 (squared, the paper's text)."""
+    factor_batch_norm: Annotated[bool, _in("Factor transfer")] = False
+    """Batch norm in paraphraser and translator. The paper has none."""
+    paraphraser: Annotated[str | None, _in("Factor transfer")] = None
+    """A trained paraphraser to use: paraphraser.safetensors of another run, or the authors' .pth."""
+    paraphraser_epochs: Annotated[int, _in("Factor transfer")] = 6
+    """Passes of the paraphraser's own training, without labels."""
+    paraphraser_lr: Annotated[float, _in("Factor transfer")] = 0.1
+    """Its learning rate, held constant."""
+
+    # -- training
+    epochs: Annotated[int, _in("Training")] = 30
+    """Passes over the training images, for the student and for the baseline."""
+    batch_size: Annotated[int, _in("Training")] = 128
+    """Images a step, over all processes together."""
+    baseline: Annotated[bool, _in("Training")] = False
+    """Also train the same student alone: same initial weights, order, views and schedule."""
+    opt: Annotated[str, _in("Training")] = "momentum"
+    """timm's optimizer name. (timm's `sgd` is Nesterov; the authors' program is `momentum`.)"""
+    lr: Annotated[float, _in("Training")] = 0.1
+    """Learning rate."""
+    momentum: Annotated[float, _in("Training")] = 0.9
+    """Momentum of the optimizers that have one."""
+    weight_decay: Annotated[float, _in("Training")] = 5e-4
+    """Weight decay."""
+    filter_bias_and_bn: Annotated[bool, _in("Training")] = False
+    """Keep biases and norms from weight decay, as timm does. The authors' program decays everything."""
+    sched: Annotated[str, _in("Training")] = "cosine"
+    """timm's schedule name: cosine, multistep, step, constant, ..."""
+    sched_on_updates: Annotated[bool, _in("Training")] = True
+    """Step the schedule with every update, not with every pass."""
+    warmup_epochs: Annotated[int, _in("Training")] = 0
+    """Passes of linear warm-up."""
+    warmup_lr: Annotated[float, _in("Training")] = 1e-5
+    """Learning rate at the start of warm-up."""
+    min_lr: Annotated[float, _in("Training")] = 0.0
+    """Lowest learning rate of the schedules that have one."""
+    decay_epochs: Annotated[float | None, _in("Training")] = None
+    """Passes between drops (step), or length of the decay phase (wsd)."""
+    decay_milestones: Annotated[tuple[int, ...], _in("Training", consume_multiple=True)] = (83, 124)
+    """Where multistep drops, in timm's count: 83 drops after 82 passes."""
+    decay_rate: Annotated[float, _in("Training")] = 0.1
+    """Factor of each drop."""
+    clip_grad: Annotated[float | None, _in("Training")] = None
+    """Largest norm of the whole gradient. Default: no clipping."""
+    model_ema: Annotated[bool, _in("Training")] = False
+    """Average the student's weights over steps; the average is evaluated and exported."""
+    model_ema_decay: Annotated[float, _in("Training")] = 0.998
+    """Decay of that average."""
+
+    # -- machine
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], _in("Machine")] = "auto"
+    """Where to compute. auto: what Accelerate finds."""
+    precision: Annotated[Literal["auto", "fp32", "bf16"], _in("Machine")] = "auto"
+    """fp32, or bf16 autocast. auto: bf16 where the hardware has it."""
+    threads: Annotated[int | None, _in("Machine")] = None
+    """CPU threads of torch. Default: torch's own choice."""
+
+    # -- run
+    seed: Annotated[int, _in("Run")] = 0
+    """Owns the initial weights of student and translator, and the noise inside layers."""
+    out: Annotated[str | None, _in("Run")] = None
+    """Run folder. Default: runs/DATA-TEACHER-STUDENT-sSEED. The same command again continues it."""
+    overwrite: Annotated[bool, _in("Run")] = False
+    """Delete the run that is there and start anew."""
+    checkpoint_minutes: Annotated[float, _in("Run")] = 5.0
+    """Longest time between checkpoints inside a pass; one is always written at its end."""
+
+    def __post_init__(self) -> None:
+        """Check each value by itself; what depends on networks or data is checked where those are known."""
+        positive = ("k", "batch_size", "lr", "paraphraser_lr", "teacher_lr", "img_size", "threads", "clip_grad",
+                    "checkpoint_minutes", "epochs")  # fmt: skip
+        not_negative = ("teacher_epochs", "paraphraser_epochs", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr",
+                        "crop_padding", "color_jitter", "workers", "seed", "data_seed", "beta", "momentum")  # fmt: skip
+        for name in (*positive, *not_negative):
+            value = getattr(self, name)
+            if value is None or isinstance(value, str):
+                continue
+            low_enough = value > 0 if name in positive else value >= 0
+            if not (low_enough and math.isfinite(value)):
+                valid = "a number above 0" if name in positive else "0 or more"
+                raise ConfigError(f"{flag(name)} {value}", valid=valid)
+        if not (self.p >= 1 and math.isfinite(self.p)):
+            raise ConfigError(f"--p {self.p}", valid="1 or more: below 1 it is no norm")
+        if not 0 < self.validation_share < 1:
+            raise ConfigError(f"--validation-share {self.validation_share}", valid="above 0 and below 1")
+        if self.hflip is not None and not 0 <= self.hflip <= 1:
+            raise ConfigError(f"--hflip {self.hflip}", valid="a probability from 0 to 1")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ConfigError(f"--scale {self.scale[0]} {self.scale[1]}", valid="two shares, 0 < low <= high <= 1")
+        if not 0 < self.model_ema_decay < 1:
+            raise ConfigError(f"--model-ema-decay {self.model_ema_decay}", valid="above 0 and below 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON and YAML hold them (tuples become lists)."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def flag(name: str) -> str:
+    """The flag of a field: `flag("teacher_lr")` is `--teacher-lr`."""
+    return "--" + name.replace("_", "-")
+
+
+FIELDS = tuple(f.name for f in fields(Config))
