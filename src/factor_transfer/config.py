@@ -32,13 +32,15 @@ class DataConfig:
     """Which images, and how they are shown."""
 
     data: str = "digits"
-    """Images: `digits` (built in), a folder or tar with train/ and validation/, or a timm dataset such as torch/cifar10."""
+    """Images: `digits` (built in), a folder or tar with train/ and validation/, or a timm dataset such as
+    torch/cifar10."""
     data_dir: str | None = None
     """Where a timm dataset (torch/..., hfds/..., wds/...) lies or is kept."""
     class_map: str | None = None
     """Text file with one class name a line, in index order. Default: the training folder's classes, sorted."""
     img_size: int | None = None
-    """Side of the square image that both networks see, in pixels. Default: the images' own size up to 96, else the student's."""
+    """Side of the square image that both networks see, in pixels. Default: the images' own size up to 96, else the
+    student's."""
     validation_share: float = 0.1
     """Share of each training class that is set aside where the data has no validation set."""
     skip_corrupt: bool = False
@@ -52,9 +54,11 @@ class DataConfig:
     color_jitter: float = 0.0
     """Strength of the colour jitter of large images."""
     data_seed: int = 0
-    """Owns the split, the order, the views and the paraphraser. Another --seed with the same --data-seed sees the same images."""
+    """Owns the split, the order, the views and the paraphraser. Another --seed with the same --data-seed sees the
+    same images."""
     workers: int | None = None
-    """Processes that decode large images. Default: one a core, at most 8. Small images are decoded once and need none."""
+    """Processes that decode large images. Default: one a core, at most 8. Small images are decoded once and need
+    none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +99,8 @@ class Config(DataConfig):
     p: Annotated[float, _in("Factor transfer")] = 1.0
     """Norm of the factor difference. The paper's choice is 1; 2 is nearly the same."""
     beta: Annotated[float | Literal["auto"], _in("Factor transfer")] = "auto"
-    """Weight of the factor loss. auto: the bound 2 x beta / sqrt(elements) of the authors' CIFAR-10 program (beta 500 at 2048)."""
+    """Weight of the factor loss. auto: the bound 2 x beta / sqrt(elements) of the authors' CIFAR-10 program (beta
+    500 at 2048)."""
     reconstruction: Annotated[Literal["l1", "l2"], _in("Factor transfer")] = "l1"
     """Paraphraser's loss: l1 (mean, the authors' program) or l2 (squared, the paper's text)."""
     factor_batch_norm: Annotated[bool, _in("Factor transfer")] = False
