@@ -12,6 +12,7 @@ leaves with exit code 2. What only a bug can cause is an `assert`.
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable, Sequence
 
 SHOWN_CHOICES = 12
@@ -64,6 +65,14 @@ class RunError(FactorTransferError):
 
 class TrainingError(FactorTransferError):
     """Training that cannot go on, such as a loss that is no longer finite."""
+
+
+class Interrupted(Exception):  # noqa: N818 (no error: the user or the machine asked)
+    """SIGINT or SIGTERM came; the state is saved. `code` is the shell's exit code for that signal."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}; the same command continues")
+        self.code = 128 + signum
 
 
 def near(name: str, choices: Iterable[str], n: int = 5) -> list[str]:
