@@ -1,0 +1,193 @@
+"""CIFAR ResNet: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, arXiv 1512.03385.
+
+Section 4.2: a 3x3 convolution, three groups of n basic blocks with 16, 32 and 64 channels, global average pooling and
+a linear layer; 6n + 2 layers. Shortcuts that change shape are parameter-free (option A, `cifar_resnet20`, the paper's
+choice for CIFAR) or 1x1 convolutions (option B, `cifar_resnet20_b`, as in the program of the factor transfer paper).
+
+The map to tap is the output of `layer3`: the last block after its final ReLU, (B, 64, 8, 8) for 32x32 images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from factor_transfer.errors import ConfigError
+from factor_transfer.zoo.base import CifarNet, Group, build, cifar_cfg, conv3x3, registered
+
+Shortcut = Literal["A", "B"]
+
+
+class CifarResNet(CifarNet):
+    """CIFAR ResNet (section 4.2).
+
+    Args:
+        num_classes: classes; 0 for no classifier.
+        in_chans: channels of the images.
+        global_pool: timm's pooling before the classifier.
+        drop_rate: dropout before the classifier.
+        layers: basic blocks of each group.
+        channels: channels of each group; the first is also the stem's.
+        shortcut: `A`, parameter-free, or `B`, 1x1 convolution and batch norm, where a group changes the shape.
+
+    >>> import torch
+    >>> net = CifarResNet(layers=(1, 1, 1), channels=(4, 8, 16))
+    >>> net.forward_features(torch.zeros(2, 3, 32, 32)).shape, net(torch.zeros(2, 3, 32, 32)).shape
+    (torch.Size([2, 16, 8, 8]), torch.Size([2, 10]))
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        layers: Sequence[int] = (3, 3, 3),
+        channels: Sequence[int] = (16, 32, 64),
+        shortcut: Shortcut = "A",
+    ) -> None:
+        super().__init__()
+        if len(layers) != len(channels):
+            raise ConfigError(
+                f"layers {tuple(layers)}", found=f"channels {tuple(channels)}", valid="one of each a group"
+            )
+        self.conv1 = conv3x3(in_chans, channels[0])
+        self.bn1 = nn.BatchNorm2d(channels[0])
+        self.relu = nn.ReLU()
+        taps = [f"layer{place + 1}" for place in range(len(layers))]
+        before = channels[0]
+        for place, (tap, blocks, after) in enumerate(zip(taps, layers, channels, strict=True)):
+            first = BasicBlock(before, after, 1 if place == 0 else 2, shortcut)
+            rest = (BasicBlock(after, after, 1, shortcut) for _ in range(blocks - 1))
+            self.add_module(tap, Group(first, *rest))
+            before = after
+        self._finish(
+            taps, channels, num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate
+        )
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around which the input is carried (section 3.3); ReLU after the sum."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int, shortcut: Shortcut) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(in_channels, channels, stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = conv3x3(channels, channels)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut = _make_shortcut(in_channels, channels, stride, shortcut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class PadShortcut(nn.Module):
+    """Option A: every `stride`-th pixel, and zero channels added, half of them on each side. No parameters.
+
+    >>> import torch
+    >>> PadShortcut(16, 32, 2)(torch.ones(1, 16, 8, 8))[0, ::8, 0, 0]
+    tensor([0., 1., 1., 0.])
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        extra = channels - in_channels
+        if extra < 0:
+            raise ConfigError(
+                f"channels fall from {in_channels} to {channels}",
+                valid="as many or more in the next group: option A can only add zeros",
+                hint="shortcut B",
+            )
+        self.stride, self.padding = stride, (extra // 2, extra - extra // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, *self.padding))
+
+
+def _make_shortcut(in_channels: int, channels: int, stride: int, shortcut: Shortcut) -> nn.Module:
+    if shortcut not in ("A", "B"):
+        raise ConfigError(f"shortcut {shortcut}", valid=["A", "B"])
+    if stride == 1 and in_channels == channels:
+        return nn.Identity()
+    if shortcut == "A":
+        return PadShortcut(in_channels, channels, stride)
+    return nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+
+
+_DEPTHS = (20, 32, 44, 56, 110)
+default_cfgs = generate_default_cfgs(
+    {f"cifar_resnet{depth}{suffix}": cifar_cfg("conv1", 8) for depth in _DEPTHS for suffix in ("", "_b")}
+)
+
+
+def _resnet(depth: int, shortcut: Shortcut, pretrained: bool, /, **kwargs: Any) -> CifarResNet:
+    name = f"cifar_resnet{depth}" + ("_b" if shortcut == "B" else "")
+    args = {"layers": ((depth - 2) // 6,) * 3, "shortcut": shortcut, **kwargs}
+    return build(CifarResNet, name, pretrained, groups=len(args["layers"]), **args)
+
+
+@registered
+def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-20, option A; 0.27 M parameters."""
+    return _resnet(20, "A", pretrained, **kwargs)
+
+
+@registered
+def cifar_resnet32(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-32, option A; 0.46 M parameters."""
+    return _resnet(32, "A", pretrained, **kwargs)
+
+
+@registered
+def cifar_resnet44(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-44, option A; 0.66 M parameters."""
+    return _resnet(44, "A", pretrained, **kwargs)
+
+
+@registered
+def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-56, option A; 0.85 M parameters."""
+    return _resnet(56, "A", pretrained, **kwargs)
+
+
+@registered
+def cifar_resnet110(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-110, option A; 1.7 M parameters."""
+    return _resnet(110, "A", pretrained, **kwargs)
+
+
+@registered
+def cifar_resnet20_b(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-20, option B; 0.27 M parameters."""
+    return _resnet(20, "B", pretrained, **kwargs)
+
+
+@registered
+def cifar_resnet32_b(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-32, option B; 0.47 M parameters."""
+    return _resnet(32, "B", pretrained, **kwargs)
+
+
+@registered
+def cifar_resnet44_b(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-44, option B; 0.66 M parameters."""
+    return _resnet(44, "B", pretrained, **kwargs)
+
+
+@registered
+def cifar_resnet56_b(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-56, option B; 0.86 M parameters."""
+    return _resnet(56, "B", pretrained, **kwargs)
+
+
+@registered
+def cifar_resnet110_b(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-110, option B; 1.7 M parameters."""
+    return _resnet(110, "B", pretrained, **kwargs)
