@@ -1,0 +1,185 @@
+"""Replayable augmentation: a view is a pure function of (data seed, sample index, view index).
+
+Nothing is drawn from a generator that others share: every random number is the hash of what it is for. So a view has
+the same bits in any order, for any batch size and any number of workers or processes, today and after an interruption.
+Images are uint8 throughout; each network normalises them for itself.
+
+Shapes: B images, C = 3 channels, H x W pixels, S = side of a square image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as F
+
+from factor_transfer.seeds import part_seed, seeded
+
+VERSION = 1
+"""Raise it when a view changes: fingerprints hold it, so that no cache outlives the function that made it."""
+
+SMALL = 96
+"""Up to this side images are resized whole, padded and cropped; above it, cropped at random and resized."""
+
+CROP_PCT = 0.875
+"""timm's convention for evaluating large images: the centre's share of the resized side."""
+
+
+def hashed(seed: int, index: np.ndarray) -> np.ndarray:
+    """64 random bits for each index: place `index` of the splitmix64 sequence that begins at `seed`.
+
+    Args:
+        seed: 0 or more, below 2**64; see `part_seed`.
+        index: integers of any shape.
+
+    Returns:
+        uint64, of the same shape.
+
+    >>> hex(int(hashed(0, np.array([0]))[0]))  # the first number of the published sequence
+    '0xe220a8397b1dcdaf'
+    """
+    z: np.ndarray = np.uint64(seed) + (np.atleast_1d(index).astype(np.uint64) + 1) * 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    z = z ^ (z >> 31)
+    return z.reshape(np.shape(index))
+
+
+def permutation(data_seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order in which pass `epoch` shows `n` samples: int64 (n,), each of 0..n-1 once.
+
+    >>> sorted(permutation(0, epoch=3, n=4).tolist())
+    [0, 1, 2, 3]
+    """
+    return np.argsort(hashed(part_seed(data_seed, "order", epoch), np.arange(n)), kind="stable")
+
+
+def held_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Which samples form a stratified validation set: `share` of each class, rounded, and never all of a class.
+
+    Args:
+        labels: class index of each sample, (n,).
+        share: above 0 and below 1.
+        seed: owns the choice.
+
+    Returns:
+        bool (n,), true for validation.
+
+    >>> int(held_out(np.array([0] * 10 + [1] * 20), 0.1, seed=0).sum())
+    3
+    """
+    bits = hashed(seed, np.arange(len(labels)))
+    chosen = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = min(max(round(share * len(members)), 1), len(members) - 1)
+        chosen[members[np.argsort(bits[members], kind="stable")[:count]]] = True
+    return chosen
+
+
+def crop_and_flip(pixels: Tensor, index: np.ndarray, view: int, seed: int, padding: int, hflip: float) -> Tensor:
+    """Zero-pad, crop at random to the old size, flip at random: small images, a whole batch at once.
+
+    Args:
+        pixels: uint8 (B, 3, H, W), on the CPU; channels-last is fastest.
+        index: the samples' indices in their split, (B,).
+        view: which view of them.
+        seed: the data seed.
+        padding: pixels on each side.
+        hflip: probability of a horizontal flip.
+
+    Returns:
+        uint8 (B, 3, H, W), channels-last.
+
+    >>> batch = torch.arange(12, dtype=torch.uint8).reshape(1, 3, 2, 2)
+    >>> crop_and_flip(batch, np.array([7]), view=0, seed=0, padding=0, hflip=1.0)[0, 0].tolist()
+    [[1, 0], [3, 2]]
+    """
+    images = pixels.permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
+    batch, height, width, channels = images.shape
+    shifts, flips = 2 * padding + 1, _uniform(seed, view, "flip", index) < hflip
+    top = (_uniform(seed, view, "top", index) * shifts).astype(np.int64)
+    left = (_uniform(seed, view, "left", index) * shifts).astype(np.int64)
+    padded = np.zeros((batch, height + 2 * padding, width + 2 * padding, channels), np.uint8)
+    padded[:, padding : padding + height, padding : padding + width] = images
+    # Rows are flattened to W*C bytes, so that each crop is H copies of one contiguous run.
+    rows = padded.reshape(batch, height + 2 * padding, (width + 2 * padding) * channels)
+    windows = sliding_window_view(rows, (height, width * channels), axis=(1, 2))
+    crops = windows[np.arange(batch), top, left * channels].reshape(images.shape)
+    crops[flips] = crops[flips, :, ::-1]
+    return torch.from_numpy(crops).permute(0, 3, 1, 2)  # (B, C, H, W)
+
+
+def random_resized_crop(
+    image: Image.Image,
+    size: int,
+    scale: Sequence[float],
+    hflip: float,
+    color_jitter: float,
+    seed: int,
+    index: int,
+    view: int,
+) -> Tensor:
+    """torchvision's RandomResizedCrop, flip and ColorJitter (brightness, contrast, saturation) of a large image.
+
+    Args:
+        image: RGB.
+        size: side of the result.
+        scale: smallest and largest share of the area that is kept.
+        hflip: probability of a horizontal flip.
+        color_jitter: strength; 0 leaves the colours alone.
+        seed: the data seed.
+        index: the sample's index in its split.
+        view: which view of it.
+
+    Returns:
+        uint8 (3, size, size).
+
+    >>> random_resized_crop(Image.new("RGB", (300, 200)), 224, (0.35, 1.0), 0.5, 0.4, seed=0, index=0, view=0).shape
+    torch.Size([3, 224, 224])
+    """
+    with seeded(part_seed(seed, "view", view, "large", index)):
+        box = RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])
+        shown = F.resized_crop(image, *box, size=[size, size], interpolation=InterpolationMode.BICUBIC)
+        if float(torch.rand(())) < hflip:
+            shown = F.hflip(shown)
+        if color_jitter:
+            shown = ColorJitter(color_jitter, color_jitter, color_jitter)(shown)
+    return _pixels(shown)
+
+
+def center(image: Image.Image, size: int) -> Tensor:
+    """An image as evaluation shows it.
+
+    Up to 96 pixels it is resized whole (bilinear); above that timm's convention holds: the shorter side becomes
+    size / 0.875 (bicubic), and the centre is cut out.
+
+    Args:
+        image: RGB.
+        size: side of the result.
+
+    Returns:
+        uint8 (3, size, size).
+
+    >>> center(Image.new("RGB", (300, 200)), 224).shape
+    torch.Size([3, 224, 224])
+    """
+    if size > SMALL:
+        shorter = F.resize(image, [int(size / CROP_PCT)], interpolation=InterpolationMode.BICUBIC)
+        return _pixels(F.center_crop(shorter, [size, size]))
+    return _pixels(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _uniform(seed: int, view: int, which: str, index: np.ndarray) -> np.ndarray:
+    """A float64 in [0, 1) for each sample, for the purpose `which`."""
+    return (hashed(part_seed(seed, "view", view, which), index) >> 11) * 2.0**-53
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (H, W, C) -> (C, H, W), channels-last

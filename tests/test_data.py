@@ -1,0 +1,659 @@
+import gc
+import hashlib
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from factor_transfer import data as data_module
+from factor_transfer.config import DataConfig
+from factor_transfer.data import FileSplit, PixelSplit, open_data
+from factor_transfer.errors import DataError
+from factor_transfer.images import to_rgb
+from factor_transfer.views import crop_and_flip, random_resized_crop
+
+SHARED = os.environ.get("FACTOR_TRANSFER_SHARED")
+needs_shared = pytest.mark.skipif(
+    SHARED is None, reason="FACTOR_TRANSFER_SHARED does not say where the real images lie"
+)
+
+
+# -- helpers
+
+
+def image(seed, size=(12, 12)):
+    width, height = size
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def encoded(picture, form="PNG", **how):
+    file = io.BytesIO()
+    picture.save(file, form, **how)
+    return file.getvalue()
+
+
+def write(root, split, classes, n=4, size=(12, 12), ext="png"):
+    """`n` images in each class folder of root/split, each of its own pixels."""
+    for name in classes:
+        folder = root / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for place in range(n):
+            picture = image(abs(hash_of(split, name, place)), size)
+            folder.joinpath(f"{place:04d}.{ext}").write_bytes(encoded(picture, "JPEG" if ext == "jpg" else "PNG"))
+    return root
+
+
+def hash_of(*parts):
+    return int.from_bytes(repr(parts).encode()[-7:], "little")
+
+
+def tarred(root, splits=("train", "validation"), to=None):
+    """The folders of `root` as tars in another folder."""
+    to = to or root.parent / f"{root.name}-tar"
+    to.mkdir(exist_ok=True)
+    for split in splits:
+        with tarfile.open(to / f"{split}.tar", "w") as tar:
+            tar.add(root / split, arcname=".")
+    return to
+
+
+def opened(path, default_size=lambda: pytest.fail("the images' own size was known"), **settings):
+    return open_data(DataConfig(data=str(path), **settings), default_size)
+
+
+def everything(split, size=5, view=None):
+    """Images, labels, indices of a whole split."""
+    chunks = np.array_split(np.arange(len(split)), max(1, len(split) // size))
+    parts = list(split.batches(chunks, view))
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
+def error_of(path, **settings):
+    with pytest.raises(DataError) as caught:
+        opened(path, **settings)
+    return caught.value
+
+
+def pixels(path):
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+
+
+# -- digits
+
+
+def test_digits__has_a_fixed_disjoint_stratified_split():
+    from sklearn.datasets import load_digits
+
+    data, other = opened("digits"), opened("digits", data_seed=7)
+    assert data.img_size == 8
+    assert data.classes == tuple("0123456789")
+    assert len(data.train) + len(data.validation) == 1797
+    assert 500 <= len(data.validation) <= 560
+    everywhere = np.bincount(load_digits().target)
+    for split, share in ((data.train, 0.7), (data.validation, 0.3)):
+        assert np.abs(np.bincount(split.labels) - share * everywhere).max() <= 0.5
+    for name in ("train", "validation"):
+        first, second = everything(getattr(data, name)), everything(getattr(other, name))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    # Disjoint and complete: together they are all images of the library, each once.
+    ours = np.concatenate([everything(split)[0][:, 0].flatten(1).numpy() for split in (data.train, data.validation)])
+    theirs = (load_digits().images.reshape(-1, 64) * 255 / 16).round().astype(np.uint8)
+    assert sorted(map(bytes, ours)) == sorted(map(bytes, theirs))
+
+
+def test_digits__are_shifted_by_one_and_never_flipped():
+    split = opened("digits").train
+    chunk = np.arange(200)
+    (plain,), (shown,) = (list(split.batches([chunk], view)) for view in (None, 4))
+    assert torch.equal(shown.image, crop_and_flip(plain.image, chunk, 4, 0, padding=1, hflip=0.0))
+    assert not torch.equal(shown.image, plain.image)
+
+
+def test_digits__are_resized_on_request():
+    data = opened("digits", img_size=16)
+    (batch,) = data.validation.batches([np.array([3])], None)
+    (own,) = opened("digits").validation.batches([np.array([3])], None)
+    small = Image.fromarray(own.image[0].permute(1, 2, 0).numpy())
+    expected = np.array(small.resize((16, 16), Image.Resampling.BILINEAR))
+    assert np.array_equal(batch.image[0].permute(1, 2, 0).numpy(), expected)
+
+
+# -- splits of folders and tars
+
+
+def test_folder__validation_is_never_all_images(tmp_path):
+    # timm's own search returns every image here: it knows no test/.
+    write(tmp_path, "train", ["a", "b"], n=10)
+    write(tmp_path, "test", ["a", "b"], n=3)
+    data = opened(tmp_path)
+    assert (len(data.train), len(data.validation)) == (20, 6)
+    assert not data.notes
+    shown = {bytes(picture.numpy()) for picture in everything(data.validation)[0]}
+    assert shown == {bytes(pixels(path).numpy()) for path in (tmp_path / "test").rglob("*.png")}
+
+
+def test_folder__without_validation_holds_out_a_fixed_share_of_each_class(tmp_path):
+    write(tmp_path, "train", ["a", "b"], n=20)
+    data = opened(tmp_path, validation_share=0.2)
+    assert (len(data.train), len(data.validation)) == (32, 8)
+    assert np.bincount(data.validation.labels).tolist() == [4, 4]
+    assert "held out" in data.notes[0]
+    parts = [{bytes(p.numpy()) for p in everything(split)[0]} for split in (data.train, data.validation)]
+    assert not parts[0] & parts[1]
+    assert len(parts[0] | parts[1]) == 40
+    again, other = opened(tmp_path, validation_share=0.2), opened(tmp_path, validation_share=0.2, data_seed=1)
+    assert torch.equal(everything(again.validation)[0], everything(data.validation)[0])
+    assert not torch.equal(everything(other.validation)[0], everything(data.validation)[0])
+    assert len({data.fingerprint, again.fingerprint, other.fingerprint}) == 2
+
+
+def test_folder__of_class_folders_alone_is_a_training_set(tmp_path):
+    write(tmp_path, "", ["cat", "dog"], n=10)
+    data = opened(tmp_path)
+    assert data.classes == ("cat", "dog")
+    assert (len(data.train), len(data.validation)) == (18, 2)
+
+
+def test_folder__prefers_validation_and_says_so(tmp_path):
+    for split, n in (("train", 5), ("test", 4), ("val", 3), ("validation", 2)):
+        write(tmp_path, split, ["a", "b"], n=n)
+    data = opened(tmp_path)
+    assert len(data.validation) == 4
+    assert "validation" in data.notes[0]
+    assert "val, test" in data.notes[0]
+
+
+def test_folder__class_numbers_come_from_train_for_both_splits(tmp_path):
+    write(tmp_path, "train", ["a", "b", "c", "class10", "class2"])
+    write(tmp_path, "validation", ["c", "b"])
+    data = opened(tmp_path)
+    assert data.classes == ("a", "b", "c", "class2", "class10")  # timm's order
+    assert set(data.validation.labels.tolist()) == {1, 2}
+    images, labels, _ = everything(data.validation)
+    by_pixels = {
+        bytes(pixels(path).numpy()): data.classes.index(path.parent.name)
+        for path in (tmp_path / "validation").rglob("*.png")
+    }
+    assert [by_pixels[bytes(picture.numpy())] for picture in images] == labels.tolist()
+
+
+def test_folder__agrees_with_timms_reader(tmp_path):
+    from timm.data.readers import create_reader
+
+    write(tmp_path, "train", ["b2", "B10", "a"], n=12)
+    write(tmp_path, "val", ["a", "b2"])
+    reader = create_reader("", root=str(tmp_path / "train"))
+    data = opened(tmp_path)
+    assert list(data.classes) == sorted(reader.class_to_idx, key=reader.class_to_idx.get)
+    images, labels, indices = everything(data.train)
+    assert indices.tolist() == list(range(36))
+    assert labels.tolist() == [target for _, target in reader.samples]
+    for shown, (path, _) in zip(images, reader.samples, strict=True):
+        assert torch.equal(shown, pixels(path))
+
+
+def test_tar__is_the_folder_it_was_made_of(tmp_path):
+    root = write(write(tmp_path / "x", "train", ["a", "b"]), "validation", ["a", "b"])
+    (root / "train" / "a" / ".hidden.png").write_bytes(b"no image")
+    whole = tmp_path / "whole.tar"
+    with tarfile.open(whole, "w") as tar:
+        tar.add(root, arcname="")
+    found = [opened(root), opened(tarred(root)), opened(whole)]
+    assert len({data.fingerprint for data in found}) == 1
+    for data in found[1:]:
+        for name in ("train", "validation"):
+            ours, theirs = everything(getattr(data, name)), everything(getattr(found[0], name))
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@needs_shared
+def test_tar__real_images_are_the_same_with_and_without_workers(monkeypatch):
+    # Handles opened before workers fork gave timm 41 wrong images of 2,000.
+    monkeypatch.setattr(data_module, "STORE_BYTES", 0)
+    path = Path(SHARED) / "cifar10-jpeg"
+    wanted = np.random.default_rng(0).permutation(10_000)[:2000]
+    chunks = np.array_split(wanted, 20)
+    data = [opened(path, workers=workers) for workers in (0, 2)]
+    shown = [list(each.validation.batches(chunks, None)) for each in data]
+    assert isinstance(data[0].validation, FileSplit)
+    with tarfile.open(path / "validation.tar") as tar:
+        names = sorted(name for name in tar.getnames() if name.endswith(".jpg"))
+        for chunk, alone, together in zip(chunks, *shown, strict=True):
+            assert torch.equal(alone.image, together.image)
+            for place, index in enumerate(chunk):
+                expected = np.array(Image.open(tar.extractfile(names[index])))
+                assert np.array_equal(together.image[place].permute(1, 2, 0).numpy(), expected)
+                assert data[0].classes[alone.label[place]] == names[index].split("/")[1]
+
+
+# -- the same view however it is asked for
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    root = tmp_path_factory.mktemp("large")
+    write(root, "train", ["a", "b"], n=6, size=(130, 110), ext="jpg")
+    return write(root, "val", ["a", "b"], n=2, size=(130, 110), ext="jpg")
+
+
+@pytest.mark.parametrize("kind", ["pixels", "files", "large"])
+def test_batches__have_the_same_bits_for_any_size_order_and_workers(kind, tmp_path, monkeypatch, large):
+    root, settings = large, {"default_size": lambda: 112, "color_jitter": 0.3}
+    if kind != "large":
+        root, settings = write(write(tmp_path, "train", ["a", "b"], n=6), "val", ["a"]), {}
+    if kind == "files":
+        monkeypatch.setattr(data_module, "STORE_BYTES", 0)
+    data = [opened(root, workers=workers, **settings) for workers in (0, 2)]
+    assert isinstance(data[0].train, PixelSplit if kind == "pixels" else FileSplit)
+    whole = everything(data[0].train, size=12, view=3)
+    order = random.Random(0).sample(range(12), 12)
+    for split in (data[0].train, data[1].train):
+        for size in (1, 5):
+            chunks = [np.array(order[start : start + size]) for start in range(0, 12, size)]
+            for chunk, batch in zip(chunks, split.batches(chunks, 3), strict=True):
+                assert batch.index.tolist() == chunk.tolist()
+                assert torch.equal(batch.image, whole[0][chunk])
+                assert torch.equal(batch.label, whole[1][chunk])
+                assert batch.image.is_contiguous(memory_format=torch.channels_last)
+    assert not torch.equal(everything(data[0].train, view=4)[0], whole[0])
+
+
+def test_batches__small_images_are_the_same_from_memory_and_from_files(tmp_path, monkeypatch):
+    root = write(write(tmp_path, "train", ["a", "b"], n=6, size=(14, 12)), "val", ["a"])
+    stored = opened(root)
+    assert stored.img_size == 14
+    monkeypatch.setattr(data_module, "STORE_BYTES", 0)
+    read = opened(root, workers=0)
+    for view in (None, 2):
+        assert torch.equal(everything(stored.train, view=view)[0], everything(read.train, view=view)[0])
+
+
+def test_batches__large_images_are_the_views_of_views(large):
+    data = opened(large, default_size=lambda: 112, workers=0, color_jitter=0.2, scale=(0.5, 0.9), data_seed=9)
+    first = Image.open(large / "train" / "a" / "0000.jpg").convert("RGB")
+    (batch,) = data.train.batches([np.array([0])], 5)
+    assert torch.equal(batch.image[0], random_resized_crop(first, 112, (0.5, 0.9), 0.5, 0.2, seed=9, index=0, view=5))
+    assert data.img_size == 112
+
+
+def test_batches__leave_torchs_generator_alone(large):
+    split = opened(large, default_size=lambda: 112, workers=2).train
+    torch.manual_seed(0)
+    expected = torch.rand(4)
+    torch.manual_seed(0)
+    everything(split, view=0)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_batches__another_process_shows_the_same_bits():
+    program = (
+        "import hashlib, numpy as np\n"
+        "from factor_transfer.config import DataConfig\n"
+        "from factor_transfer.data import open_data\n"
+        "split = open_data(DataConfig(data='digits', data_seed=3), lambda: 0).train\n"
+        "(batch,) = split.batches([np.arange(64)], 9)\n"
+        "print(hashlib.sha256(batch.image.contiguous().numpy().tobytes()).hexdigest())\n"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONHASHSEED": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    (batch,) = opened("digits", data_seed=3).train.batches([np.arange(64)], 9)
+    assert hashlib.sha256(batch.image.contiguous().numpy().tobytes()).hexdigest() == other
+
+
+def test_batches__empty_chunks_and_no_chunks(tmp_path):
+    split = opened("digits").train
+    assert list(split.batches([], 0)) == []
+    (batch,) = split.batches([np.array([], dtype=np.int64)], 0)
+    assert batch.image.shape == (0, 3, 8, 8)
+
+
+# -- size and fingerprint
+
+
+def test_img_size__is_the_images_own_up_to_96_else_the_default(tmp_path, large):
+    write(tmp_path, "train", ["a", "b"], size=(96, 60))
+    assert opened(tmp_path).img_size == 96
+    assert opened(tmp_path, img_size=20).img_size == 20
+    asked = []
+    opened(large, default_size=lambda: asked.append(1) or 100, workers=0)
+    assert asked == [1]
+
+
+def test_fingerprint__changes_with_whatever_changes_a_batch(tmp_path, large):
+    root = write(write(tmp_path, "train", ["a", "b"]), "val", ["a", "b"])
+    first = opened(root).fingerprint
+    assert opened(root, workers=0, validation_share=0.3).fingerprint == first  # neither changes a batch
+    prints = {first}
+    for change in ({"img_size": 10}, {"hflip": 0.0}, {"crop_padding": 0}, {"data_seed": 1}):
+        prints.add(opened(root, **change).fingerprint)
+    (tmp_path / "map.txt").write_text("b\na\n")
+    prints.add(opened(root, class_map=str(tmp_path / "map.txt")).fingerprint)
+    (root / "val" / "a" / "0000.png").write_bytes(encoded(image(99)))
+    prints.add(opened(root).fingerprint)
+    assert len(prints) == 7
+    big = opened(large, lambda: 112).fingerprint
+    moved = opened(tarred(large, ("train", "val"), tmp_path / "moved"), lambda: 112).fingerprint
+    assert big == moved
+    assert big != opened(large, lambda: 112, color_jitter=0.1).fingerprint
+    (tmp_path / "moved" / "val.tar").unlink()
+    assert big != opened(tmp_path / "moved", lambda: 112).fingerprint
+
+
+# -- class maps
+
+
+def test_class_map__numbers_both_splits(tmp_path):
+    root = write(write(tmp_path, "train", ["a", "b"]), "val", ["a"])
+    (tmp_path / "map.txt").write_text("b\nnone\na\n\n")
+    data = opened(root, class_map=str(tmp_path / "map.txt"))
+    assert data.classes == ("b", "none", "a")
+    assert data.train.labels.tolist() == [2] * 4 + [0] * 4
+    assert set(data.validation.labels.tolist()) == {2}
+    assert "1 of 3 classes have no training images" in data.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [("a\n", "not in it: b"), ("a\nb\na\n", "named twice: a"), ("a\n\nb\n", "line 2 is empty"), ("", "no lines")],
+)
+def test_class_map__mistakes_are_named(tmp_path, content, wanted):
+    root = write(tmp_path, "train", ["a", "b"])
+    (tmp_path / "map.txt").write_text(content)
+    error = error_of(root, class_map=str(tmp_path / "map.txt"))
+    assert error.given.startswith("--class-map ")
+    assert wanted in error.found
+
+
+def test_class_map__that_is_missing_gets_near_names(tmp_path):
+    root = write(tmp_path, "train", ["a", "b"])
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    error = error_of(root, class_map=str(tmp_path / "clases.txt"))
+    assert error.given.startswith("--class-map ")
+    assert "classes.txt" in error.hint
+
+
+# -- mistakes
+
+
+def test_error__missing_path_gets_near_names(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    error = error_of(tmp_path / "pictres")
+    assert error.given == f"--data {tmp_path / 'pictres'}"
+    assert "no pictres in" in error.found
+    assert "pictures" in error.hint
+    assert "no nowhere in" in error_of(tmp_path / "nowhere" / "deep" / "er").found
+    assert "digits" in error_of("digit").hint
+
+
+def test_error__no_images(tmp_path):
+    assert "no images" in error_of(tmp_path).found
+    (tmp_path / "loose.png").write_bytes(encoded(image(0)))
+    assert "no class folders" in error_of(tmp_path).found
+    (tmp_path / "notes.txt").write_text("x")
+    assert error_of(tmp_path / "notes.txt").found == "a file"
+
+
+@pytest.mark.parametrize("as_tar", [False, True])
+def test_error__empty_class_folders_are_named(tmp_path, as_tar):
+    root = write(write(tmp_path / "x", "train", ["a", "b"]), "validation", ["a"])
+    (root / "train" / "hollow" / "deeper").mkdir(parents=True)
+    (root / "train" / "hollow" / "readme.txt").write_text("x")
+    error = error_of(tarred(root) if as_tar else root)
+    assert error.given.startswith("--data ")
+    assert "1 class folders without an image" in error.found
+    assert error.found.endswith("hollow")
+
+
+def test_error__validation_classes_that_training_lacks_are_named(tmp_path):
+    root = write(write(tmp_path, "train", ["a", "b"]), "val", ["a", "zebra"])
+    error = error_of(root)
+    assert "zebra" in error.found
+    assert error.valid == "a, b"
+    (tmp_path / "map.txt").write_text("a\nb\nzebra\n")
+    assert "zebra" in error_of(root, class_map=str(tmp_path / "map.txt")).found
+
+
+def test_error__one_class_only(tmp_path):
+    assert "one class only: a" in error_of(write(tmp_path, "train", ["a"])).found
+
+
+def test_error__validation_without_train(tmp_path):
+    assert "val but no train" in error_of(write(tmp_path, "val", ["a", "b"])).found
+
+
+def test_error__no_image_can_be_held_out(tmp_path):
+    assert "one training image" in error_of(write(tmp_path, "train", ["a", "b"], n=1)).found
+
+
+@pytest.mark.parametrize("damage", ["cut", "compressed", "text"])
+def test_error__a_damaged_tar_is_named(tmp_path, damage):
+    root = write(write(tmp_path / "x", "train", ["a", "b"]), "validation", ["a"])
+    path = tarred(root)
+    tar = path / "train.tar"
+    if damage == "compressed":
+        with tarfile.open(tar, "w:gz") as made:
+            made.add(root / "train", arcname=".")
+    else:
+        tar.write_bytes(tar.read_bytes()[:2000] if damage == "cut" else b"hello" * 1000)
+    assert "train.tar" in error_of(path).found
+
+
+# -- corrupt and unusual images
+
+
+def damaged(root, where="train/a", good=None):
+    """Three files that cannot be decoded."""
+    whole = good or encoded(image(1, (40, 40)), "JPEG")
+    for name, content in (("0001", whole[: len(whole) // 2]), ("0002", b""), ("0003", b"not an image")):
+        next((root / where).glob(f"{name}.*")).write_bytes(content)
+    return root
+
+
+@pytest.mark.parametrize("as_tar", [False, True])
+def test_corrupt__small_images_are_named_counted_and_never_replaced(tmp_path, as_tar):
+    root = write(write(tmp_path / "x", "train", ["a", "b"], n=5), "validation", ["a", "b"])
+    root = damaged(damaged(root), "validation/b")
+    path = tarred(root) if as_tar else root
+    error = error_of(path)
+    assert error.given == f"--data {path}"
+    assert error.found.startswith("6 unreadable images")
+    for name in ("a/0001.png", "a/0002.png", "a/0003.png", "b/0001.png"):
+        assert name in error.found
+    assert "--skip-corrupt" in error.hint
+    data = opened(path, skip_corrupt=True)
+    assert (len(data.train), len(data.validation)) == (7, 5)
+    assert data.train.labels.tolist() == [0, 0, 1, 1, 1, 1, 1]
+    assert "6 unreadable images" in data.notes[0]
+    shown = everything(data.train)[0]
+    assert torch.equal(shown[1], pixels(root / "train" / "a" / "0004.png"))
+    assert len({bytes(picture.numpy()) for picture in shown}) == 7
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_corrupt__a_large_image_is_named_by_whoever_meets_it(tmp_path, workers):
+    root = write(tmp_path, "train", ["a", "b"], n=5, size=(130, 110), ext="jpg")
+    damaged(write(root, "val", ["a", "b"], n=2, size=(130, 110), ext="jpg"))
+    data = opened(root, lambda: 112, workers=workers)
+    with pytest.raises(DataError) as caught:
+        everything(data.train, view=0)
+    assert caught.value.given == f"--data {root}"
+    assert "train/a/0001.jpg" in caught.value.found
+    assert "Traceback" not in str(caught.value)
+    skipped = opened(root, lambda: 112, workers=workers, skip_corrupt=True)
+    assert "3 unreadable images" in skipped.notes[0]
+    assert everything(skipped.train, view=0)[1].tolist() == [0, 0, 1, 1, 1, 1, 1]
+    gc.collect()
+
+
+def test_corrupt__skipping_may_not_empty_a_class(tmp_path):
+    root = write(tmp_path, "train", ["a", "b"], n=4)
+    damaged(root)
+    (root / "train" / "a" / "0000.png").write_bytes(b"x")
+    assert "nothing is left of a" in error_of(root, skip_corrupt=True).found
+
+
+def test_unusual__images_become_sensible_rgb(tmp_path):
+    red = Image.new("RGB", (12, 12), (200, 30, 40))
+    two = Image.new("RGB", (12, 12), (0, 0, 250))
+    deep = Image.fromarray(np.full((12, 12), 0x8012, np.uint16))
+    clear = Image.new("RGBA", (12, 12), (200, 30, 40, 0))
+    palette = red.quantize(4)
+    kinds = {
+        "a-palette.png": (encoded(palette), (200, 30, 40)),
+        "b-clear-palette.png": (encoded(palette, transparency=bytes([0, 0, 0, 0])), (200, 30, 40)),
+        "c-deep.png": (encoded(deep), (128, 128, 128)),
+        "d-deep.tif": (encoded(deep, "TIFF"), (128, 128, 128)),
+        "e-moving.gif": (encoded(red, "GIF", save_all=True, append_images=[two]), (200, 30, 40)),
+        "f-moving.png": (encoded(red, save_all=True, append_images=[two]), (200, 30, 40)),
+        "g-grey.jpg": (encoded(Image.new("L", (12, 12), 77), "JPEG"), (77, 77, 77)),
+        "h-clear.png": (encoded(clear), (200, 30, 40)),
+        "i-grey-clear.png": (encoded(Image.new("LA", (12, 12), (90, 3))), (90, 90, 90)),
+        "j-bits.png": (encoded(Image.new("1", (12, 12), 1)), (255, 255, 255)),
+        "k-print.jpg": (encoded(Image.new("CMYK", (12, 12), (0, 255, 255, 0)), "JPEG", quality=100), (255, 0, 0)),
+    }
+    write(tmp_path, "train", ["b"])
+    (tmp_path / "train" / "a").mkdir()
+    for name, (content, _) in kinds.items():
+        (tmp_path / "train" / "a" / name).write_bytes(content)
+    write(tmp_path, "val", ["b"])
+    images, labels, _ = everything(opened(tmp_path).train)
+    for shown, (name, (_, wanted)) in zip(images[labels == 0], kinds.items(), strict=True):
+        difference = (shown.permute(1, 2, 0).int() - torch.tensor(wanted)).abs().max()
+        assert difference <= 3, name
+
+
+def test_unusual__pixels_without_an_rgb_meaning_are_refused():
+    with pytest.raises(ValueError, match="floating-point"):
+        to_rgb(Image.new("F", (2, 2), 0.5))
+    with pytest.raises(ValueError, match="32-bit"):
+        to_rgb(Image.new("I", (2, 2), 100_000))
+
+
+# -- timm's names
+
+
+def write_mnist(root, name="MNIST"):
+    folder = root / name / "raw"
+    folder.mkdir(parents=True)
+    made = {}
+    for split, prefix, n in (("train", "train", 30), ("validation", "t10k", 20)):
+        values = np.random.default_rng(n).integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        labels = (np.arange(n) % 10).astype(np.uint8)
+        header = b"".join(number.to_bytes(4, "big") for number in (0x803, n, 28, 28))
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(header + values.tobytes())
+        header = b"".join(number.to_bytes(4, "big") for number in (0x801, n))
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
+        made[split] = (values, labels)
+    return made
+
+
+def test_torch__test_set_is_the_validation_set(tmp_path):
+    made = write_mnist(tmp_path)
+    data = opened("torch/mnist", data_dir=str(tmp_path))
+    assert data.img_size == 28
+    assert len(data.classes) == 10
+    assert "test set" in data.notes[0]
+    for name in ("train", "validation"):
+        images, labels, _ = everything(getattr(data, name))
+        assert np.array_equal(images[:, 1].numpy(), made[name][0])
+        assert np.array_equal(labels.numpy(), made[name][1])
+
+
+def test_torch__absent_files_are_never_downloaded(tmp_path):
+    error = error_of("torch/cifar10", data_dir=str(tmp_path / "none"))
+    assert error.given == f"--data torch/cifar10 --data-dir {tmp_path / 'none'}"
+    assert "cifar-10-batches-py" in error.hint
+    assert not (tmp_path / "none").exists()
+    assert "--data-dir" in error_of("torch/cifar10").found
+    assert "cifar10" in error_of("torch/cifar1", data_dir=str(tmp_path)).valid
+
+
+def test_stream__has_no_index(tmp_path):
+    assert "cannot be replayed" in error_of("tfds/cifar10").found
+
+
+def test_hfds__a_local_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    root = write(write(tmp_path / "pictures", "train", ["a", "b"]), "test", ["b", "a"], n=2)
+    data = opened(f"hfds/{root}", data_dir=str(tmp_path / "cache"))
+    assert data.classes == ("a", "b")
+    assert (len(data.train), len(data.validation)) == (8, 4)
+    images, labels, _ = everything(data.validation)
+    for shown, label in zip(images, labels.tolist(), strict=True):
+        folder = root / "test" / data.classes[label]
+        assert any(torch.equal(shown, pixels(path)) for path in folder.iterdir())
+    error = error_of(f"hfds/{tmp_path / 'absent'}", data_dir=str(tmp_path / "cache"))
+    assert error.given.startswith("--data hfds/")
+
+
+def write_shards(root, split, n, shards=2):
+    root.mkdir(exist_ok=True)
+    for shard in range(shards):
+        with tarfile.open(root / f"set-{split}-{shard:04d}.tar", "w") as tar:
+            for place in range(shard, n, shards):
+                parts = {
+                    "cls": str(place % 3).encode(),
+                    "png": encoded(image(hash_of(split, place))),
+                    "json": json.dumps({"other": 2 - place % 3}).encode(),
+                }
+                for extension, content in parts.items():
+                    member = tarfile.TarInfo(f"key{place:04d}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("info", [False, True])
+def test_wds__shards_are_indexed_by_sample_key(tmp_path, info):
+    root = tmp_path / "shards"
+    write_shards(root, "train", 10)
+    write_shards(root, "validation", 6, shards=1)
+    if info:
+        splits = {
+            split: {"name": split, "alt_label": "other", "filenames": sorted(p.name for p in root.glob(f"*{split}*"))}
+            for split in ("train", "validation")
+        }
+        (root / "_info.json").write_text(json.dumps({"splits": splits}))
+    data = opened("wds/set", data_dir=str(root))
+    assert data.classes == ("0", "1", "2")
+    places = [*range(0, 10, 2), *range(1, 10, 2)]
+    images, labels, _ = everything(data.train)
+    assert labels.tolist() == [2 - place % 3 if info else place % 3 for place in places]
+    for shown, place in zip(images, places, strict=True):
+        assert np.array_equal(shown.permute(1, 2, 0).numpy(), np.array(image(hash_of("train", place))))
+    assert len(data.validation) == 6
+
+
+def test_wds__mistakes_are_named(tmp_path):
+    assert "no absent in" in error_of("wds/set", data_dir=str(tmp_path / "absent")).found
+    assert "no shards named train" in error_of("wds/set", data_dir=str(tmp_path)).found
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        content = encoded(image(0))
+        member = tarfile.TarInfo("one.png")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+    assert "one: no class" in error_of("wds/set", data_dir=str(tmp_path)).found
+
+
+# -- real images
+
+
+@needs_shared
+def test_real__the_shared_images_open(tmp_path):
+    data = opened(Path(SHARED) / "cifar10-jpeg")
+    assert (len(data.train), len(data.validation), data.img_size) == (50_000, 10_000, 32)
+    assert np.bincount(data.train.labels).tolist() == [5000] * 10
+    assert data.classes[:3] == ("airplane", "automobile", "bird")
