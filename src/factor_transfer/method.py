@@ -153,7 +153,8 @@ def normalize_factor(factor: Tensor) -> Tensor:
     """
     flat = _precise(factor).flatten(1)
     length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
-    return flat * (length > NORM_FLOOR) / length.clamp_min(NORM_FLOOR)
+    normalized: Tensor = flat * (length > NORM_FLOOR) / length.clamp_min(NORM_FLOOR)
+    return normalized
 
 
 def factor_transfer_loss(student_factor: Tensor, teacher_factor: Tensor, p: float = 1) -> Tensor:
@@ -177,7 +178,8 @@ def factor_transfer_loss(student_factor: Tensor, teacher_factor: Tensor, p: floa
     difference = normalize_factor(student_factor) - normalize_factor(teacher_factor.detach())
     if p == 1:
         return difference.abs().mean()
-    return torch.linalg.vector_norm(difference, ord=p, dim=1).mean() / difference.shape[1] ** (1 / p)
+    norm: Tensor = torch.linalg.vector_norm(difference, ord=p, dim=1).mean() / difference.shape[1] ** (1 / p)
+    return norm
 
 
 def factor_loss_bound(elements: int, p: float = 1) -> float:

@@ -1,0 +1,69 @@
+"""What tests share: the real material beside the project, a small folder of images, and the command itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(1)  # the networks here are so small that a second thread costs more than it gives
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real images, trained weights and golden numbers."""
+    where = os.environ.get("FACTOR_TRANSFER_SHARED")
+    if not where:
+        pytest.skip("FACTOR_TRANSFER_SHARED is not set: it names the folder of real images and weights")
+    return Path(where)
+
+
+@pytest.fixture(scope="session")
+def golden(shared: Path) -> dict[str, torch.Tensor]:
+    """Numbers computed with the authors' own modules."""
+    return load_file(shared / "golden" / "reference.safetensors")
+
+
+@pytest.fixture(scope="session")
+def factor_transfer() -> Command:
+    """Run the command in a process of its own: `factor_transfer("distill", "--data", ...)`."""
+
+    def run(*arguments: object, cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "factor_transfer", *map(str, arguments)]
+        environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        return subprocess.run(
+            command, cwd=cwd, env=environment, timeout=timeout, capture_output=True, text=True, check=False
+        )
+
+    return run
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder of 16x16 PNG files in train/ and validation/, in three classes that differ in colour."""
+    return image_folder(tmp_path / "images")
+
+
+def image_folder(folder: Path, *, classes: int = 3, train: int = 12, validation: int = 6, side: int = 16) -> Path:
+    """Write noisy images whose class shows in their colour."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", train), ("validation", validation)):
+        for place in range(classes):
+            where = folder / split / f"class{place}"
+            where.mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                pixels = random.integers(0, 120, (side, side, 3))
+                pixels[..., place % 3] += 120
+                Image.fromarray(pixels.astype(np.uint8)).save(where / f"{number:03}.png")
+    return folder

@@ -1,0 +1,113 @@
+"""Taps: the right layer of any network is found, named, and read without leaving a trace."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import factor_transfer.zoo  # noqa: F401
+from factor_transfer.errors import ModelError
+from factor_transfer.features import Tapped, align, feature_shape, find_layer
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "layer", "shape"),
+    [
+        ("cifar_resnet20", 32, "layer3", (64, 8, 8)),  # the last of three groups, after its final ReLU
+        ("cifar_resnet20_b", 8, "layer3", (64, 2, 2)),
+        ("cifar_wrn_16_2", 32, "relu", (128, 8, 8)),  # pre-activation: the last ReLU stands behind the groups
+        ("cifar_vgg13", 32, "layer5", (512, 2, 2)),
+        ("resnet18", 64, "layer4", (512, 2, 2)),
+        ("resnet18", 8, "layer4", (512, 1, 1)),  # one place is all that is left
+        ("resnetv2_18", 64, "norm", (512, 2, 2)),
+        ("efficientnet_b0", 64, "bn2", (1280, 2, 2)),  # timm's BatchNormAct: norm and activation in one
+        ("convnext_atto", 64, "stages", (320, 2, 2)),
+        ("test_vit", 160, "norm", (64, 10, 10)),  # tokens of a square image, without the class token
+        ("swin_tiny_patch4_window7_224", 224, "norm", (768, 7, 7)),  # channels last
+    ],
+)
+def test_find_layer__finds_the_last_map(name: str, size: int, layer: str, shape: tuple[int, int, int]) -> None:
+    module = timm.create_model(name)
+    images = torch.zeros(2, 3, size, size)
+    assert find_layer(module, images) == layer
+    assert feature_shape(Tapped(module, layer), images) == shape
+
+
+class Plain(nn.Module):
+    """A user's network, of which timm knows nothing; its pooling and head are modules of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(8, 5)
+        self.unused = nn.Conv2d(8, 8, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.pool(self.body(images)).flatten(1))  # type: ignore[no-any-return]
+
+
+def test_find_layer__needs_no_timm_network() -> None:
+    module = Plain().train()
+    assert find_layer(module, torch.zeros(2, 3, 8, 8)) == "body"
+    assert module.training, "the mode it was in"
+    assert not any(part._forward_hooks for part in module.modules()), "no hook is left behind"
+
+
+def test_find_layer__does_not_touch_batch_norm_statistics() -> None:
+    module = Plain()
+    before = copy.deepcopy(module.state_dict())
+    find_layer(module, torch.randn(4, 3, 8, 8))
+    feature_shape(Tapped(module, "body"), torch.randn(4, 3, 8, 8))
+    for name, value in module.state_dict().items():
+        torch.testing.assert_close(value, before[name])
+
+
+def test_tapped__gives_the_layers_output_with_its_gradient_and_leaves_no_hook() -> None:
+    module = Plain().eval()
+    images = torch.randn(2, 3, 8, 8)
+    output, feature = Tapped(module, "body")(images)
+    torch.testing.assert_close(feature, module.body(images))
+    torch.testing.assert_close(output, module(images))
+    feature.sum().backward()
+    assert module.body[0].weight.grad is not None
+    assert not any(part._forward_hooks for part in module.modules())
+
+
+def test_tapped__survives_deepcopy() -> None:
+    """An average of weights is a deep copy: it must read its own features."""
+    tapped = Tapped(Plain().eval(), "body")
+    twin = copy.deepcopy(tapped)
+    with torch.no_grad():
+        twin.module.body[0].weight.zero_()  # type: ignore[union-attr, operator, index]
+    images = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(twin(images)[1], twin.module.body(images))  # type: ignore[operator]
+    torch.testing.assert_close(tapped(images)[1], tapped.module.body(images))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ("bodi", r"--student-layer bodi\n.*no submodule of that name\n.*body"),
+        ("nonsense.at.all", "valid: body, pool, head, unused"),
+        ("unused", "not used when the network runs"),
+        ("head", "shape \\(2, 5\\), which is no feature map"),
+    ],
+)
+def test_tapped__names_a_layer_that_cannot_be_read(layer: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        Tapped(Plain(), layer, flag="--student-layer")(torch.zeros(2, 3, 8, 8))
+
+
+def test_find_layer__says_that_there_is_no_map() -> None:
+    with pytest.raises(ModelError, match="no submodule gives a feature map"):
+        find_layer(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.zeros(2, 3, 2, 2))
+
+
+def test_align__averages_places() -> None:
+    feature = torch.arange(16.0).view(1, 1, 4, 4)
+    assert align(feature, (2, 2)).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    assert align(feature, (4, 4)) is feature
