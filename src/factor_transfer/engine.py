@@ -1,0 +1,125 @@
+"""The machine a run computes on: device, processes, precision, and the signals that ask it to stop."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from factor_transfer.errors import ConfigError, Interrupted
+
+
+class Engine:
+    """The machine: device, processes and precision, the same for every stage of a run.
+
+    Args:
+        device: auto, cpu, cuda or mps; launch and processes are Accelerate's.
+        precision: auto, fp32 or bf16. Accelerate keeps one precision a process, so autocast is our own.
+        threads: CPU threads; None leaves torch's choice.
+    """
+
+    def __init__(self, device: str = "auto", precision: str = "auto", threads: int | None = None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        available = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(),
+                     "mps": torch.backends.mps.is_available()}  # fmt: skip
+        if not available[device]:
+            raise ConfigError(
+                f"--device {device}",
+                found=f"this machine has no {device} device that torch {torch.__version__} can use",
+                valid=[name for name, there in available.items() if there],
+            )
+        self.accelerator = Accelerator(cpu=device == "cpu")
+        self.device = self.accelerator.device
+        self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.bf16 = precision == "bf16" or (precision == "auto" and _has_bf16(self.device))
+
+    def describe(self) -> dict[str, Any]:
+        """What a run's bits depend on."""
+        return {
+            "device": str(self.device),
+            "precision": "bf16" if self.bf16 else "fp32",
+            "processes": self.processes,
+        }
+
+    @property
+    def main(self) -> bool:
+        """True in the one process that writes and prints."""
+        return bool(self.accelerator.is_main_process)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of training."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """Onto the device, in channels-last memory format."""
+        return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Onto the device, and behind DistributedDataParallel where there are several processes."""
+        module = self.place(module)
+        if self.accelerator.distributed_type == DistributedType.NO:
+            return module
+        return self.accelerator.prepare_model(module)  # type: ignore[no-any-return]
+
+    def shard(self, chunk: np.ndarray) -> np.ndarray:
+        """This process's part of a batch: every sample goes to exactly one process."""
+        part: np.ndarray = np.array_split(chunk, self.processes)[self.rank]
+        return part
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of `values` over processes."""
+        return self.accelerator.reduce(values, "sum")  # type: ignore[no-any-return]
+
+
+class StopRequest:
+    """The signal that asked to stop, if any."""
+
+    signum: int | None = None
+
+    def leave_if_any(self) -> None:
+        """Leave training; the caller has saved.
+
+        Raises:
+            Interrupted: a signal came.
+        """
+        if self.signum is not None:
+            raise Interrupted(self.signum)
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    """SIGINT and SIGTERM let the step under way finish; a second one of them acts at once."""
+    request = StopRequest()
+    before: dict[int, Any] = {}
+
+    def on_signal(signum: int, _: FrameType | None) -> None:
+        request.signum = signum
+        signal.signal(signum, before[signum])
+
+    try:
+        for wanted in (signal.SIGINT, signal.SIGTERM):
+            before[wanted] = signal.getsignal(wanted)
+            signal.signal(wanted, on_signal)
+    except ValueError:  # not the main thread: whoever owns it owns the signals
+        before.clear()
+    try:
+        yield request
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Hardware that computes in bf16; elsewhere it is emulated, and slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())

@@ -1,0 +1,179 @@
+"""The objectives. One distillation task adds up small terms over one shared forward of teacher and student.
+
+A term is a class of about 20 lines: it says which teacher outputs it `needs`, owns what it trains (a translator), and
+returns its weighted loss. A new method is a new term; see `FactorTransfer`.
+
+Shapes: B samples, C channels, K factor channels, H x W the feature map, N classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.task import TrainingTask
+from torch import Tensor, nn
+
+from factor_transfer.features import Tapped, align
+from factor_transfer.method import (
+    Paraphraser,
+    Translator,
+    factor_transfer_loss,
+    reconstruction_loss,
+)
+
+Result = dict[str, Any]
+"""What a task's forward returns: `loss`, `output` (logits or None), and its parts by name."""
+
+
+class StudentOutputs(NamedTuple):
+    """What the student gave for one batch."""
+
+    logits: Tensor  # (B, N)
+    feature: Tensor  # (B, C, H, W)
+
+
+class TeacherSide(nn.Module):
+    """From pixels to what the terms need of the teacher; frozen by its owner.
+
+    Args:
+        network: the teacher, tapped at its layer.
+        norm: its own input normalisation.
+        size: height and width (H, W) that its feature map is pooled to where it is the larger one.
+        paraphraser: makes the factors; None while it is itself being trained.
+    """
+
+    def __init__(
+        self, network: Tapped, norm: nn.Module, size: tuple[int, int], paraphraser: Paraphraser | None = None
+    ) -> None:
+        super().__init__()
+        self.network, self.norm, self.size, self.paraphraser = network, norm, size, paraphraser
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """uint8 images (B, 3, H, W) -> `logits` (B, N), `feature` (B, C, H, W), and `factor` (B, K, H, W)."""
+        logits, feature = self.network(self.norm(images))
+        feature = align(feature, self.size)
+        outputs = {"logits": logits, "feature": feature}
+        if self.paraphraser is not None:
+            outputs["factor"] = self.paraphraser.encode(feature)
+        return outputs
+
+
+class Term(nn.Module):
+    """One summand of the student's loss."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Outputs of `TeacherSide` that the term reads; a task without such a term runs no teacher."""
+
+    def forward(self, student: StudentOutputs, teacher: dict[str, Tensor], labels: Tensor) -> Tensor:
+        """The weighted loss, a scalar averaged over the batch."""
+        raise NotImplementedError
+
+
+class Labels(Term):
+    """Cross-entropy with the images' own labels (equation 3)."""
+
+    name = "cross_entropy"
+
+    def forward(self, student: StudentOutputs, teacher: dict[str, Tensor], labels: Tensor) -> Tensor:
+        """labels: (B,) class indices."""
+        logits = student.logits if student.logits.dtype == torch.float64 else student.logits.float()
+        return F.cross_entropy(logits, labels)
+
+
+class FactorTransfer(Term):
+    """beta x factor transfer loss (equations 2 and 4), through a translator that is trained with the student.
+
+    Args:
+        translator: from the student's channels to the factor's.
+        beta: weight.
+        p: norm of the difference.
+    """
+
+    name = "factor_transfer"
+    needs = frozenset({"factor"})
+
+    def __init__(self, translator: Translator, beta: float, p: float = 1) -> None:
+        super().__init__()
+        self.translator, self.beta, self.p = translator, beta, p
+
+    def forward(self, student: StudentOutputs, teacher: dict[str, Tensor], labels: Tensor) -> Tensor:
+        """Pools the student's map to the factor's height and width where it is the larger one."""
+        factor = teacher["factor"]
+        translated = self.translator(align(student.feature, (factor.shape[-2], factor.shape[-1])))
+        return self.beta * factor_transfer_loss(translated, factor, self.p)
+
+
+class Trainee(nn.Module):
+    """Student and terms behind one forward: all that is trained, as distributed wrappers want it."""
+
+    def __init__(self, student: Tapped, norm: nn.Module, terms: Sequence[Term]) -> None:
+        super().__init__()
+        self.student, self.norm = student, norm
+        self.terms = nn.ModuleDict({term.name: term for term in terms})
+
+    def forward(self, images: Tensor, labels: Tensor, teacher: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """uint8 images (B, 3, H, W) -> logits (B, N) and the weighted loss of every term."""
+        student = StudentOutputs(*self.student(self.norm(images)))
+        return student.logits, {name: term(student, teacher, labels) for name, term in self.terms.items()}
+
+    def classifier(self) -> nn.Module:
+        """uint8 images (B, 3, H, W) -> logits (B, N)."""
+        return nn.Sequential(self.norm, self.student.module)
+
+
+class DistillationTask(TrainingTask):  # type: ignore[misc] # timm ships no types
+    """The student's objective: the sum of its terms. With `Labels` alone it is plain training.
+
+    Args:
+        student: the network to train, tapped at its layer.
+        norm: its input normalisation.
+        terms: the summands.
+        teacher: a frozen `TeacherSide`; needed by terms that read teacher outputs.
+    """
+
+    trainable_module: Trainee
+
+    def __init__(
+        self, student: Tapped, norm: nn.Module, terms: Sequence[Term], teacher: nn.Module | None = None
+    ) -> None:
+        super().__init__(verbose=False)
+        needs = frozenset[str]().union(*(term.needs for term in terms))
+        assert teacher is not None or not needs, f"terms need {sorted(needs)} of a teacher"
+        self.trainable_module = Trainee(student, norm, terms)
+        self.teacher = teacher if needs else None
+
+    def forward(self, input: Tensor, target: Tensor) -> Result:
+        """One step's losses for uint8 images (B, 3, H, W) and labels (B,)."""
+        teacher = self.teacher(input) if self.teacher is not None else {}
+        logits, losses = self.trainable_module(input, target, teacher)
+        return {"loss": torch.stack(list(losses.values())).sum(), "output": logits, **losses}
+
+    def trained(self) -> Trainee:
+        """What is evaluated and shipped: the trained module, or the average of its weights where one is kept."""
+        ema = self.get_trainable_module(ema=True)
+        return self.trainable_module if ema is None else ema.module
+
+
+class ParaphraserTask(TrainingTask):  # type: ignore[misc] # timm ships no types
+    """The paraphraser's objective: reconstruct the frozen teacher's feature map, without labels (equation 1).
+
+    Args:
+        paraphraser: what is trained.
+        teacher: a frozen `TeacherSide` without paraphraser.
+        norm: the reconstruction loss, `l1` or `l2`.
+    """
+
+    trainable_module: nn.Module
+
+    def __init__(self, paraphraser: Paraphraser, teacher: nn.Module, norm: Literal["l1", "l2"] = "l1") -> None:
+        super().__init__(verbose=False)
+        self.trainable_module, self.teacher, self.norm = paraphraser, teacher, norm
+
+    def forward(self, input: Tensor, target: Tensor) -> Result:
+        """One step's loss for uint8 images (B, 3, H, W); `target` is not read."""
+        feature = self.teacher(input)["feature"]
+        return {"loss": reconstruction_loss(self.trainable_module(feature), feature, self.norm), "output": None}

@@ -1,0 +1,301 @@
+"""The one training loop and the one evaluation, used by every stage.
+
+Whatever happens in step s of pass e is a function of the settings, e and s: the order, the views and the noise inside
+layers are addressed (see `views`), the learning rate is timm's function of the step. So a checkpoint holds weights,
+optimizer, position and sums, and a run that continues from it ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.task import TrainingTask
+from torch import nn
+
+from factor_transfer.config import Config
+from factor_transfer.console import PassBar, formatted, pass_bar, say
+from factor_transfer.data import Batch, Split
+from factor_transfer.engine import Engine, StopRequest, stop_signals
+from factor_transfer.errors import ConfigError, TrainingError, near
+from factor_transfer.runs import Run
+from factor_transfer.seeds import part_seed
+from factor_transfer.views import permutation
+
+SCHEDULES = ("cosine", "multistep", "step", "constant", "poly", "tanh", "wsd", "rsqrt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How one stage is trained; what is not here comes from the settings."""
+
+    stage: str
+    epochs: int
+    lr: float
+    seed: int
+    """Owns the noise inside layers."""
+    constant: bool = False
+    """Hold the learning rate (the paraphraser's program) instead of following --sched."""
+
+
+@dataclass
+class Progress:
+    """Where training stands, and the sums of the pass under way."""
+
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def add(self, images: int, values: dict[str, float]) -> None:
+        """Add the values of one step, as sums over images."""
+        self.step += 1
+        for name, value in {"images": 1.0, **values}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value * images
+
+    def means(self) -> dict[str, float]:
+        """Averages over the images of the pass so far."""
+        images = self.sums.get("images", 0.0)
+        return {name: value / images for name, value in self.sums.items() if name != "images"}
+
+    def next_pass(self) -> None:
+        """Begin the next pass."""
+        self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
+
+
+class Trainer:
+    """One stage's training; `fit` runs it to its end, or on from the run folder's checkpoint.
+
+    Args:
+        task: gives `loss` (and `output`, logits) for images and labels; its `trainable_module` is trained in place.
+        plan: passes, learning rate and seed of this stage.
+        train: the images.
+        engine: device, processes and precision.
+        config: optimizer, schedule, batch size and the seed of order and views.
+        run: metrics and checkpoints go there.
+        validation: where given, the network is evaluated on it after every pass, for the curves.
+    """
+
+    def __init__(
+        self,
+        task: TrainingTask,
+        plan: Plan,
+        train: Split,
+        engine: Engine,
+        config: Config,
+        run: Run,
+        validation: Split | None = None,
+    ) -> None:
+        self.task, self.plan, self.engine, self.config, self.run = task, plan, engine, config, run
+        self.train, self.validation = train, validation
+        self.steps = math.ceil(len(train) / config.batch_size)
+        engine.place(task)
+        self.module: nn.Module = task.get_trainable_module()
+        if config.model_ema and not plan.constant:
+            task.setup_ema(decay=config.model_ema_decay)
+        self.optimizer, self.scheduler = optimizer_and_schedule(self.module, plan, config, self.steps)
+        self.progress = self._restore()
+
+    def fit(self) -> Progress:
+        """Train to the last pass.
+
+        Returns:
+            The progress at the end; its `seconds` count training only, over all interruptions.
+
+        Raises:
+            Interrupted: a signal came; the state is saved.
+            TrainingError: the loss is no longer finite; the last good checkpoint is kept.
+        """
+        self.task.trainable_module = self.engine.wrap(self.module)
+        with stop_signals() as stop:
+            while self.progress.epoch < self.plan.epochs:
+                self._pass(stop)
+                self._end_pass()
+                stop.leave_if_any()
+        self.task.trainable_module = self.module
+        return self.progress
+
+    def _pass(self, stop: StopRequest) -> None:
+        """The rest of the pass under way."""
+        progress, plan = self.progress, self.plan
+        order = permutation(self.config.data_seed, progress.epoch, len(self.train))
+        chunks = list(_chunks(order, self.config.batch_size))[progress.step :]
+        saved = started = time.monotonic()
+        before = progress.seconds
+        self.task.train()
+        with pass_bar(f"{plan.stage} {progress.epoch + 1}/{plan.epochs}", len(self.train)) as bar:
+            self._show(bar, round(progress.sums.get("images", 0)))
+            batches = self.train.batches([self.engine.shard(chunk) for chunk in chunks], view=progress.epoch)
+            for chunk, batch in zip(chunks, batches, strict=True):
+                values = self._step(batch, len(chunk))
+                progress.add(len(chunk), values)
+                progress.seconds = before + time.monotonic() - started
+                self._show(bar, len(chunk))
+                late = time.monotonic() - saved > 60 * self.config.checkpoint_minutes
+                if (late or stop.signum) and progress.step < self.steps:
+                    self._save()
+                    saved = time.monotonic()
+                    stop.leave_if_any()
+
+    def _step(self, batch: Batch, size: int) -> dict[str, float]:
+        """One update from this process's part of a batch of `size` images; the values are means over all of it."""
+        engine, task = self.engine, self.task
+        update = self.progress.epoch * self.steps + self.progress.step
+        torch.manual_seed(part_seed(self.plan.seed, "noise", self.plan.stage, update, engine.rank))
+        images, labels = batch.image.to(engine.device), batch.label.to(engine.device)
+        with engine.autocast():
+            result = task(images, labels)
+        share = len(labels) / size
+        self.optimizer.zero_grad(set_to_none=True)
+        # Gradients are averaged over processes, and the parts of one batch can differ in size.
+        engine.accelerator.backward(result["loss"] * (share * engine.processes))
+        if self.config.clip_grad is not None:
+            engine.accelerator.clip_grad_norm_(self.module.parameters(), self.config.clip_grad)
+        values = {name: value.detach() for name, value in result.items() if name != "output"}
+        if result["output"] is not None:
+            values["train_top1"] = 100 * (result["output"].detach().argmax(1) == labels).float().mean()
+        totals = engine.total(torch.stack([value.float() for value in values.values()]) * share)
+        means = dict(zip(values, totals.tolist(), strict=True))
+        self._check_finite(means)
+        self.optimizer.step()
+        self.scheduler.step_update(update + 1)
+        task.update_ema(step=update)
+        return means
+
+    def _end_pass(self) -> None:
+        """Evaluate, write the pass down, and save."""
+        progress, plan = self.progress, self.plan
+        row = {"lr": self.optimizer.param_groups[0]["lr"], **progress.means()}
+        if self.validation is not None:
+            found = evaluate(
+                self.task.trained().classifier(), self.validation, self.engine, batch_size=self.config.batch_size
+            )
+            row |= {f"validation_{name}": value for name, value in found.items()}
+        self.run.log(plan.stage, progress.epoch + 1, {**row, "seconds": round(progress.seconds, 3)})
+        shown = {name.replace("_", " "): value for name, value in row.items() if name != "lr"}
+        say(f"{plan.stage} {progress.epoch + 1}/{plan.epochs}  {formatted(shown)}  {progress.seconds:.0f} s")
+        progress.next_pass()
+        self.scheduler.step(progress.epoch)
+        self._save()
+
+    def _save(self) -> None:
+        ema = self.task.get_trainable_module(ema=True)
+        state = {
+            "progress": vars(self.progress),
+            "module": self.module.state_dict(),
+            "ema": ema.module.state_dict() if ema is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        self.run.save_checkpoint(self.plan.stage, self.progress.epoch, self.progress.step, state)
+
+    def _restore(self) -> Progress:
+        state = self.run.load_checkpoint(self.plan.stage)
+        progress = Progress(**state["progress"]) if state is not None else Progress()
+        self.run.trim_metrics(self.plan.stage, progress.epoch)
+        if state is not None:
+            self.module.load_state_dict(state["module"])
+            if state["ema"] is not None:
+                self.task.get_trainable_module(ema=True).module.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            say(f"{self.plan.stage}: continued after {progress.epoch} passes and {progress.step} steps")
+        return progress
+
+    def _check_finite(self, values: dict[str, float]) -> None:
+        if math.isfinite(values["loss"]):
+            return
+        plan, progress = self.plan, self.progress
+        raise TrainingError(
+            f"{plan.stage}: the loss is not finite in pass {progress.epoch + 1}, step {progress.step + 1}",
+            found=f"{formatted(values)}; --lr {plan.lr:g}, --beta {self.config.beta}",
+            valid="finite losses; the last good checkpoint is kept",
+            hint="give a lower --lr or --beta, --clip-grad 5, or --precision fp32, with another --out or --overwrite",
+        )
+
+    def _show(self, bar: PassBar, images: int) -> None:
+        if images:
+            means = self.progress.means()
+            bar(images, {name: means[name] for name in ("loss", "train_top1") if name in means})
+
+
+def evaluate(
+    model: nn.Module, split: Split, engine: Engine, *, batch_size: int = 128, precise: bool = False
+) -> dict[str, float]:
+    """`top1` in percent and `loss` (cross-entropy) of `model`, each image counted once.
+
+    Args:
+        model: uint8 images (B, 3, H, W) -> logits (B, N); evaluated in eval mode, and left in the mode it was in.
+        split: the images, shown without augmentation.
+        engine: device and processes.
+        batch_size: images a step, over all processes.
+        precise: compute in float32 whatever the precision of training.
+    """
+    engine.place(model)
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    sums = torch.zeros(3, device=engine.device)  # right, loss, images
+    chunks = [engine.shard(chunk) for chunk in _chunks(np.arange(len(split)), batch_size)]
+    with torch.no_grad():
+        for batch in split.batches([chunk for chunk in chunks if len(chunk)], view=None):
+            images, labels = batch.image.to(engine.device), batch.label.to(engine.device)
+            with torch.autocast(engine.device.type, enabled=False) if precise else engine.autocast():
+                logits = model(images)
+            right = (logits.argmax(1) == labels).sum()
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+            sums += torch.stack([right.float(), loss, torch.full_like(loss, len(labels))])
+    for module, mode in training.items():
+        module.training = mode
+    right, loss, images = engine.total(sums).tolist()
+    return {"top1": 100 * right / images, "loss": loss / images}
+
+
+def optimizer_and_schedule(
+    module: nn.Module, plan: Plan, config: Config, steps: int
+) -> tuple[torch.optim.Optimizer, Any]:
+    """timm's optimizer over all of `module`, and timm's schedule for `steps` updates a pass.
+
+    Raises:
+        ConfigError: timm knows no such optimizer or schedule, or the schedule's settings contradict each other.
+    """
+    if config.sched not in SCHEDULES:
+        raise ConfigError(f"--sched {config.sched}", found="no such schedule", valid=SCHEDULES)
+    if config.opt not in list_optimizers():
+        close = near(config.opt, list_optimizers())
+        raise ConfigError(f"--opt {config.opt}", found="no such optimizer in timm", valid=close or list_optimizers())
+    optimizer = create_optimizer_v2(
+        module,
+        opt=config.opt,
+        lr=plan.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        filter_bias_and_bn=config.filter_bias_and_bn,
+    )
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched="constant" if plan.constant else config.sched,
+            num_epochs=plan.epochs,
+            decay_epochs=config.decay_epochs,
+            decay_milestones=list(config.decay_milestones),
+            decay_rate=config.decay_rate,
+            min_lr=config.min_lr,
+            warmup_lr=config.warmup_lr,
+            warmup_epochs=0 if plan.constant else config.warmup_epochs,
+            step_on_epochs=not config.sched_on_updates,
+            updates_per_epoch=steps,
+        )
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"--sched {config.sched}", found=str(error)) from error
+    return optimizer, scheduler
+
+
+def _chunks(indices: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
