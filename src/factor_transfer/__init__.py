@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from factor_transfer.distill import distill as distill
+    from factor_transfer.distillation import distill as distill
     from factor_transfer.errors import FactorTransferError as FactorTransferError
     from factor_transfer.method import Paraphraser as Paraphraser
     from factor_transfer.method import Translator as Translator
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "distill": "distill",
+    "distill": "distillation",
     "FactorTransferError": "errors",
     "Paraphraser": "method",
     "Translator": "method",

@@ -6,11 +6,15 @@ so that `--help` answers at once.
 
 from __future__ import annotations
 
+import ast
+import json
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal
 
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, Token
 
 from factor_transfer.errors import ConfigError
 
@@ -22,8 +26,35 @@ def _in(group: str, **how: Any) -> Parameter:
     return Parameter(group=_GROUPS[group], negative_iterable=(), negative_none=(), **how)
 
 
+def parse_model_args(_: Any, tokens: Sequence[Token]) -> dict[str, Any]:
+    """Constructor arguments as timm's `--model-kwargs` takes them: `layers=(3,3,3) channels=(16,32,64)`; or JSON.
+
+    >>> parse_model_args(dict, [Token(value="layers=(3,3,3)"), Token(value="act=gelu")])
+    {'layers': (3, 3, 3), 'act': 'gelu'}
+    """
+    text = " ".join(token.value for token in tokens)
+    if text.lstrip().startswith("{"):
+        values = json.loads(text)
+    else:
+        pairs = [pair.partition("=") for pair in re.split(r"\s+(?=\w+=)", text.strip())]
+        if not all(name.isidentifier() and equals for name, equals, _ in pairs):
+            raise ValueError(f"{text!r}: give name=value pairs, such as layers=(3,3,3), or a JSON object")
+        values = {name: _literal(value) for name, _, value in pairs}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 Rgb = tuple[float, float, float]
 ModelArgs = dict[str, Any]
+MODEL_ARGS: dict[str, Any] = {
+    "converter": parse_model_args, "accepts_keys": False, "n_tokens": -1, "consume_multiple": True,
+}  # fmt: skip
 
 
 @Parameter(name="*", group=_GROUPS["Data"], negative_iterable=())
@@ -31,7 +62,7 @@ ModelArgs = dict[str, Any]
 class DataConfig:
     """Which images, and how they are shown."""
 
-    data: str = "digits"
+    data: str
     """Images: `digits` (built in), a folder or tar with train/ and validation/, or a timm dataset such as
     torch/cifar10."""
     data_dir: str | None = None
@@ -66,12 +97,12 @@ class Config(DataConfig):
     """All of `factor-transfer distill`, and the arguments of `factor_transfer.distill`."""
 
     # -- teacher
-    teacher: Annotated[str, _in("Teacher")] = "cifar_resnet56"
+    teacher: Annotated[str, _in("Teacher")]
     """The trained network: a timm name, local-dir:FOLDER or hf-hub:NAME."""
     teacher_weights: Annotated[str | None, _in("Teacher")] = None
     """Its weights: a safetensors or torch file, or `pretrained` for timm's own."""
-    teacher_args: Annotated[ModelArgs | None, _in("Teacher")] = None
-    """Constructor arguments: --teacher-args.drop_rate 0.1, or a JSON object."""
+    teacher_args: Annotated[ModelArgs | None, _in("Teacher", **MODEL_ARGS)] = None
+    """Constructor arguments, as timm's --model-kwargs: drop_rate=0.1 act_layer=gelu; or a JSON object."""
     teacher_layer: Annotated[str | None, _in("Teacher")] = None
     """Submodule whose output is paraphrased. Default: the last feature map before pooling."""
     teacher_epochs: Annotated[int, _in("Teacher")] = 0
@@ -84,12 +115,12 @@ class Config(DataConfig):
     """Channel standard deviations that the teacher was trained with. Default: the model's own."""
 
     # -- student
-    student: Annotated[str, _in("Student")] = "cifar_resnet20"
+    student: Annotated[str, _in("Student")]
     """The network to train: a timm name, local-dir:FOLDER or hf-hub:NAME."""
     student_weights: Annotated[str | None, _in("Student")] = None
     """Weights to start from. Default: fresh ones, drawn from --seed."""
-    student_args: Annotated[ModelArgs | None, _in("Student")] = None
-    """Constructor arguments: --student-args.layers [3,3,3], or a JSON object."""
+    student_args: Annotated[ModelArgs | None, _in("Student", **MODEL_ARGS)] = None
+    """Constructor arguments: 'layers=(3,3,3)' 'channels=(16,32,64)'; or a JSON object."""
     student_layer: Annotated[str | None, _in("Student")] = None
     """Submodule whose output is translated. Default: the last feature map before pooling."""
 
@@ -197,7 +228,8 @@ class Config(DataConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON and YAML hold them (tuples become lists)."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        return plain
 
 
 def flag(name: str) -> str:
@@ -206,3 +238,8 @@ def flag(name: str) -> str:
 
 
 FIELDS = tuple(f.name for f in fields(Config))
+
+
+def part_of(config: DataConfig, kind: type[DataConfig]) -> dict[str, Any]:
+    """The settings of `config` that `kind` has too."""
+    return {f.name: getattr(config, f.name) for f in fields(kind)}

@@ -1,0 +1,159 @@
+"""The command line: parse, call, print. Heavy libraries are imported by the commands, so `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
+from cyclopts.config import Dict
+
+from factor_transfer import __version__
+from factor_transfer.config import Config
+from factor_transfer.errors import ConfigError, FactorTransferError, Interrupted
+
+RECIPES = resources.files("factor_transfer") / "recipes"
+
+Flattened = Parameter(name="*")
+
+
+def settings_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Fill in from the file behind --config what no flag has set."""
+    for argument in arguments:
+        if "--config" in argument.names and argument.tokens:
+            path = argument.tokens[0].value
+            # Mappings (constructor arguments) go as one JSON text: cyclopts would make strings of their values.
+            flat = {
+                key: json.dumps(value) if isinstance(value, dict) else value for key, value in read_yaml(path).items()
+            }
+            Dict(flat, source=path, use_commands_as_keys=False)(app, commands, arguments)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The settings in a YAML file."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path}", found=str(error), valid="a YAML file of settings") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path}", found=type(values).__name__, valid="settings, one a line: `epochs: 20`")
+    return values
+
+
+app = App(
+    name="factor-transfer",
+    help="Compress a trained vision network into a smaller one by Factor Transfer (Kim, Park, Kwak, NeurIPS 2018).",
+    version=__version__,
+    config=settings_file,
+    help_flags=["--help", "-h"],
+)
+
+
+@app.command
+def distill(
+    settings: Annotated[Config, Flattened],
+    *,
+    config: Annotated[str | None, Parameter(group="Run")] = None,
+) -> None:
+    """Train a student by Factor Transfer from a teacher. The same command again continues an interrupted run.
+
+    Parameters
+    ----------
+    config
+        YAML file of settings, named as the flags. Flags win over it.
+    """
+    from factor_transfer.distillation import run_distillation
+    from factor_transfer.report import show
+
+    result = run_distillation(settings)
+    show(result.folder, result.summary)
+
+
+@app.command
+def evaluate(
+    run: Path,
+    *,
+    data: str | None = None,
+    data_dir: str | None = None,
+    device: str = "auto",
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Measure the networks of a finished run again: top-1 on its validation images, in float32.
+
+    Parameters
+    ----------
+    run
+        The run folder.
+    data
+        Other images of the same classes. Default: the run's own.
+    data_dir
+        Where a timm dataset lies.
+    device
+        auto, cpu, cuda or mps.
+    as_json
+        Print JSON instead of a table.
+    """
+    from dataclasses import replace
+
+    from factor_transfer.distillation import evaluate_run
+    from factor_transfer.report import show_evaluation
+    from factor_transfer.runs import saved_config
+
+    images = replace(saved_config(run), data=data, data_dir=data_dir) if data else None
+    found = evaluate_run(run, images, device)
+    if as_json:
+        print(json.dumps(found))  # noqa: T201 (the command's output)
+    else:
+        show_evaluation(run, found)
+
+
+@app.command
+def demo(*, out: str = "runs/demo", seed: int = 0, overwrite: bool = False) -> None:
+    """The whole job on the built-in digits in about two minutes: teacher, paraphraser, student alone, student by FT.
+
+    Parameters
+    ----------
+    out
+        Run folder.
+    seed
+        Owns the student's initial weights.
+    overwrite
+        Delete the run that is there and start anew.
+    """
+    from factor_transfer.distillation import run_distillation
+    from factor_transfer.report import show
+
+    result = run_distillation(recipe("demo", out=out, seed=seed, overwrite=overwrite))
+    show(result.folder, result.summary)
+
+
+def recipe(name: str, **changed: Any) -> Config:
+    """The settings of a shipped recipe, with some changed."""
+    with resources.as_file(RECIPES / f"{name}.yaml") as path:
+        return Config(**read_yaml(str(path)), **changed)
+
+
+def main() -> None:
+    """Run the command line; exit code 2 for a mistake in what was given, 130 or 143 for an interruption."""
+    try:
+        app(exit_on_error=False)
+    except CycloptsError:
+        sys.exit(2)  # cyclopts has printed it
+    except FactorTransferError as error:
+        sys.exit(_told(f"error: {error}", 2))
+    except Interrupted as stopped:
+        sys.exit(_told(str(stopped), stopped.code))
+    except KeyboardInterrupt:
+        sys.exit(_told("stopped; the same command continues", 130))
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+def _told(text: str, code: int) -> int:
+    print(text, file=sys.stderr)  # noqa: T201 (the last word)
+    return code

@@ -1,0 +1,165 @@
+"""The whole job in one call: teacher, paraphraser, student, the student alone, export. `_work` has them in order."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from factor_transfer.config import FIELDS, Config, DataConfig, part_of
+from factor_transfer.console import say, silence
+from factor_transfer.data import open_data
+from factor_transfer.engine import Engine
+from factor_transfer.errors import ConfigError, RunError, near
+from factor_transfer.models import Network, load_network, load_weights
+from factor_transfer.runs import Run, environment, open_run, saved_config, saved_summary
+from factor_transfer.stages import Job, Modules
+from factor_transfer.train import evaluate
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What `distill` returns: the run folder, its summary, and the trained student in eval mode on the CPU."""
+
+    folder: Path
+    summary: dict[str, Any]
+    student: nn.Module
+
+
+def distill(teacher: str | nn.Module, student: str | nn.Module, data: str, **settings: Any) -> Distilled:
+    """Train `student` by Factor Transfer from `teacher` on the images in `data`.
+
+    The same call again continues an interrupted run, and returns the result of a finished one.
+
+    Args:
+        teacher: a timm name, or a module that takes normalised float images (B, 3, H, W) and gives logits (B, N).
+        student: likewise. Modules are copied; the ones given stay as they are.
+        data: `digits`, a folder of images, or a timm dataset name.
+        **settings: the fields of `factor_transfer.config.Config`: the command line's flags, underscored.
+
+    Returns:
+        The run folder, its `summary.json` as a dict, and the trained student.
+
+    Raises:
+        FactorTransferError: something that was given does not fit; the message says what to do.
+        Interrupted: SIGINT or SIGTERM came; the state is saved.
+
+    Example:
+        >>> result = distill("cifar_resnet56", "cifar_resnet20", "photos/", teacher_weights="t.safetensors", epochs=20)
+        ... # doctest: +SKIP
+        >>> result.summary["student"]["top1"]  # doctest: +SKIP
+    """
+    unknown = [name for name in settings if name not in FIELDS]
+    if unknown:
+        raise ConfigError(f"{unknown[0]}=", found="no such setting", valid=near(unknown[0], FIELDS) or FIELDS)
+    modules: Modules = {}
+    if isinstance(teacher, nn.Module):
+        modules, teacher = {**modules, "teacher": teacher}, type(teacher).__name__
+    if isinstance(student, nn.Module):
+        modules, student = {**modules, "student": student}, type(student).__name__
+    return run_distillation(Config(teacher=teacher, student=student, data=data, **settings), modules)
+
+
+def run_distillation(config: Config, modules: Modules | None = None) -> Distilled:
+    """`distill`, from settings; `modules` gives networks that are modules instead of names, by role."""
+    engine = Engine(config.device, config.precision, config.threads)
+    if not engine.main:
+        silence()
+    folder = Path(config.out or default_out(config))
+    with open_run(folder, config, environment(**engine.describe()), writes=engine.main) as run:
+        if run.summary is None:
+            _work(config, engine, run, modules or {})
+        else:
+            say(f"{folder} is finished; nothing was changed (--overwrite starts it anew)")
+    engine.accelerator.wait_for_everyone()
+    student = rebuild(folder, "student", (modules or {}).get("student"))
+    return Distilled(folder, saved_summary(folder), student.module.eval())
+
+
+def _work(config: Config, engine: Engine, run: Run, modules: Modules) -> None:
+    job = Job(config, engine, run, modules)
+    teacher = job.teacher()
+    pair = job.pair(teacher)
+    paraphraser = job.paraphraser(pair)
+    student = job.student(pair, paraphraser)
+    baseline = job.baseline() if config.baseline else None
+    job.finish(pair, student, baseline)
+
+
+def rebuild(folder: Path, role: str, module: nn.Module | None = None) -> Network:
+    """A network of a finished run (`teacher`, `student` or `baseline`), with its weights.
+
+    Args:
+        folder: the run.
+        role: which network.
+        module: the network itself, where it was given to `distill` as a module.
+
+    Raises:
+        RunError: the run is not finished, or has no such network.
+        ModelError: its weights are missing or do not fit.
+    """
+    config, summary = saved_config(folder), saved_summary(folder)
+    if role not in summary:
+        raise RunError(f"{folder}", found=f"no {role}", valid=[name for name in ROLES if name in summary])
+    side = "teacher" if role == "teacher" else "student"
+    own, there = vars(config), summary[role]
+    file = folder / f"{role}.safetensors"
+    network = load_network(
+        module if module is not None else own[side],
+        role=side,  # type: ignore[arg-type] # mypy does not narrow the conditional
+        num_classes=len(summary["data"]["classes"]),
+        img_size=summary["data"]["img_size"],
+        args=own[f"{side}_args"],
+        weights=None if file.exists() else own[f"{side}_weights"],
+        mean=tuple(there["mean"]),
+        std=tuple(there["std"]),
+    )
+    if file.exists():
+        load_weights(network.module, file, str(file))
+    return network
+
+
+ROLES = ("teacher", "baseline", "student")
+
+
+def evaluate_run(folder: Path, data: DataConfig | None = None, device: str = "auto") -> dict[str, dict[str, float]]:
+    """Top-1 (percent) and loss of every network of a finished run, in float32, by role.
+
+    Args:
+        folder: the run.
+        data: other images than the run's own; their classes must be the run's.
+        device: auto, cpu, cuda or mps.
+
+    Raises:
+        RunError: there is no finished run in `folder`.
+        DataError: the classes are not those of the run.
+    """
+    config, summary = saved_config(folder), saved_summary(folder)
+    shown = data or config
+    images = open_data(
+        DataConfig(**{**part_of(shown, DataConfig), "img_size": summary["data"]["img_size"]}),
+        default_size=lambda: int(summary["data"]["img_size"]),
+    )
+    if list(images.classes) != summary["data"]["classes"]:
+        raise ConfigError(
+            f"--data {images.name}",
+            found=f"classes {', '.join(images.classes[:8])}",
+            valid=f"those of the run: {', '.join(summary['data']['classes'][:8])}",
+        )
+    engine = Engine(device, config.precision, config.threads)
+    found = {}
+    for role in ROLES:
+        if role in summary:
+            network = rebuild(folder, role)
+            classifier = nn.Sequential(network.norm, network.module)
+            found[role] = evaluate(classifier, images.validation, engine, batch_size=config.batch_size, precise=True)
+    return found
+
+
+def default_out(config: Config) -> str:
+    """`runs/DATA-TEACHER-STUDENT-sSEED`, of characters that are safe in a path."""
+    parts = (Path(config.data).name or config.data, config.teacher, config.student, f"s{config.seed}")
+    return "runs/" + "-".join(re.sub(r"[^\w.]+", "_", part) for part in parts)

@@ -1,0 +1,61 @@
+"""The result for a person: what was gained, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from factor_transfer.console import say, table
+
+LABELS = {"teacher": "teacher", "baseline": "student alone", "student": "student by Factor Transfer"}
+
+
+def show(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Print a run's table and where its student lies."""
+    there = {role: summary[role] for role in LABELS if role in summary}
+    rows = [
+        (
+            f"{LABELS[role]} ({found['name']})",
+            f"{found['top1']:.2f}",
+            f"{found['parameters']:,}",
+            f"{found['size_bytes'] / 1e6:.2f}",
+            f"{found['latency_ms']:.2f}",
+        )
+        for role, found in there.items()
+    ]
+    header = ("", "top-1 %", "parameters", "MB", "ms / image")
+    images = summary["data"]["validation"]
+    table(f"{summary['data']['name']}: {images:,} validation images", header, rows)
+    for line in verdict(summary):
+        say(line)
+    seconds = "  ".join(f"{stage} {taken:.0f} s" for stage, taken in summary["seconds"].items())
+    say(f"trained in: {seconds}")
+    say(f"student: {folder / 'student.pt2'} (needs only torch), {folder / 'student.safetensors'}")
+    say(f"all of it: {folder / 'summary.json'}")
+
+
+def show_evaluation(folder: Path, found: Mapping[str, Mapping[str, float]]) -> None:
+    """Print what `evaluate` measured."""
+    rows = [(LABELS[role], f"{values['top1']:.2f}", f"{values['loss']:.4f}") for role, values in found.items()]
+    table(str(folder), ("", "top-1 %", "loss"), rows)
+
+
+def verdict(summary: Mapping[str, Any]) -> list[str]:
+    """What one run says, and no more.
+
+    >>> verdict({"teacher": {"top1": 90.0, "parameters": 30}, "student": {"top1": 89.0, "parameters": 10}})
+    ['The student has 1/3.0 of the teacher\\'s parameters and 1.00 points less top-1.']
+    """
+    teacher, student = summary["teacher"], summary["student"]
+    ratio = teacher["parameters"] / student["parameters"]
+    lines = [f"The student has 1/{ratio:.1f} of the teacher's parameters and {_than(student, teacher)} top-1."]
+    if "baseline" in summary:
+        against = _than(student, summary["baseline"])
+        lines.append(f"Factor Transfer gave it {against} than training alone did. One seed is no proof: try several.")
+    return lines
+
+
+def _than(one: Mapping[str, float], other: Mapping[str, float]) -> str:
+    difference = one["top1"] - other["top1"]
+    return f"{abs(difference):.2f} points {'more' if difference >= 0 else 'less'}"

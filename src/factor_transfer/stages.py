@@ -1,0 +1,364 @@
+"""The stages of a run, each a method of `Job`; `distill` calls them in order.
+
+Each is skipped where the run folder says that it is finished, and continued where it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from factor_transfer.config import Config, flag
+from factor_transfer.console import say, warn
+from factor_transfer.data import open_data
+from factor_transfer.engine import Engine
+from factor_transfer.errors import ModelError, TrainingError
+from factor_transfer.export import export_pt2, latency_ms
+from factor_transfer.features import Tapped, feature_shape, find_layer
+from factor_transfer.files import state_fingerprint, write_json
+from factor_transfer.method import Paraphraser, Translator, factor_channels, factor_loss_bound, portable_beta
+from factor_transfer.models import (
+    FrozenTeacher,
+    Network,
+    Role,
+    count_parameters,
+    load_network,
+    load_paraphraser,
+    load_weights,
+    own_size,
+    paraphraser_metadata,
+)
+from factor_transfer.runs import Run
+from factor_transfer.seeds import part_seed, seeded
+from factor_transfer.tasks import DistillationTask, FactorTransfer, Labels, ParaphraserTask, TeacherSide, Term
+from factor_transfer.train import Plan, Trainer, evaluate
+
+POOR_RECONSTRUCTION = 0.8
+"""A paraphraser whose error is more than this share of a mean predictor's has learned little."""
+
+NEAR_CHANCE = 0.1
+"""A teacher that covers less than this share of the way from chance to perfection teaches nothing."""
+
+EXPORT_IMAGES = 64
+"""Validation images on which an export is compared with the trained student."""
+
+Modules = Mapping[Role, nn.Module]
+
+
+@dataclass(frozen=True)
+class Side:
+    """A network, and where its feature map is read."""
+
+    role: Role
+    network: Network
+    layer: str
+    shape: tuple[int, int, int]  # (C, H, W)
+
+    def tapped(self) -> Tapped:
+        """The network with its feature map."""
+        return Tapped(self.network.module, self.layer, flag=f"--{self.role}-layer")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Teacher and student, and the size at which their maps meet."""
+
+    teacher: Side
+    student: Side
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the factor: the smaller of the two maps'."""
+        (_, *teacher), (_, *student) = self.teacher.shape, self.student.shape
+        return min(teacher[0], student[0]), min(teacher[1], student[1])
+
+
+class Job:
+    """One run: its data, machine and folder, and its stages.
+
+    Args:
+        config: all settings.
+        engine: device, processes and precision.
+        run: the open run folder.
+        modules: networks given as modules, by role.
+    """
+
+    def __init__(self, config: Config, engine: Engine, run: Run, modules: Modules) -> None:
+        self.config, self.engine, self.run, self.modules = config, engine, run, modules
+        self.data = open_data(config, default_size=lambda: own_size(modules.get("student", config.student)))
+        for note in self.data.notes:
+            say(f"data: {note}")
+        counts = f"{len(self.data.train):,} training and {len(self.data.validation):,} validation images"
+        size = self.data.img_size
+        say(f"data: {self.data.name}, {counts} of {size}x{size}, {len(self.data.classes)} classes")
+        run.pin("data", self.data.fingerprint, "--data holds other images, or shows them otherwise")
+
+    # -- stage 0: the teacher
+
+    def teacher(self) -> Side:
+        """The teacher, loaded, or trained or fine-tuned here; evaluated before anything else."""
+        config, run = self.config, self.run
+        side = self.load("teacher")
+        if config.teacher_epochs:
+            self._train_teacher(side)
+        elif side.network.new_head or not side.network.pretrained:
+            raise ModelError(
+                f"--teacher {config.teacher}",
+                found="a new head" if side.network.new_head else "no trained weights",
+                valid="a network that has been trained on these classes",
+                hint="give --teacher-weights FILE (or `pretrained`), or train it here with --teacher-epochs 20",
+            )
+        fingerprint = state_fingerprint(side.network.module.state_dict())
+        run.pin("teacher", fingerprint, "--teacher has other weights")
+        found = run.recorded("teacher")
+        if found is None or "top1" not in found:
+            found = run.record("teacher", {"seconds": 0.0, **(found or {}), **self._assess(side.network)})
+        say(
+            f"teacher: {side.network.name}, {found['top1']:.2f} % of the validation images right, "
+            f"{count_parameters(side.network.module):,} parameters"
+        )
+        self._check_teacher(found["top1"])
+        return side
+
+    def _train_teacher(self, side: Side) -> None:
+        config, network = self.config, side.network
+        if self.run.recorded("teacher") is not None:
+            self._fetch(network, "teacher")
+            return
+        lr = config.teacher_lr or (config.lr / 10 if network.pretrained else config.lr)
+        kind = "fine-tuning" if network.pretrained else "training"
+        say(f"teacher: {kind} for {config.teacher_epochs} passes, learning rate {lr:g}")
+        plan = Plan(stage="teacher", epochs=config.teacher_epochs, lr=lr, seed=config.data_seed)
+        self.run.record("teacher", {"seconds": self._train(side, [Labels()], None, plan)})
+
+    def _check_teacher(self, top1: float) -> None:
+        chance = 100 / len(self.data.classes)
+        if top1 > chance + NEAR_CHANCE * (100 - chance):
+            return
+        raise TrainingError(
+            f"--teacher {self.config.teacher}",
+            found=f"{top1:.2f} % of the validation images right, where chance is {chance:.2f} %",
+            valid="a teacher that knows these images",
+            hint="check its normalisation (--teacher-mean, --teacher-std), the order of the classes (--class-map) "
+            "and its weights (--teacher-weights); or train it here (--teacher-epochs)",
+        )
+
+    def pair(self, teacher: Side) -> Pair:
+        """The student beside its teacher, and the shapes that meet."""
+        pair = Pair(teacher, self.load("student"))
+        self.run.pin(
+            "student", state_fingerprint(pair.student.network.module.state_dict()), "--student has other first weights"
+        )
+        for side in (pair.teacher, pair.student):
+            channels, *size = side.shape
+            pooled = "" if tuple(size) == pair.size else f", pooled to {pair.size[0]}x{pair.size[1]}"
+            feature = f"{channels} channels of {size[0]}x{size[1]}{pooled}"
+            say(f"{side.role}: {side.network.name}, layer {side.layer}, {feature}")
+        return pair
+
+    # -- stage 1: the paraphraser
+
+    def paraphraser(self, pair: Pair) -> Paraphraser:
+        """The trained paraphraser, given or trained here without labels; its error is measured either way."""
+        config, run = self.config, self.run
+        found = run.recorded("paraphraser")
+        file = str(run.path("paraphraser.safetensors")) if found else config.paraphraser
+        channels = pair.teacher.shape[0]
+        if file is None:
+            with seeded(part_seed(config.data_seed, "paraphraser")):
+                paraphraser = Paraphraser(channels, factor_channels(channels, config.k), config.factor_batch_norm)
+        else:
+            paraphraser = load_paraphraser(file, channels=channels, k=config.k)
+        if config.paraphraser is not None and found is None:
+            run.pin("paraphraser", state_fingerprint(paraphraser.state_dict()), "--paraphraser holds other weights")
+        if found is None:
+            teacher = self._teacher_side(pair)
+            seconds = self._train_paraphraser(paraphraser, teacher) if file is None else 0.0
+            error = self._relative_error(paraphraser, teacher)
+            run.save_weights("paraphraser", paraphraser.state_dict(), paraphraser_metadata(paraphraser))
+            found = run.record("paraphraser", {"relative_error": error, "seconds": seconds})
+        say(f"paraphraser: its reconstruction error is {found['relative_error']:.3f} of a mean predictor's")
+        if found["relative_error"] > POOR_RECONSTRUCTION:
+            warn("the paraphraser learned little: try more --paraphraser-epochs, another --paraphraser-lr or more --k")
+        return paraphraser
+
+    def _train_paraphraser(self, paraphraser: Paraphraser, teacher: nn.Module) -> float:
+        config = self.config
+        plan = Plan(
+            stage="paraphraser",
+            epochs=config.paraphraser_epochs,
+            lr=config.paraphraser_lr,
+            seed=config.data_seed,
+            constant=True,
+        )
+        task = ParaphraserTask(paraphraser, teacher, config.reconstruction)
+        return Trainer(task, plan, self.data.train, self.engine, config, self.run).fit().seconds
+
+    @torch.no_grad()
+    def _relative_error(self, paraphraser: Paraphraser, teacher: nn.Module) -> float:
+        """Mean absolute reconstruction error on validation images over that of the mean feature map.
+
+        Two passes, so that no set of feature maps has to fit into memory.
+        """
+        self.engine.place(paraphraser).eval()
+        count = len(self.data.validation)
+
+        def features() -> Any:
+            chunks = np.array_split(np.arange(count), -(-count // self.config.batch_size))
+            for batch in self.data.validation.batches(chunks, view=None):
+                with self.engine.autocast():
+                    feature = teacher(batch.image.to(self.engine.device))["feature"]
+                yield feature.float()
+
+        mean = torch.stack([feature.sum(0) for feature in features()]).sum(0) / count
+        error = spread = 0.0
+        for feature in features():
+            error += float((paraphraser(feature) - feature).abs().sum())
+            spread += float((feature - mean).abs().sum())
+        return error / max(spread, 1e-12)
+
+    # -- stages 2 and 3: the student, and the student alone
+
+    def student(self, pair: Pair, paraphraser: Paraphraser) -> Side:
+        """The student, by Factor Transfer."""
+        config = self.config
+        elements = paraphraser.factor_channels * pair.size[0] * pair.size[1]
+        beta = portable_beta(elements, config.p) if config.beta == "auto" else config.beta
+        bound = beta * factor_loss_bound(elements, config.p)
+        say(
+            f"factor: {paraphraser.factor_channels} channels of {pair.size[0]}x{pair.size[1]} ({elements} elements); "
+            f"beta {beta:g}, so its term is at most {bound:.3g}"
+        )
+        with seeded(part_seed(config.seed, "translator")):
+            translator = Translator(pair.student.shape[0], paraphraser.factor_channels, config.factor_batch_norm)
+        terms = [Labels(), FactorTransfer(translator, beta, config.p)]
+        found = {"beta": beta, "bound": bound, "elements": elements, "factor_channels": paraphraser.factor_channels}
+        return self._student("student", pair.student, terms, self._teacher_side(pair, paraphraser), found)
+
+    def baseline(self) -> Side:
+        """The same student alone: same initial weights, order, views and schedule, labels only."""
+        return self._student("baseline", self.load("student"), [Labels()], None, {})
+
+    def _student(
+        self,
+        stage: Literal["student", "baseline"],
+        side: Side,
+        terms: Sequence[Term],
+        teacher: nn.Module | None,
+        found: dict[str, Any],
+    ) -> Side:
+        """Train and evaluate one student, or fetch it from the run folder."""
+        if self.run.recorded(stage) is not None:
+            self._fetch(side.network, stage)
+            return side
+        plan = Plan(stage=stage, epochs=self.config.epochs, lr=self.config.lr, seed=self.config.seed)
+        seconds = self._train(side, terms, teacher, plan)
+        self.run.record(stage, {**self._assess(side.network), "seconds": seconds, **found})
+        return side
+
+    # -- stage 4: the result
+
+    def finish(self, pair: Pair, student: Side, baseline: Side | None) -> None:
+        """Prove that the teacher is unchanged, export the student, measure, and write the summary."""
+        self.run.pin(
+            "teacher",
+            state_fingerprint(pair.teacher.network.module.state_dict()),
+            "the teacher's weights or buffers changed during the run: its own code trains, or updates statistics",
+        )
+        sides: dict[str, Side | None] = {"teacher": pair.teacher, "baseline": baseline, "student": student}
+        there = {role: side for role, side in sides.items() if side is not None}
+        latencies = latency_ms([side.network.module for side in there.values()], self.data.img_size)
+        summary: dict[str, Any] = {
+            role: self._described(role, side) | {"latency_ms": latency}
+            for (role, side), latency in zip(there.items(), latencies, strict=True)
+        }
+        summary |= {
+            "paraphraser": self.run.recorded("paraphraser"),
+            "seconds": {stage: found["seconds"] for stage, found in self.run.all_recorded().items()},
+            "data": {
+                "name": self.data.name,
+                "train": len(self.data.train),
+                "validation": len(self.data.validation),
+                "img_size": self.data.img_size,
+                "classes": list(self.data.classes),
+            },
+            "fingerprints": self.run.pins(),
+            "settings": self.config.to_dict(),
+            "environment": self.run.environment(),
+        }
+        if self.run.writes:
+            summary["student"]["pt2_difference"] = self._export(student.network)
+            write_json(self.run.path("summary.json"), summary)
+
+    def _export(self, network: Network) -> float:
+        chunk = np.arange(min(EXPORT_IMAGES, len(self.data.validation)))
+        (batch,) = self.data.validation.batches([chunk], view=None)
+        return export_pt2(network.module, network.norm(batch.image), self.run.path("student.pt2"))
+
+    def _described(self, role: str, side: Side) -> dict[str, Any]:
+        network = side.network
+        found = {name: value for name, value in (self.run.recorded(role) or {}).items() if name != "seconds"}
+        tensors = network.module.state_dict().values()
+        return {
+            "name": network.name,
+            **found,
+            "parameters": count_parameters(network.module),
+            "size_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+            "layer": side.layer,
+            "mean": list(network.mean),
+            "std": list(network.std),
+            "model_args": dict(network.model_args),
+        }
+
+    # -- what stages share
+
+    def load(self, role: Role) -> Side:
+        """A network by its settings, tapped. --data-seed owns the teacher's fresh weights, --seed the student's."""
+        config, own = self.config, vars(self.config)
+        network = load_network(
+            self.modules.get(role, own[role]),
+            role=role,
+            num_classes=len(self.data.classes),
+            img_size=self.data.img_size,
+            args=own[f"{role}_args"],
+            weights=own[f"{role}_weights"],
+            seed=config.data_seed if role == "teacher" else config.seed,
+            mean=config.teacher_mean if role == "teacher" else None,
+            std=config.teacher_std if role == "teacher" else None,
+        )
+        for note in network.notes:
+            say(f"{role}: {note}")
+        example = torch.zeros(2, 3, self.data.img_size, self.data.img_size)
+        layer = own[f"{role}_layer"] or find_layer(network.module, example)
+        tapped = Tapped(network.module, layer, flag=flag(f"{role}_layer"))
+        return Side(role, network, layer, feature_shape(tapped, example))
+
+    def _train(self, side: Side, terms: Sequence[Term], teacher: nn.Module | None, plan: Plan) -> float:
+        """Train a network on its terms and save it under the stage's name; returns the seconds of training."""
+        network = side.network
+        task = DistillationTask(side.tapped(), network.norm, terms, teacher)
+        trainer = Trainer(task, plan, self.data.train, self.engine, self.config, self.run, self.data.validation)
+        seconds = trainer.fit().seconds
+        network.module.load_state_dict(task.trained().student.module.state_dict())
+        self.run.save_weights(plan.stage, network.module.state_dict(), {"format": "pt"})
+        return seconds
+
+    def _fetch(self, network: Network, stage: str) -> None:
+        """Load what `_train` saved."""
+        path = self.run.path(f"{stage}.safetensors")
+        load_weights(network.module, path, str(path))
+
+    def _assess(self, network: Network) -> dict[str, float]:
+        """Top-1 and loss on the validation images, in float32: that is what is shipped."""
+        classifier = nn.Sequential(network.norm, network.module)
+        return evaluate(classifier, self.data.validation, self.engine, batch_size=self.config.batch_size, precise=True)
+
+    def _teacher_side(self, pair: Pair, paraphraser: Paraphraser | None = None) -> nn.Module:
+        norm = pair.teacher.network.norm
+        side = TeacherSide(pair.teacher.tapped(), norm, pair.size, paraphraser)
+        return self.engine.place(FrozenTeacher(side))
