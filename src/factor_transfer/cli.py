@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from importlib import resources
@@ -148,6 +149,12 @@ def main() -> None:
         sys.exit(_told(f"error: {error}", 2))
     except Interrupted as stopped:
         sys.exit(_told(str(stopped), stopped.code))
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        hint = "make room or mend the permissions; the same command continues"
+        sys.exit(_told(f"error: {error.strerror}{where}\n  next:  {hint}", 2))
     except KeyboardInterrupt:
         sys.exit(_told("stopped; the same command continues", 130))
     except BrokenPipeError:

@@ -163,7 +163,7 @@ class Config(DataConfig):
     sched: Annotated[str, _in("Training")] = "cosine"
     """timm's schedule name: cosine, multistep, step, constant, ..."""
     sched_on_updates: Annotated[bool, _in("Training")] = True
-    """Step the schedule with every update, not with every pass."""
+    """Step the schedule with every update, not with every pass. (step and multistep always go by passes.)"""
     warmup_epochs: Annotated[int, _in("Training")] = 0
     """Passes of linear warm-up."""
     warmup_lr: Annotated[float, _in("Training")] = 1e-5

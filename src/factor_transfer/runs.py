@@ -19,7 +19,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -183,18 +183,19 @@ def open_run(folder: Path, config: Config, environment: Mapping[str, Any], *, wr
     if not writes:
         yield run
         return
-    _check_folder(folder, overwrite=config.overwrite)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / "lock"):
+    with ExitStack() as stack:
+        try:
+            _check_folder(folder, overwrite=config.overwrite)
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder / "lock"))
             if config.overwrite:
                 _empty(folder)
             _continue_or_begin(run, config, environment)
-            yield run
-    except PermissionError as error:
-        raise RunError(
-            f"--out {folder}", found="not writable", valid="a folder you may write", hint="give another --out"
-        ) from error
+        except OSError as error:
+            found = f"{error.strerror or error}: {error.filename or folder}"
+            valid = "a folder that can be written to"
+            raise RunError(f"--out {folder}", found=found, valid=valid, hint="give another --out") from error
+        yield run
 
 
 def saved_config(folder: Path) -> Config:

@@ -30,6 +30,9 @@ from factor_transfer.runs import Run
 from factor_transfer.seeds import part_seed
 from factor_transfer.views import permutation
 
+BY_PASSES = ("multistep", "step")
+"""Schedules that always go by passes: by updates, timm would drop one pass later for the same milestone."""
+
 SCHEDULES = ("cosine", "multistep", "step", "constant", "poly", "tanh", "wsd", "rsqrt")
 
 
@@ -288,7 +291,7 @@ def optimizer_and_schedule(
             min_lr=config.min_lr,
             warmup_lr=config.warmup_lr,
             warmup_epochs=0 if plan.constant else config.warmup_epochs,
-            step_on_epochs=not config.sched_on_updates,
+            step_on_epochs=not config.sched_on_updates or config.sched in BY_PASSES,
             updates_per_epoch=steps,
         )
     except (ValueError, AssertionError) as error:

@@ -1,0 +1,168 @@
+"""The run folder: whole files, one owner, honest continuation."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from factor_transfer.config import FIELDS, Config
+from factor_transfer.errors import RunError
+from factor_transfer.files import locked, read_json, state_fingerprint, write_atomic
+from factor_transfer.runs import Run, environment, open_run, saved_config, saved_summary
+
+
+def config(**changed: Any) -> Config:
+    return Config(**{"teacher": "cifar_resnet56", "student": "cifar_resnet20", "data": "digits", **changed})
+
+
+def begin(folder: Path, **changed: Any) -> None:
+    with open_run(folder, config(**changed), environment()):
+        pass
+
+
+def test_open_run__keeps_every_setting(tmp_path: Path) -> None:
+    changed = {"teacher_mean": (0.1, 0.2, 0.3), "student_args": {"layers": [3, 3, 3]}, "beta": 7.0, "epochs": 3}
+    begin(tmp_path / "run", **changed)
+    assert saved_config(tmp_path / "run") == config(**changed)
+    assert set(read_json(tmp_path / "run" / "config.json")) == set(FIELDS)
+
+
+def test_open_run__refuses_other_settings_and_names_them(tmp_path: Path) -> None:
+    begin(tmp_path / "run", epochs=3, beta="auto")
+    with pytest.raises(RunError, match="(?s)--epochs 3 there, 4 here.*--overwrite"):
+        begin(tmp_path / "run", epochs=4, beta="auto")
+    begin(tmp_path / "run", epochs=3, workers=7, checkpoint_minutes=1.0)  # these change no result
+
+
+def test_open_run__overwrite_begins_anew(tmp_path: Path) -> None:
+    begin(tmp_path / "run", epochs=3)
+    (tmp_path / "run" / "stages").mkdir()
+    (tmp_path / "run" / "stages" / "teacher.json").write_text("{}")
+    begin(tmp_path / "run", epochs=4, overwrite=True)
+    assert saved_config(tmp_path / "run").epochs == 4
+    assert not (tmp_path / "run" / "stages").exists()
+
+
+def test_open_run__leaves_a_foreign_folder_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("dear")
+    for overwrite in (False, True):
+        with pytest.raises(RunError, match="(?s)no run of this program: thesis.tex"):
+            begin(tmp_path, overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(RunError, match="a file"):
+        begin(tmp_path / "thesis.tex")
+
+
+def hold(folder: Path, ready: Any, done: Any) -> None:
+    with open_run(folder, config(), environment()):
+        ready.set()
+        done.wait(60)
+
+
+def test_open_run__one_process_at_a_time(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(tmp_path / "run", ready, done))
+    other.start()
+    assert ready.wait(60)
+    with pytest.raises(RunError, match=f"in use by process {other.pid}"):
+        begin(tmp_path / "run")
+    other.kill()  # the lock goes with its process
+    other.join()
+    begin(tmp_path / "run")
+
+
+def test_run__checkpoints_two_are_kept_and_a_damaged_one_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(tmp_path)
+    for epoch in range(1, 4):
+        run.save_checkpoint("student", epoch, 0, {"epoch": epoch})
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"student-00000{e}-00000000.{kind}" for e in (2, 3) for kind in ("pt", "sha256")]
+    assert run.load_checkpoint("student") == {"epoch": 3}
+    newest = tmp_path / "checkpoints" / "student-000003-00000000.pt"
+    whole = newest.read_bytes()
+    for damaged in (whole[:10], whole[: len(whole) // 2], whole[:-1], b"", whole[:200] + b"\xff" + whole[201:]):
+        newest.write_bytes(damaged)
+        assert run.load_checkpoint("student") == {"epoch": 2}
+        assert "student-000003" in capsys.readouterr().err
+    assert run.load_checkpoint("baseline") is None
+
+
+def test_run__checkpoint_keeps_strides(tmp_path: Path) -> None:
+    """Fused optimizers on channels-last weights read garbage from a momentum that came back contiguous."""
+    momentum = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    Run(tmp_path).save_checkpoint("student", 1, 0, {"momentum": momentum})
+    state = Run(tmp_path).load_checkpoint("student")
+    assert state is not None
+    assert state["momentum"].stride() == momentum.stride()
+
+
+def test_run__pins_hold_what_it_began_with(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.pin("teacher", "aa", "--teacher has other weights")
+    run.pin("teacher", "aa", "--teacher has other weights")
+    with pytest.raises(RunError, match="(?s)--teacher has other weights than when.*bb.*aa"):
+        run.pin("teacher", "bb", "--teacher has other weights")
+
+
+def test_run__metrics_survive_a_cut_line_and_are_not_doubled(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for epoch in (1, 2, 3):
+        run.log("student", epoch, {"loss": 1 / epoch})
+    with run.path("metrics.jsonl").open("a") as file:
+        file.write('{"stage": "student", "ep')
+    run.trim_metrics("student", 2)
+    run.log("student", 3, {"loss": 9.0})
+    rows = [json.loads(line) for line in run.path("metrics.jsonl").read_text().splitlines()]
+    assert [(row["epoch"], row["loss"]) for row in rows] == [(1, 1.0), (2, 0.5), (3, 9.0)]
+
+
+def test_write_atomic__leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, "old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_state_fingerprint__sees_values_and_not_layout() -> None:
+    weight = torch.randn(2, 3, 4, 4)
+    one = state_fingerprint({"a": weight})
+    assert one == state_fingerprint({"a": weight.to(memory_format=torch.channels_last)})
+    assert one != state_fingerprint({"b": weight})
+    assert one != state_fingerprint({"a": weight.nextafter(torch.tensor(9.0))})
+    assert one != state_fingerprint({"a": weight.reshape(3, 2, 4, 4)})
+
+
+def test_saved_summary__says_that_a_run_is_not_finished(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no run"):
+        saved_config(tmp_path)
+    begin(tmp_path / "run")
+    with pytest.raises(RunError, match="(?s)not finished.*it continues"):
+        saved_summary(tmp_path / "run")
+
+
+def test_locked__lets_go_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), locked(tmp_path / "lock"):
+        raise ZeroDivisionError
+    with locked(tmp_path / "lock"):
+        pass
+
+
+def test_read_json__names_a_damaged_file(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(RunError, match=r"x\.json"):
+        read_json(tmp_path / "x.json")

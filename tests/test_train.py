@@ -1,0 +1,205 @@
+"""The one loop: the authors' learning rates, images counted once, and a stop that loses nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from factor_transfer.config import Config, DataConfig
+from factor_transfer.data import Dataset, open_data
+from factor_transfer.engine import Engine, stop_signals
+from factor_transfer.errors import ConfigError, Interrupted, TrainingError
+from factor_transfer.features import Tapped
+from factor_transfer.models import load_network
+from factor_transfer.runs import Run
+from factor_transfer.seeds import part_seed, seeded
+from factor_transfer.tasks import DistillationTask, Labels
+from factor_transfer.train import Plan, Trainer, evaluate, optimizer_and_schedule
+
+
+def config(**changed: Any) -> Config:
+    return Config(**{"teacher": "", "student": "", "data": "digits", "device": "cpu", **changed})
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine("cpu", "fp32")
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return open_data(DataConfig(data="digits"), default_size=lambda: 8)
+
+
+def rates(epochs: int, steps: int, **changed: Any) -> list[float]:
+    """The learning rate of each pass's first step, as the trainer drives the schedule."""
+    plan = Plan(stage="student", epochs=epochs, lr=0.1, seed=0)
+    optimizer, scheduler = optimizer_and_schedule(nn.Linear(2, 2), plan, config(**changed), steps)
+    found = []
+    for epoch in range(epochs):
+        found.append(optimizer.param_groups[0]["lr"])
+        for step in range(steps):
+            scheduler.step_update(epoch * steps + step + 1)
+        scheduler.step(epoch + 1)
+    return found
+
+
+@pytest.mark.parametrize("on_updates", [False, True])
+def test_schedule__drops_after_82_and_123_passes_as_the_authors(on_updates: bool) -> None:
+    found = rates(164, 3, sched="multistep", decay_milestones=(83, 124), sched_on_updates=on_updates)
+    wanted = [0.1] * 82 + [0.01] * 41 + [0.001] * 41
+    assert found == pytest.approx(wanted)
+
+
+def test_schedule__cosine_falls_to_its_floor_and_warm_up_rises() -> None:
+    found = rates(10, 5, sched="cosine", warmup_epochs=2, warmup_lr=0.001, min_lr=0.01)
+    assert found[0] == pytest.approx(0.001)
+    assert found[2] == pytest.approx(max(found), rel=0.1)
+    assert found[2:] == sorted(found[2:], reverse=True)
+    assert found[-1] < 0.02
+
+
+def test_optimizer__is_the_authors_plain_momentum_with_decay_on_everything() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    plan = Plan(stage="student", epochs=1, lr=0.1, seed=0)
+    optimizer, _ = optimizer_and_schedule(module, plan, config(), 1)
+    (group,) = optimizer.param_groups
+    assert len(group["params"]) == 4
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, False, 5e-4)
+
+
+def test_optimizer__names_what_timm_does_not_know() -> None:
+    plan = Plan(stage="student", epochs=1, lr=0.1, seed=0)
+    with pytest.raises(ConfigError, match="(?s)--opt momentun.*momentum"):
+        optimizer_and_schedule(nn.Linear(2, 2), plan, config(opt="momentun"), 1)
+    with pytest.raises(ConfigError, match="(?s)--sched cosin.*cosine"):
+        optimizer_and_schedule(nn.Linear(2, 2), plan, config(sched="cosin"), 1)
+
+
+@pytest.mark.parametrize("batch_size", [1000, 128, 7])
+def test_evaluate__counts_each_image_once(digits: Dataset, engine: Engine, batch_size: int) -> None:
+    weight = torch.randn(10, 192, generator=torch.Generator().manual_seed(0)) / 100
+
+    class Linear(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.float().flatten(1) @ weight.T
+
+    found = evaluate(Linear(), digits.validation, engine, batch_size=batch_size)
+    (batch,) = digits.validation.batches([np.arange(len(digits.validation))], view=None)
+    logits = Linear()(batch.image)
+    assert found["top1"] == pytest.approx(100 * (logits.argmax(1) == batch.label).float().mean().item(), abs=1e-4)
+    assert found["loss"] == pytest.approx(nn.functional.cross_entropy(logits, batch.label).item(), rel=1e-5)
+
+
+def trainer(data: Dataset, engine: Engine, folder: Path, epochs: int = 2, **changed: Any) -> Trainer:
+    settings = config(batch_size=100, **changed)
+    network = load_network(
+        "cifar_resnet20",
+        role="student",
+        num_classes=10,
+        img_size=8,
+        args={"layers": (1, 1, 1), "channels": (4, 4, 8), "drop_rate": 0.2},
+    )
+    task = DistillationTask(Tapped(network.module, "layer3"), network.norm, [Labels()])
+    plan = Plan(stage="student", epochs=epochs, lr=settings.lr, seed=0)
+    folder.mkdir(exist_ok=True)
+    return Trainer(task, plan, data.train, engine, settings, Run(folder), data.validation)
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.task.trained().state_dict().items()}
+
+
+@pytest.mark.parametrize("changed", [{}, {"model_ema": True}, {"opt": "adamw", "lr": 0.01}, {"clip_grad": 0.1}])
+def test_trainer__resumes_to_the_same_bits_wherever_it_is_stopped(
+    digits: Dataset, engine: Engine, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    """With dropout: the noise inside layers is addressed by step, too."""
+    straight = trainer(digits, engine, tmp_path / "a", **changed)
+    straight.fit()
+    stops = [3, 13, 14]  # steps counted over both passes of 13
+
+    class Stop(Exception):
+        pass
+
+    for stop in stops:
+        cut = trainer(digits, engine, tmp_path / "b", checkpoint_minutes=1e-9, **changed)
+        step = cut._step
+
+        def until(batch: Any, size: int, step: Any = step, cut: Trainer = cut, stop: int = stop) -> dict[str, float]:
+            if cut.progress.epoch * 13 + cut.progress.step == stop:
+                raise Stop
+            return step(batch, size)  # type: ignore[no-any-return]
+
+        cut._step = until  # type: ignore[method-assign]
+        torch.manual_seed(stop)  # whatever others drew in between
+        with pytest.raises(Stop):
+            cut.fit()
+    last = trainer(digits, engine, tmp_path / "b", **changed)
+    assert (last.progress.epoch, last.progress.step) == (1, 1)
+    last.fit()
+    for name, value in weights(straight).items():
+        assert torch.equal(value, weights(last)[name]), name
+    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in Run(tmp_path / n).metrics()] for n in "ab"]
+    assert rows[0] == rows[1]
+    assert [row["epoch"] for row in rows[0]] == [1, 2]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_trainer__a_signal_ends_the_step_saves_and_leaves(
+    digits: Dataset, engine: Engine, tmp_path: Path, signum: signal.Signals
+) -> None:
+    cut = trainer(digits, engine, tmp_path)
+    step = cut._step
+
+    def interrupted(batch: Any, size: int) -> dict[str, float]:
+        if cut.progress.step == 4:
+            os.kill(os.getpid(), signum)
+        return step(batch, size)
+
+    cut._step = interrupted  # type: ignore[method-assign]
+    with pytest.raises(Interrupted) as stopped:
+        cut.fit()
+    assert stopped.value.code == 128 + signum
+    assert trainer(digits, engine, tmp_path).progress.step == 5
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_stop_signals__a_second_one_acts_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt), stop_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signum == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_trainer__a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
+    digits: Dataset, engine: Engine, tmp_path: Path
+) -> None:
+    good = trainer(digits, engine, tmp_path, epochs=1)
+    good.fit()
+    bad = trainer(digits, engine, tmp_path, epochs=3)
+    with torch.no_grad():
+        next(bad.module.parameters()).fill_(float("nan"))
+    with pytest.raises(TrainingError, match="(?s)not finite in pass 2, step 1.*--lr"):
+        bad.fit()
+    again = trainer(digits, engine, tmp_path, epochs=3)
+    assert again.progress.epoch == 1
+    for name, value in weights(good).items():
+        assert torch.equal(value, weights(again)[name]), name
+
+
+def test_seeds__are_addressed_and_give_the_state_back() -> None:
+    assert part_seed(0, "a", 1) != part_seed(0, "a1") != part_seed(0, "a", "1")
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    with seeded(1):
+        torch.rand(100)
+    assert torch.equal(torch.rand(3), wanted)
