@@ -52,10 +52,16 @@ def factor_transfer() -> Command:
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """A folder of 16x16 PNG files in train/ and validation/, in three classes that differ in colour."""
-    return image_folder(tmp_path / "images")
+    return make_images(tmp_path / "images")
 
 
-def image_folder(folder: Path, *, classes: int = 3, train: int = 12, validation: int = 6, side: int = 16) -> Path:
+@pytest.fixture(scope="session")
+def image_folder() -> Callable[..., Path]:
+    """Makes such folders."""
+    return make_images
+
+
+def make_images(folder: Path, *, classes: int = 3, train: int = 12, validation: int = 6, side: int = 16) -> Path:
     """Write noisy images whose class shows in their colour."""
     random = np.random.default_rng(0)
     for split, count in (("train", train), ("validation", validation)):

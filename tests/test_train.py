@@ -126,7 +126,7 @@ def test_trainer__resumes_to_the_same_bits_wherever_it_is_stopped(
     straight.fit()
     stops = [3, 13, 14]  # steps counted over both passes of 13
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     for stop in stops:
@@ -135,12 +135,12 @@ def test_trainer__resumes_to_the_same_bits_wherever_it_is_stopped(
 
         def until(batch: Any, size: int, step: Any = step, cut: Trainer = cut, stop: int = stop) -> dict[str, float]:
             if cut.progress.epoch * 13 + cut.progress.step == stop:
-                raise Stop
+                raise StopError
             return step(batch, size)  # type: ignore[no-any-return]
 
         cut._step = until  # type: ignore[method-assign]
         torch.manual_seed(stop)  # whatever others drew in between
-        with pytest.raises(Stop):
+        with pytest.raises(StopError):
             cut.fit()
     last = trainer(digits, engine, tmp_path / "b", **changed)
     assert (last.progress.epoch, last.progress.step) == (1, 1)

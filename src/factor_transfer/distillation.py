@@ -81,8 +81,8 @@ def run_distillation(config: Config, modules: Modules | None = None) -> Distille
 
 def _work(config: Config, engine: Engine, run: Run, modules: Modules) -> None:
     job = Job(config, engine, run, modules)
-    teacher = job.teacher()
-    pair = job.pair(teacher)
+    pair = job.pair()
+    job.teacher(pair.teacher)
     paraphraser = job.paraphraser(pair)
     student = job.student(pair, paraphraser)
     baseline = job.baseline() if config.baseline else None

@@ -98,12 +98,24 @@ class Job:
         say(f"data: {self.data.name}, {counts} of {size}x{size}, {len(self.data.classes)} classes")
         run.pin("data", self.data.fingerprint, "--data holds other images, or shows them otherwise")
 
-    # -- stage 0: the teacher
+    # -- stage 0: both networks, and the teacher
 
-    def teacher(self) -> Side:
-        """The teacher, loaded, or trained or fine-tuned here; evaluated before anything else."""
+    def pair(self) -> Pair:
+        """Both networks, and the shapes that meet; what does not fit is found before any hours are spent."""
+        pair = Pair(self.load("teacher"), self.load("student"))
+        first = state_fingerprint(pair.student.network.module.state_dict())
+        self.run.pin("student", first, "--student has other first weights")
+        for side in (pair.teacher, pair.student):
+            channels, *size = side.shape
+            pooled = "" if tuple(size) == pair.size else f", pooled to {pair.size[0]}x{pair.size[1]}"
+            feature = f"{channels} channels of {size[0]}x{size[1]}{pooled}"
+            say(f"{side.role}: {side.network.name}, layer {side.layer}, {feature}")
+        self._paraphraser(pair, self.config.paraphraser)
+        return pair
+
+    def teacher(self, side: Side) -> None:
+        """The teacher, as loaded, or trained or fine-tuned here; evaluated before anything else."""
         config, run = self.config, self.run
-        side = self.load("teacher")
         if config.teacher_epochs:
             self._train_teacher(side)
         elif side.network.new_head or not side.network.pretrained:
@@ -123,7 +135,6 @@ class Job:
             f"{count_parameters(side.network.module):,} parameters"
         )
         self._check_teacher(found["top1"])
-        return side
 
     def _train_teacher(self, side: Side) -> None:
         config, network = self.config, side.network
@@ -148,19 +159,6 @@ class Job:
             "and its weights (--teacher-weights); or train it here (--teacher-epochs)",
         )
 
-    def pair(self, teacher: Side) -> Pair:
-        """The student beside its teacher, and the shapes that meet."""
-        pair = Pair(teacher, self.load("student"))
-        self.run.pin(
-            "student", state_fingerprint(pair.student.network.module.state_dict()), "--student has other first weights"
-        )
-        for side in (pair.teacher, pair.student):
-            channels, *size = side.shape
-            pooled = "" if tuple(size) == pair.size else f", pooled to {pair.size[0]}x{pair.size[1]}"
-            feature = f"{channels} channels of {size[0]}x{size[1]}{pooled}"
-            say(f"{side.role}: {side.network.name}, layer {side.layer}, {feature}")
-        return pair
-
     # -- stage 1: the paraphraser
 
     def paraphraser(self, pair: Pair) -> Paraphraser:
@@ -168,12 +166,7 @@ class Job:
         config, run = self.config, self.run
         found = run.recorded("paraphraser")
         file = str(run.path("paraphraser.safetensors")) if found else config.paraphraser
-        channels = pair.teacher.shape[0]
-        if file is None:
-            with seeded(part_seed(config.data_seed, "paraphraser")):
-                paraphraser = Paraphraser(channels, factor_channels(channels, config.k), config.factor_batch_norm)
-        else:
-            paraphraser = load_paraphraser(file, channels=channels, k=config.k)
+        paraphraser = self._paraphraser(pair, file)
         if config.paraphraser is not None and found is None:
             run.pin("paraphraser", state_fingerprint(paraphraser.state_dict()), "--paraphraser holds other weights")
         if found is None:
@@ -186,6 +179,14 @@ class Job:
         if found["relative_error"] > POOR_RECONSTRUCTION:
             warn("the paraphraser learned little: try more --paraphraser-epochs, another --paraphraser-lr or more --k")
         return paraphraser
+
+    def _paraphraser(self, pair: Pair, file: str | None) -> Paraphraser:
+        """From a file, or with fresh weights, which belong to --data-seed."""
+        channels, config = pair.teacher.shape[0], self.config
+        if file is not None:
+            return load_paraphraser(file, channels=channels, k=config.k)
+        with seeded(part_seed(config.data_seed, "paraphraser")):
+            return Paraphraser(channels, factor_channels(channels, config.k), config.factor_batch_norm)
 
     def _train_paraphraser(self, paraphraser: Paraphraser, teacher: nn.Module) -> float:
         config = self.config

@@ -1,0 +1,302 @@
+"""The whole job, through the real command and through the call, on the built-in digits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from factor_transfer import distill
+from factor_transfer.config import Config
+from factor_transfer.distillation import default_out, evaluate_run, rebuild
+from factor_transfer.errors import ConfigError, Interrupted, ModelError, RunError, TrainingError
+from factor_transfer.files import sha256_file, state_fingerprint
+from factor_transfer.runs import Run
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+TEACHER: dict[str, Any] = {"layers": (1, 1, 1), "channels": (8, 16, 32)}
+STUDENT: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 8, 16)}
+JOB: dict[str, Any] = {
+    "teacher_args": TEACHER, "student_args": STUDENT, "teacher_epochs": 4, "paraphraser_epochs": 2, "epochs": 3,
+    "batch_size": 64, "lr": 0.05, "threads": 1, "device": "cpu", "baseline": True,
+}  # fmt: skip
+FLAGS = [
+    "--data", "digits", "--teacher", "cifar_resnet20", "--student", "cifar_resnet20_b",
+    "--teacher-args", "layers=(1,1,1)", "channels=(8,16,32)", "--student-args", "layers=(1,1,1) channels=(4,8,16)",
+    "--teacher-epochs", "4", "--paraphraser-epochs", "2", "--epochs", "3", "--batch-size", "64", "--lr", "0.05",
+    "--threads", "1", "--device", "cpu", "--baseline",
+]  # fmt: skip
+
+
+def job(out: Path, **changed: Any) -> Any:
+    return distill("cifar_resnet20", "cifar_resnet20_b", "digits", **{**JOB, "out": str(out), **changed})
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha256_file(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def bits(folder: Path) -> dict[str, str]:
+    return {path.name: state_fingerprint(load_file(path)) for path in folder.glob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, factor_transfer: Command) -> Path:
+    """A run made by the command."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = factor_transfer("distill", *FLAGS, "--out", "run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    (folder / "stderr").write_text(done.stderr)
+    return folder / "run"
+
+
+def test_distill__tells_and_writes_what_was_gained(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    table = (finished.parent / "stdout").read_text()
+    for role, name in (
+        ("teacher", "teacher"),
+        ("student", "student by Factor Transfer"),
+        ("baseline", "student alone"),
+    ):
+        assert 0 <= summary[role]["top1"] <= 100
+        assert summary[role]["latency_ms"] > 0
+        assert name in table
+        assert f"{summary[role]['top1']:.2f}" in table
+    assert summary["teacher"]["top1"] > 40
+    assert summary["student"]["parameters"] == summary["baseline"]["parameters"] < summary["teacher"]["parameters"]
+    assert summary["student"]["size_bytes"] == pytest.approx(4 * summary["student"]["parameters"], rel=0.2)
+    assert set(summary["seconds"]) == {"teacher", "paraphraser", "student", "baseline"}
+    assert all(seconds > 0 for seconds in summary["seconds"].values())
+    assert summary["student"]["beta"] == pytest.approx(500 * (summary["student"]["elements"] / 2048) ** 0.5)
+    stages = [row["stage"] for row in Run(finished).metrics()]
+    assert stages == ["teacher"] * 4 + ["paraphraser"] * 2 + ["student"] * 3 + ["baseline"] * 3
+    assert not list((finished / "checkpoints").iterdir())
+
+
+def test_distill__the_student_leaves_alone(finished: Path) -> None:
+    """In a process that can import neither this package nor timm, and from a plain state dict."""
+    student = rebuild(finished, "student")
+    images = torch.randn(5, 3, 8, 8)
+    torch.save({"images": images, "logits": student.module.eval()(images).detach()}, finished.parent / "expected.pt")
+    script = """
+import sys
+sys.modules["factor_transfer"] = sys.modules["timm"] = None
+import torch
+expected = torch.load("expected.pt")
+student = torch.export.load("run/student.pt2").module()
+for size in (1, 2, 5):
+    torch.testing.assert_close(student(expected["images"][:size]), expected["logits"][:size], rtol=1e-4, atol=1e-5)
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=finished.parent, check=True, timeout=120)
+    state = load_file(finished / "student.safetensors")
+    assert not [name for name in state if "translator" in name or "conv0" in name]
+    assert set(state) == set(student.module.state_dict())
+
+
+def test_distill__a_finished_run_is_left_alone(finished: Path, factor_transfer: Command) -> None:
+    before = contents(finished)
+    again = factor_transfer("distill", *FLAGS, "--out", "run", cwd=finished.parent)
+    assert again.returncode == 0
+    assert "is finished; nothing was changed" in again.stderr
+    assert again.stdout == (finished.parent / "stdout").read_text()
+    after = contents(finished)
+    after["lock"] = before["lock"]
+    assert after == before
+
+
+def test_evaluate__finds_the_same_again(finished: Path, factor_transfer: Command) -> None:
+    done = factor_transfer("evaluate", finished, "--json")
+    assert done.returncode == 0, done.stderr
+    found, summary = json.loads(done.stdout), json.loads((finished / "summary.json").read_text())
+    assert {role: values["top1"] for role, values in found.items()} == {
+        role: pytest.approx(summary[role]["top1"]) for role in ("teacher", "student", "baseline")
+    }
+    assert "student by Factor Transfer" in factor_transfer("evaluate", finished).stdout
+
+
+def test_distill__is_the_same_from_python_and_from_the_shell(finished: Path, tmp_path: Path) -> None:
+    result = job(tmp_path / "run")
+    assert bits(tmp_path / "run") == bits(finished)
+    assert state_fingerprint(result.student.state_dict()) == bits(finished)["student.safetensors"]
+    assert not result.student.training
+
+
+def test_distill__a_seed_owns_the_student_alone(finished: Path, tmp_path: Path) -> None:
+    job(tmp_path / "other", seed=1, epochs=1)
+    one, other = bits(finished), bits(tmp_path / "other")
+    for name, same in (("teacher", True), ("paraphraser", True), ("student", False), ("baseline", False)):
+        assert (one[f"{name}.safetensors"] == other[f"{name}.safetensors"]) is same, name
+
+
+def test_distill__reads_settings_from_yaml_and_flags_win(
+    finished: Path, tmp_path: Path, factor_transfer: Command
+) -> None:
+    (tmp_path / "job.yaml").write_text(
+        "data: digits\nteacher: cifar_resnet20\nstudent: cifar_resnet20_b\nepochs: 7\nbaseline: false\n"
+        "teacher_args: {layers: [1, 1, 1], channels: [8, 16, 32]}\n"
+        "student-args: {layers: [1, 1, 1], channels: [4, 8, 16]}\n"
+        f"teacher_weights: {finished / 'teacher.safetensors'}\nparaphraser: {finished / 'paraphraser.safetensors'}\n"
+        "lr: 0.05\nbatch_size: 64\nthreads: 1\ndevice: cpu\n"
+    )
+    done = factor_transfer("distill", "--config", "job.yaml", "--epochs", "3", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["settings"]["epochs"], summary["settings"]["lr"]) == (3, 0.05)
+    assert bits(tmp_path / "run")["student.safetensors"] == bits(finished)["student.safetensors"], (
+        "what was given is used"
+    )
+
+
+@pytest.mark.parametrize(
+    ("signum", "code", "stage"),
+    [
+        (signal.SIGINT, 130, "teacher"),
+        (signal.SIGKILL, -9, "student"),
+        pytest.param(signal.SIGKILL, -9, "teacher", marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, -9, "paraphraser", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 143, "student", marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, -9, "baseline", marks=pytest.mark.slow),
+    ],
+)
+def test_distill__the_same_command_continues(
+    finished: Path, tmp_path: Path, factor_transfer: Command, signum: signal.Signals, code: int, stage: str
+) -> None:
+    flags = [*FLAGS, "--out", "run"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "factor_transfer", "distill", *flags, "--checkpoint-minutes", "0.0001"],
+        cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run" / "checkpoints").glob(f"{stage}-*.sha256")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.01)
+    process.send_signal(signum)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    assert "Traceback" not in stderr
+    if signum != signal.SIGKILL:
+        assert "the same command continues" in stderr
+    again = factor_transfer("distill", *flags, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert bits(tmp_path / "run") == bits(finished)
+    rows = [(row["stage"], row["epoch"]) for row in Run(tmp_path / "run").metrics()]
+    assert rows == [(row["stage"], row["epoch"]) for row in Run(finished).metrics()]
+
+
+class Small(nn.Module):
+    """A user's own network."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU())
+        self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(width, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.pool(self.body(images)).flatten(1))  # type: ignore[no-any-return]
+
+
+def test_distill__takes_modules_and_leaves_them_as_they_are(tmp_path: Path) -> None:
+    teacher, student = Small(16).train(), Small(4).train()
+    before = [state_fingerprint(module.state_dict()) for module in (teacher, student)]
+    settings = {**JOB, "teacher_args": None, "student_args": None, "teacher_epochs": 8, "teacher_lr": 0.5}
+    result = distill(teacher, student, "digits", out=str(tmp_path / "run"), **settings)
+    assert result.summary["teacher"]["layer"] == "body"
+    assert isinstance(result.student, Small)
+    assert before == [state_fingerprint(module.state_dict()) for module in (teacher, student)]
+    assert teacher.training
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+
+
+class Drifting(Small):
+    """A teacher that goes on counting inside forward, whatever mode it is put in."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen += 1
+        return super().forward(images)
+
+
+def test_distill__a_teacher_that_changes_is_an_error(tmp_path: Path) -> None:
+    settings = {**JOB, "teacher_args": None, "student_args": None, "teacher_epochs": 8, "teacher_lr": 0.5}
+    with pytest.raises(RunError, match="weights or buffers changed during the run"):
+        distill(
+            Drifting(16),
+            Small(4),
+            "digits",
+            out=str(tmp_path / "run"),
+            **settings,
+        )
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_distill__a_teacher_near_chance_is_an_error_with_likely_causes(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="(?s)chance is 10.00.*--teacher-mean.*--class-map"):
+        job(tmp_path / "run", lr=1e-6, teacher_epochs=1)
+
+
+def test_distill__an_untrained_teacher_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="(?s)no trained weights.*--teacher-weights.*--teacher-epochs"):
+        job(tmp_path / "run", teacher_epochs=0)
+
+
+def test_distill__other_data_or_weights_do_not_continue_a_run(finished: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "w.safetensors"
+    weights.write_bytes((finished / "teacher.safetensors").read_bytes())
+    given = {"teacher_epochs": 0, "teacher_weights": str(weights), "out": tmp_path / "run", "lr": 1e30}
+    with pytest.raises(TrainingError, match="not finite"):
+        job(**given)
+    state = load_file(weights)
+    state["linear.bias"][0] += 1e-6
+    from safetensors.torch import save_file
+
+    save_file(state, weights)
+    with pytest.raises(RunError, match="--teacher has other weights than when"):
+        job(**given)
+
+
+def test_evaluate_run__refuses_other_classes(finished: Path, images: Path) -> None:
+    from dataclasses import replace
+
+    from factor_transfer.runs import saved_config
+
+    with pytest.raises(ConfigError, match="(?s)classes class0, class1.*those of the run: 0, 1"):
+        evaluate_run(finished, replace(saved_config(finished), data=str(images)))
+
+
+def test_rebuild__names_the_networks_there_are(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no run"):
+        rebuild(tmp_path, "student")
+    with pytest.raises(RunError, match="teacher, baseline, student"):
+        rebuild(finished, "nobody")
+
+
+def test_distill__names_a_setting_that_it_does_not_have(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="(?s)epoch=.*epochs"):
+        job(tmp_path, epoch=3)
+
+
+def test_default_out__is_safe_in_a_path() -> None:
+    config = Config(data="/x/../my photos/", teacher="local-dir:/a b/c", student="test_vit.r160_in1k", seed=3)
+    assert default_out(config) == "runs/my_photos-local_dir_a_b_c-test_vit.r160_in1k-s3"
+
+
+def test_interrupted__is_not_caught_as_an_error() -> None:
+    assert not issubclass(Interrupted, ValueError)
