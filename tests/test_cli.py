@@ -59,7 +59,8 @@ def flags(data: Path, *more: object, **changed: object) -> list[object]:
     """A job whose teacher is trained in a pass; `changed` replaces flags."""
     settings: dict[str, object] = {
         "data": data, "teacher": "cifar_resnet20", "teacher-args": SMALL, "teacher-epochs": 1,
-        "student": "cifar_resnet20", "student-args": SMALL, "epochs": 1, "paraphraser-epochs": 1, "batch-size": 8, "device": "cpu", "out": "run",
+        "student": "cifar_resnet20", "student-args": SMALL, "epochs": 1, "paraphraser-epochs": 1,
+        "batch-size": 8, "device": "cpu", "out": "run",
     }  # fmt: skip
     settings |= {name.replace("_", "-"): value for name, value in changed.items()}
     return ["distill", *(part for name, value in settings.items() for part in (f"--{name}", value)), *more]
@@ -178,7 +179,7 @@ def test_distill__an_error_leaves_the_run_as_it_was(told: Told, images: Path, tm
     """A loss that is no longer finite keeps the last good state; the same folder goes on with what is mended."""
     told(*flags(images, lr=1e30, teacher_epochs=1))
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"config.json", "environment.json"}
-    assert not [path for path in (tmp_path / "run").rglob("*.tmp")]
+    assert not list((tmp_path / "run").rglob("*.tmp"))
     said = told(*flags(images, lr=0.05))
     assert re.search(r"--out run\n.*--lr 1e\+30 there, 0\.05 here\n.*--overwrite", said)
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tarfile
@@ -657,3 +658,40 @@ def test_real__the_shared_images_open(tmp_path):
     assert (len(data.train), len(data.validation), data.img_size) == (50_000, 10_000, 32)
     assert np.bincount(data.train.labels).tolist() == [5000] * 10
     assert data.classes[:3] == ("airplane", "automobile", "bird")
+
+
+def test_folder__says_which_images_lie_in_no_class_folder(tmp_path, capsys):
+    write(tmp_path, "train", ["a", "b"])
+    write(tmp_path, "validation", ["a", "b"])
+    image(0).save(tmp_path / "train" / "montage.png")
+    assert len(opened(tmp_path).train) == 8
+    assert "1 images in" in (said := capsys.readouterr().err)
+    assert "montage.png" in said
+
+
+def test_error__a_data_dir_that_would_not_be_used(tmp_path):
+    write(tmp_path, "train", ["a", "b"])
+    assert re.search(
+        r"(?s)^--data-dir elsewhere\n.*leave --data-dir out", str(error_of(tmp_path, data_dir="elsewhere"))
+    )
+
+
+def test_error__a_padding_that_could_leave_nothing_of_an_image(tmp_path):
+    write(tmp_path, "train", ["a", "b"])
+    assert "--crop-padding 12" in str(error_of(tmp_path, crop_padding=12))
+    assert len(opened(tmp_path, crop_padding=11).train)
+
+
+def test_error__a_worker_that_is_killed_is_no_traceback(tmp_path):
+    """In a process of its own: torch's loader kills itself when a worker dies."""
+    write(tmp_path, "train", ["a", "b"], size=(200, 200))
+    script = (
+        "import os, signal; from factor_transfer import data, images; from factor_transfer.config import DataConfig\n"
+        "import numpy as np; from factor_transfer.errors import DataError\n"
+        f"found = data.open_data(DataConfig(data={str(tmp_path)!r}, workers=2), default_size=lambda: 128)\n"
+        "images.Files.open = lambda self, index: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "try: list(found.train.batches([np.arange(2)] * 4, view=0))\n"
+        "except DataError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert re.search(r"--workers 2\n.*killed.*\n.*fewer --workers", done.stdout), done.stderr

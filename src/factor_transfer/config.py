@@ -77,7 +77,7 @@ class DataConfig:
     skip_corrupt: bool = False
     """Leave out images that cannot be read, and count them, instead of stopping."""
     hflip: float | None = None
-    """Probability of a horizontal flip. Default: 0.5; 0 for digits."""
+    """Probability of a horizontal flip. Default: 0.5; 0 for images of writing (digits, torch/mnist)."""
     crop_padding: int | None = None
     """Pixels of padding before the random crop of small images. Default: an eighth of the image."""
     scale: tuple[float, float] = (0.35, 1.0)

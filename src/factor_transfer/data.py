@@ -136,11 +136,20 @@ class FileSplit(Split):
             worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # or the loader would draw from the global one
         )
-        for found in loader:
-            # A finding comes as a value: raised in a worker it would reach the user as a traceback.
-            if isinstance(found, Unreadable):
-                raise _corrupt(self._data, [found])
-            yield found
+        try:
+            for found in loader:
+                # A finding comes as a value: raised in a worker it would reach the user as a traceback.
+                if isinstance(found, Unreadable):
+                    raise _corrupt(self._data, [found])
+                yield found
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"--workers {self._workers}",
+                found="a process that reads images was killed, most often because memory ran out",
+                hint="give fewer --workers, or a smaller --batch-size; the same command continues",
+            ) from error
 
     def show(self, chunk: np.ndarray, view: int | None) -> Batch:
         """The batch of one chunk, in this process.
@@ -219,6 +228,8 @@ def open_data(config: DataConfig, default_size: Callable[[], int]) -> Dataset:
         color_jitter=config.color_jitter,
         seed=config.data_seed,
     )
+    if shown.padding >= size:
+        raise DataError(f"--crop-padding {shown.padding}", found=f"images of {size}x{size}", valid=f"below {size}")
     parts = [source.train] if source.validation is None else [source.train, source.validation]
     loaded = _load(parts, classes, shown, config, notes)
     digest = fingerprint(

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from factor_transfer.config import DataConfig
-from factor_transfer.console import say
+from factor_transfer.console import say, warn
 from factor_transfer.errors import DataError, listed, near
 from factor_transfer.images import EXTENSIONS, Files, Images, Range, Tree, folder_tree, natural, tar_tree
 from factor_transfer.seeds import part_seed
@@ -34,6 +34,9 @@ TORCH_FILES = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python",
                "kmnist": "KMNIST/raw", "fashion_mnist": "FashionMNIST/raw", "qmnist": "QMNIST/raw"}  # fmt: skip
 WRITTEN = ("digits", "torch/mnist", "torch/kmnist", "torch/qmnist")
 """Images of writing: a mirrored one is another sign or none, so they are not flipped by default."""
+
+NAMED = ("torch", "hfds", "wds")
+"""timm's kinds of datasets, which `--data-dir` belongs to."""
 
 DIGITS_SHARE = 0.3
 FORMS = "digits, a folder or tar of images, torch/NAME, hfds/NAME or wds/NAME"
@@ -58,6 +61,13 @@ def open_source(config: DataConfig) -> Source:
     """
     kind, slash, name = config.data.partition("/")
     kind = kind.lower() if slash else ""
+    if config.data_dir is not None and kind not in NAMED:
+        raise DataError(
+            f"--data-dir {config.data_dir}",
+            found=f"--data {config.data}, which says by itself where the images are",
+            valid=f"--data-dir beside --data {listed([f'{name}/NAME' for name in NAMED])}",
+            hint="leave --data-dir out",
+        )
     if config.data == "digits":
         return _digits()
     try:
@@ -69,7 +79,7 @@ def open_source(config: DataConfig) -> Source:
 def _open(config: DataConfig, kind: str, name: str) -> Source:
     if kind == "torch" and name.lower() in ("folder", "image_folder"):
         return _folder(Path(config.data_dir or "."), f"--data-dir {config.data_dir or '.'}")
-    if kind in ("torch", "hfds", "wds"):
+    if kind in NAMED:
         opener: Callable[[str, str | None, str], Source] = {"torch": _torch, "hfds": _hfds, "wds": _wds}[kind]
         shown = f"--data {config.data}" + (f" --data-dir {config.data_dir}" if config.data_dir else "")
         return opener(name, config.data_dir, shown)
@@ -151,6 +161,9 @@ def _class_folders(tree: Tree, where: str, given: str) -> Images:
     names = sorted((name for name in images if "/" in name), key=natural)
     if not names:
         raise DataError(given, found=f"{len(images)} images in {where}, but no class folders", valid="class/image.jpg")
+    loose = sorted((name for name in images if "/" not in name), key=natural)
+    if loose:
+        warn(f"data: {len(loose)} images in {where} lie in no class folder and are left out: {listed(loose)}")
     filled = {name.partition("/")[0] for name in names}
     empty = sorted({folder.partition("/")[0] for folder in tree.folders} - filled, key=natural)
     if empty:
@@ -196,7 +209,8 @@ def _torch(name: str, folder: str | None, given: str) -> Source:
         except (RuntimeError, OSError, ValueError, AssertionError) as error:
             place = Path(folder) / TORCH_FILES.get(name, "")
             hint = f"nothing is downloaded: put torchvision's files for {name} into {place}"
-            raise DataError(given, found=str(error).splitlines()[0], hint=hint) from error
+            reason = str(error).splitlines()[0].partition(" You can use download")[0]
+            raise DataError(given, found=reason, hint=hint) from error
         classes = tuple(map(str, found.wnids if name == "imagenet" else found.classes))
         targets = np.asarray(found.targets).reshape(len(found), -1)[:, 0]
         names = [str(index) for index in range(len(found))]
