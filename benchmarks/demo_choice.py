@@ -36,7 +36,7 @@ WORK = Path("runs/demo-choice")
 CANDIDATES = [
     {"img_size": size, "epochs": epochs, "beta": beta}
     for size, epochs in ((8, 30), (16, 16), (16, 30))
-    for beta in (30.0, 60.0, 120.0)
+    for beta in (30.0, 60.0)
 ]
 
 
@@ -85,7 +85,8 @@ def paired(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def choose() -> None:
     """Score every candidate on the inner split."""
-    data, found = inner_images(), []
+    data = inner_images()
+    found: list[dict[str, Any]] = []
     for size, group in itertools.groupby(CANDIDATES, key=lambda candidate: candidate["img_size"]):
         base = replace(
             recipe("demo"), data=data, validation_share=0.25, img_size=int(size), crop_padding=int(size) // 8
@@ -107,7 +108,7 @@ def choose() -> None:
             found.append({**candidate, **paired(rows), "rows": rows})
             print({key: value for key, value in found[-1].items() if key != "rows"}, flush=True)
             save("demo-choice.json", {"candidates": found})
-    best = max(found, key=lambda candidate: candidate["difference_mean"])
+    best = max(found, key=lambda candidate: float(candidate["difference_mean"]))
     print("chosen:", {key: value for key, value in best.items() if key != "rows"})
 
 
@@ -115,9 +116,8 @@ def confirm() -> None:
     """The demo as shipped, on fresh seeds and on the held-out images."""
     rows, config = [], recipe("demo")
     for seed in range(100, 120):
-        summary = run(replace(config, seed=seed), "confirm-100") if seed == 100 else None
-        if summary is None:
-            summary = run(replace(with_teacher_of(config, "confirm-100"), seed=seed), f"confirm-{seed}")
+        settings = config if seed == 100 else with_teacher_of(config, "confirm-100")
+        summary = run(replace(settings, seed=seed), f"confirm-{seed}")
         rows.append({"seed": seed, "alone": summary["baseline"]["top1"], "student": summary["student"]["top1"]})
         print(rows[-1], flush=True)
     result = {"teacher": summary["teacher"]["top1"], **paired(rows), "validation": summary["data"]["validation"]}

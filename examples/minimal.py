@@ -25,7 +25,7 @@ train, held_out = order[:1257], order[1257:]
 def batches(epochs: int) -> Iterator[Tensor]:
     """Indices of 64 training images at a time, in a new order each pass."""
     for _ in range(epochs):
-        yield from train[torch.randperm(len(train))].split(64)
+        yield from torch.split(train[torch.randperm(len(train))], 64)
 
 
 def sgd(*modules: nn.Module, lr: float = 0.05) -> torch.optim.Optimizer:
@@ -36,14 +36,15 @@ def sgd(*modules: nn.Module, lr: float = 0.05) -> torch.optim.Optimizer:
 def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     """One update."""
     optimizer.zero_grad()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
 
 
 @torch.no_grad()
 def top1(network: nn.Module) -> float:
     """Percent of the held-out images that the network gets right."""
-    return 100 * (network.eval()(images[held_out]).argmax(1) == labels[held_out]).float().mean().item()
+    right = network.eval()(images[held_out]).argmax(1) == labels[held_out]
+    return 100 * float(right.float().mean())
 
 
 teacher = timm.create_model("cifar_resnet20")  # last feature map: (B, 64, 4, 4)
