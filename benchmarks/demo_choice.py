@@ -35,8 +35,8 @@ WORK = Path("runs/demo-choice")
 
 CANDIDATES = [
     {"img_size": size, "epochs": epochs, "beta": beta}
-    for size, epochs in ((8, 30), (16, 16), (16, 30))
-    for beta in (30.0, 60.0)
+    for size, epochs, betas in ((8, 30, (30.0, 60.0, 120.0)), (8, 60, (60.0, 120.0)), (16, 16, (30.0, 60.0)))
+    for beta in betas
 ]
 
 

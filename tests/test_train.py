@@ -133,10 +133,10 @@ def test_trainer__resumes_to_the_same_bits_wherever_it_is_stopped(
         cut = trainer(digits, engine, tmp_path / "b", checkpoint_minutes=1e-9, **changed)
         step = cut._step
 
-        def until(batch: Any, size: int, step: Any = step, cut: Trainer = cut, stop: int = stop) -> dict[str, float]:
+        def until(batch: Any, size: int, view: int, step: Any = step, cut: Trainer = cut, stop: int = stop) -> Any:
             if cut.progress.epoch * 13 + cut.progress.step == stop:
                 raise StopError
-            return step(batch, size)  # type: ignore[no-any-return]
+            return step(batch, size, view)
 
         cut._step = until  # type: ignore[method-assign]
         torch.manual_seed(stop)  # whatever others drew in between
@@ -159,10 +159,10 @@ def test_trainer__a_signal_ends_the_step_saves_and_leaves(
     cut = trainer(digits, engine, tmp_path)
     step = cut._step
 
-    def interrupted(batch: Any, size: int) -> dict[str, float]:
+    def interrupted(batch: Any, size: int, view: int) -> Any:
         if cut.progress.step == 4:
             os.kill(os.getpid(), signum)
-        return step(batch, size)
+        return step(batch, size, view)
 
     cut._step = interrupted  # type: ignore[method-assign]
     with pytest.raises(Interrupted) as stopped:

@@ -143,6 +143,13 @@ class Config(DataConfig):
     paraphraser_lr: Annotated[float, _in("Factor transfer")] = 0.1
     """Its learning rate, held constant."""
 
+    views: Annotated[int | Literal["auto"], _in("Factor transfer")] = 0
+    """Views of each image that are shown in turn, so that their factors can be kept on disk and the teacher leaves
+    most passes. 0: a new view each pass and a live teacher. auto: as many as disk, memory and --epochs allow."""
+    cache_dir: Annotated[str | None, _in("Factor transfer")] = None
+    """Where factors are kept, for later runs with the same teacher, paraphraser and images too. Default:
+    ~/.cache/factor-transfer."""
+
     # -- training
     epochs: Annotated[int, _in("Training")] = 30
     """Passes over the training images, for the student and for the baseline."""
@@ -206,7 +213,8 @@ class Config(DataConfig):
         positive = ("k", "batch_size", "lr", "paraphraser_lr", "teacher_lr", "img_size", "threads", "clip_grad",
                     "checkpoint_minutes", "epochs")  # fmt: skip
         not_negative = ("teacher_epochs", "paraphraser_epochs", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr",
-                        "crop_padding", "color_jitter", "workers", "seed", "data_seed", "beta", "momentum")  # fmt: skip
+                        "crop_padding", "color_jitter", "views", "workers", "seed", "data_seed", "beta",
+                        "momentum")  # fmt: skip
         for name in (*positive, *not_negative):
             value = getattr(self, name)
             if value is None or isinstance(value, str):

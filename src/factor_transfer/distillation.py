@@ -15,8 +15,9 @@ from factor_transfer.data import open_data
 from factor_transfer.engine import Engine
 from factor_transfer.errors import ConfigError, RunError, near
 from factor_transfer.models import Network, load_network, load_weights
+from factor_transfer.pairs import Modules
 from factor_transfer.runs import Run, environment, open_run, saved_config, saved_summary
-from factor_transfer.stages import Job, Modules
+from factor_transfer.stages import Job
 from factor_transfer.train import evaluate
 
 

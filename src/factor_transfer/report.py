@@ -8,6 +8,7 @@ from typing import Any
 
 from factor_transfer.console import say, table
 
+STAGES = ("teacher", "paraphraser", "student", "baseline")
 LABELS = {"teacher": "teacher", "baseline": "student alone", "student": "student by Factor Transfer"}
 
 
@@ -29,7 +30,8 @@ def show(folder: Path, summary: Mapping[str, Any]) -> None:
     table(f"{summary['data']['name']}: {images:,} validation images", header, rows)
     for line in verdict(summary):
         say(line)
-    seconds = "  ".join(f"{stage} {taken:.0f} s" for stage, taken in summary["seconds"].items())
+    taken = summary["seconds"]
+    seconds = "  ".join(f"{stage} {taken[stage]:.0f} s" for stage in STAGES if stage in taken)
     say(f"trained in: {seconds}")
     say(f"student: {folder / 'student.pt2'} (needs only torch), {folder / 'student.safetensors'}")
     say(f"all of it: {folder / 'summary.json'}")

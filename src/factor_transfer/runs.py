@@ -33,7 +33,7 @@ from factor_transfer.console import warn
 from factor_transfer.errors import RunError
 from factor_transfer.files import locked, read_json, sha256_file, write_atomic, write_json
 
-FREE = frozenset({"out", "overwrite", "workers", "checkpoint_minutes"})
+FREE = frozenset({"out", "overwrite", "workers", "checkpoint_minutes", "cache_dir"})
 """Settings that may differ when a run is continued: they change no result."""
 
 KEPT = 2

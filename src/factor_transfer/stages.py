@@ -5,21 +5,20 @@ Each is skipped where the run folder says that it is finished, and continued whe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
-from factor_transfer.config import Config, flag
+from factor_transfer.cache import CachedTeacher, FactorCache, cache_folder, choose_views, say_what_changed
+from factor_transfer.config import Config
 from factor_transfer.console import say, warn
 from factor_transfer.data import open_data
 from factor_transfer.engine import Engine
 from factor_transfer.errors import ModelError, TrainingError
 from factor_transfer.export import export_pt2, latency_ms
-from factor_transfer.features import Tapped, feature_shape, find_layer
 from factor_transfer.files import state_fingerprint, write_json
 from factor_transfer.method import Paraphraser, Translator, factor_channels, factor_loss_bound, portable_beta
 from factor_transfer.models import (
@@ -27,12 +26,12 @@ from factor_transfer.models import (
     Network,
     Role,
     count_parameters,
-    load_network,
     load_paraphraser,
     load_weights,
     own_size,
     paraphraser_metadata,
 )
+from factor_transfer.pairs import Modules, Pair, Side, load_side
 from factor_transfer.runs import Run
 from factor_transfer.seeds import part_seed, seeded
 from factor_transfer.tasks import DistillationTask, FactorTransfer, Labels, ParaphraserTask, TeacherSide, Term
@@ -46,36 +45,6 @@ NEAR_CHANCE = 0.1
 
 EXPORT_IMAGES = 64
 """Validation images on which an export is compared with the trained student."""
-
-Modules = Mapping[Role, nn.Module]
-
-
-@dataclass(frozen=True)
-class Side:
-    """A network, and where its feature map is read."""
-
-    role: Role
-    network: Network
-    layer: str
-    shape: tuple[int, int, int]  # (C, H, W)
-
-    def tapped(self) -> Tapped:
-        """The network with its feature map."""
-        return Tapped(self.network.module, self.layer, flag=f"--{self.role}-layer")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Teacher and student, and the size at which their maps meet."""
-
-    teacher: Side
-    student: Side
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the factor: the smaller of the two maps'."""
-        (_, *teacher), (_, *student) = self.teacher.shape, self.student.shape
-        return min(teacher[0], student[0]), min(teacher[1], student[1])
 
 
 class Job:
@@ -238,12 +207,53 @@ class Job:
         with seeded(part_seed(config.seed, "translator")):
             translator = Translator(pair.student.shape[0], paraphraser.factor_channels, config.factor_batch_norm)
         terms = [Labels(), FactorTransfer(translator, beta, config.p)]
-        found = {"beta": beta, "bound": bound, "elements": elements, "factor_channels": paraphraser.factor_channels}
-        return self._student("student", pair.student, terms, self._teacher_side(pair, paraphraser), found)
+        views = self.views(elements)
+        found = {
+            "beta": beta,
+            "bound": bound,
+            "elements": elements,
+            "factor_channels": paraphraser.factor_channels,
+            "views": views,
+        }
+        teacher = self._teacher_side(pair, paraphraser)
+        if views:
+            teacher = self._cached(teacher, views, pair, paraphraser)
+        return self._student("student", pair.student, terms, teacher, views, found)
+
+    def views(self, elements: int) -> int:
+        """Views that are shown in turn; what `auto` chose when the run began stays."""
+        config, run = self.config, self.run
+        if config.views != "auto":
+            return config.views
+        if "views" not in run.pins():
+            chosen = choose_views(2 * elements, len(self.data.train), config.epochs, cache_folder(config.cache_dir))
+            run.pin("views", str(chosen), "")
+            say(f"factor cache: --views auto chose {chosen} views" if chosen else "--views auto chose a live teacher")
+        return int(run.pins()["views"])
+
+    def _cached(self, live: nn.Module, views: int, pair: Pair, paraphraser: Paraphraser) -> nn.Module:
+        """The live teacher behind the factor cache; alone where the cache's folder cannot be written."""
+        identity = {
+            "teacher": state_fingerprint(pair.teacher.network.module.state_dict()),
+            "teacher layer": pair.teacher.layer,
+            "teacher normalisation": [pair.teacher.network.mean, pair.teacher.network.std],
+            "paraphraser": state_fingerprint(paraphraser.state_dict()),
+            "images": self.data.fingerprint,
+            "precision": self.engine.describe()["precision"],
+        }
+        shape = (paraphraser.factor_channels, *pair.size)
+        try:
+            cache = FactorCache(cache_folder(self.config.cache_dir), identity, shape, len(self.data.train), views)
+        except OSError as error:
+            warn(f"no factor cache ({error.strerror}: {error.filename}); the teacher stays live")
+            return live
+        say_what_changed(cache)
+        return CachedTeacher(live, cache)
 
     def baseline(self) -> Side:
         """The same student alone: same initial weights, order, views and schedule, labels only."""
-        return self._student("baseline", self.load("student"), [Labels()], None, {})
+        views = (self.run.recorded("student") or {})["views"]
+        return self._student("baseline", self.load("student"), [Labels()], None, views, {})
 
     def _student(
         self,
@@ -251,13 +261,15 @@ class Job:
         side: Side,
         terms: Sequence[Term],
         teacher: nn.Module | None,
+        views: int,
         found: dict[str, Any],
     ) -> Side:
         """Train and evaluate one student, or fetch it from the run folder."""
         if self.run.recorded(stage) is not None:
             self._fetch(side.network, stage)
             return side
-        plan = Plan(stage=stage, epochs=self.config.epochs, lr=self.config.lr, seed=self.config.seed)
+        config = self.config
+        plan = Plan(stage=stage, epochs=config.epochs, lr=config.lr, seed=config.seed, views=views)
         seconds = self._train(side, terms, teacher, plan)
         self.run.record(stage, {**self._assess(side.network), "seconds": seconds, **found})
         return side
@@ -319,25 +331,9 @@ class Job:
     # -- what stages share
 
     def load(self, role: Role) -> Side:
-        """A network by its settings, tapped. --data-seed owns the teacher's fresh weights, --seed the student's."""
-        config, own = self.config, vars(self.config)
-        network = load_network(
-            self.modules.get(role, own[role]),
-            role=role,
-            num_classes=len(self.data.classes),
-            img_size=self.data.img_size,
-            args=own[f"{role}_args"],
-            weights=own[f"{role}_weights"],
-            seed=config.data_seed if role == "teacher" else config.seed,
-            mean=config.teacher_mean if role == "teacher" else None,
-            std=config.teacher_std if role == "teacher" else None,
-        )
-        for note in network.notes:
-            say(f"{role}: {note}")
-        example = torch.zeros(2, 3, self.data.img_size, self.data.img_size)
-        layer = own[f"{role}_layer"] or find_layer(network.module, example)
-        tapped = Tapped(network.module, layer, flag=flag(f"{role}_layer"))
-        return Side(role, network, layer, feature_shape(tapped, example))
+        """One of the two networks, as the settings name it, tapped."""
+        data = self.data
+        return load_side(role, self.config, len(data.classes), data.img_size, self.modules.get(role))
 
     def _train(self, side: Side, terms: Sequence[Term], teacher: nn.Module | None, plan: Plan) -> float:
         """Train a network on its terms and save it under the stage's name; returns the seconds of training."""

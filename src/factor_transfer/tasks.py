@@ -51,8 +51,11 @@ class TeacherSide(nn.Module):
         super().__init__()
         self.network, self.norm, self.size, self.paraphraser = network, norm, size, paraphraser
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 images (B, 3, H, W) -> `logits` (B, N), `feature` (B, C, H, W), and `factor` (B, K, H, W)."""
+    def forward(self, images: Tensor, index: Tensor | None = None, view: int = 0) -> dict[str, Tensor]:
+        """uint8 images (B, 3, H, W) -> `logits` (B, N), `feature` (B, C, H, W), and `factor` (B, K, H, W).
+
+        `index` and `view` say which images they are; only a cached teacher needs to know.
+        """
         logits, feature = self.network(self.norm(images))
         feature = align(feature, self.size)
         outputs = {"logits": logits, "feature": feature}
@@ -146,9 +149,9 @@ class DistillationTask(TrainingTask):  # type: ignore[misc] # timm ships no type
         self.trainable_module = Trainee(student, norm, terms)
         self.teacher = teacher if needs else None
 
-    def forward(self, input: Tensor, target: Tensor) -> Result:
-        """One step's losses for uint8 images (B, 3, H, W) and labels (B,)."""
-        teacher = self.teacher(input) if self.teacher is not None else {}
+    def forward(self, input: Tensor, target: Tensor, index: Tensor | None = None, view: int = 0) -> Result:
+        """One step's losses for uint8 images (B, 3, H, W) and labels (B,); `index` (B,) and `view` say which images."""
+        teacher = self.teacher(input, index, view) if self.teacher is not None else {}
         logits, losses = self.trainable_module(input, target, teacher)
         return {"loss": torch.stack(list(losses.values())).sum(), "output": logits, **losses}
 
@@ -173,7 +176,7 @@ class ParaphraserTask(TrainingTask):  # type: ignore[misc] # timm ships no types
         super().__init__(verbose=False)
         self.trainable_module, self.teacher, self.norm = paraphraser, teacher, norm
 
-    def forward(self, input: Tensor, target: Tensor) -> Result:
+    def forward(self, input: Tensor, target: Tensor, index: Tensor | None = None, view: int = 0) -> Result:
         """One step's loss for uint8 images (B, 3, H, W); `target` is not read."""
-        feature = self.teacher(input)["feature"]
+        feature = self.teacher(input, index, view)["feature"]
         return {"loss": reconstruction_loss(self.trainable_module(feature), feature, self.norm), "output": None}

@@ -45,6 +45,8 @@ class Plan:
     lr: float
     seed: int
     """Owns the noise inside layers."""
+    views: int = 0
+    """Pass e shows view e mod `views`; 0: every pass a view of its own."""
     constant: bool = False
     """Hold the learning rate (the paraphraser's program) instead of following --sched."""
 
@@ -129,6 +131,7 @@ class Trainer:
     def _pass(self, stop: StopRequest) -> None:
         """The rest of the pass under way."""
         progress, plan = self.progress, self.plan
+        view = progress.epoch % plan.views if plan.views else progress.epoch
         order = permutation(self.config.data_seed, progress.epoch, len(self.train))
         chunks = list(_chunks(order, self.config.batch_size))[progress.step :]
         saved = started = time.monotonic()
@@ -136,9 +139,9 @@ class Trainer:
         self.task.train()
         with pass_bar(f"{plan.stage} {progress.epoch + 1}/{plan.epochs}", len(self.train)) as bar:
             self._show(bar, round(progress.sums.get("images", 0)))
-            batches = self.train.batches([self.engine.shard(chunk) for chunk in chunks], view=progress.epoch)
+            batches = self.train.batches([self.engine.shard(chunk) for chunk in chunks], view=view)
             for chunk, batch in zip(chunks, batches, strict=True):
-                values = self._step(batch, len(chunk))
+                values = self._step(batch, len(chunk), view)
                 progress.add(len(chunk), values)
                 progress.seconds = before + time.monotonic() - started
                 self._show(bar, len(chunk))
@@ -148,14 +151,14 @@ class Trainer:
                     saved = time.monotonic()
                     stop.leave_if_any()
 
-    def _step(self, batch: Batch, size: int) -> dict[str, float]:
+    def _step(self, batch: Batch, size: int, view: int) -> dict[str, float]:
         """One update from this process's part of a batch of `size` images; the values are means over all of it."""
         engine, task = self.engine, self.task
         update = self.progress.epoch * self.steps + self.progress.step
         torch.manual_seed(part_seed(self.plan.seed, "noise", self.plan.stage, update, engine.rank))
         images, labels = batch.image.to(engine.device), batch.label.to(engine.device)
         with engine.autocast():
-            result = task(images, labels)
+            result = task(images, labels, batch.index, view)
         share = len(labels) / size
         self.optimizer.zero_grad(set_to_none=True)
         # Gradients are averaged over processes, and the parts of one batch can differ in size.

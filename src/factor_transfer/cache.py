@@ -1,0 +1,219 @@
+"""The factor cache: the frozen teacher's factors on disk, so that the teacher runs once for each sample and view.
+
+A view is replayable (see `views`), so its factor is too. A factor is used only if it is provably the right one:
+
+* the folder's name is a fingerprint of all that a factor depends on (teacher, layer, paraphraser, images, views,
+  precision); with any other value the cache is another one;
+* each row carries a checksum over its bytes, sample and view, written after the row. A row that was half written at a
+  crash, lies at another's place or has lost a bit fails it, and is computed again.
+
+CACHE/FINGERPRINT/meta.json      what the fingerprint is of, and the shape of a row
+                  view-000.f16   a row for each sample, fp16, preallocated: a full disk is met before it can kill
+                  view-000.crc   a uint64 for each sample: 2**32 + CRC-32; 0 where there is no row yet
+
+Shapes: N samples, V views, factors (K, H, W).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from factor_transfer.console import say, warn
+from factor_transfer.files import fingerprint, read_json, write_json
+
+VERSION = 1
+"""Raise it when the layout of a row or a file changes."""
+
+PRESENT = 1 << 32
+"""Set in the checksum of every row that was written, so that it is never the 0 of an empty place."""
+
+AUTO_VIEWS = 8
+"""Most views that `auto` takes; more bring little and cost disk."""
+
+SHARE = 0.5
+"""Most of the free disk, and of the memory, that `auto` fills."""
+
+
+class FactorCache:
+    """The factors of `samples` x `views`, read and written by row; safe under kill -9 and under several processes.
+
+    Args:
+        folder: where caches are kept.
+        identity: all that a factor depends on, as plain values; see the module's docstring.
+        shape: (K, H, W) of a factor.
+        samples: N.
+        views: V.
+
+    Raises:
+        OSError: the folder cannot be written to, or the disk is too full.
+
+    >>> import tempfile
+    >>> cache = FactorCache(Path(tempfile.mkdtemp()), {"teacher": "ab"}, (2, 1, 1), samples=10, views=1)
+    >>> cache.write(np.array([3]), 0, torch.ones(1, 2, 1, 1))
+    >>> cache.read(np.array([3]), 0).flatten().tolist(), cache.read(np.array([3, 4]), 0)
+    ([1.0, 1.0], None)
+    """
+
+    def __init__(
+        self, folder: Path, identity: Mapping[str, Any], shape: tuple[int, int, int], samples: int, views: int
+    ) -> None:
+        self.shape, self.samples, self.views = shape, samples, views
+        self.meta = {"version": VERSION, "shape": list(shape), "samples": samples, "identity": dict(identity)}
+        self.folder = folder / fingerprint(self.meta)[:32]
+        self.row_bytes = 2 * int(np.prod(shape))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "meta.json", self.meta)
+        self._handles: list[int] = []
+        try:
+            self._files = [self._open(view) for view in range(views)]
+        except OSError:
+            self.close()
+            raise
+
+    def read(self, index: np.ndarray, view: int) -> Tensor | None:
+        """The factors (B, K, H, W) in fp16 of samples `index` (B,), or None unless each is there and whole."""
+        rows, sums, _ = self._files[view]
+        marks = sums[index]
+        if not marks.all():
+            return None
+        found = np.ascontiguousarray(rows[index])  # a copy: what is checked is what is used
+        if any(_mark(row, sample, view) != mark for row, sample, mark in zip(found, index, marks, strict=True)):
+            return None
+        return torch.from_numpy(found.view(np.float16)).view(-1, *self.shape)
+
+    def write(self, index: np.ndarray, view: int, factors: Tensor) -> None:
+        """Store the factors (B, K, H, W) of samples `index` (B,), which must be finite in fp16.
+
+        Raises:
+            OSError: the disk is full or failing; what was there stays readable.
+        """
+        _, _, handles = self._files[view]
+        halves = factors.detach().to("cpu", torch.float16).contiguous().view(len(index), -1).numpy()
+        for sample, values in zip(index.tolist(), halves, strict=True):
+            row = values.view(np.uint8)
+            os.pwrite(handles[0], row.tobytes(), sample * self.row_bytes)
+            os.pwrite(handles[1], np.uint64(_mark(row, sample, view)).tobytes(), sample * 8)
+
+    def filled(self, view: int) -> int:
+        """Samples that have a row in `view`."""
+        return int(np.count_nonzero(self._files[view][1]))
+
+    def _open(self, view: int) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+        """Rows (N, bytes) and checksums (N,) as memory maps, and the handles that write them.
+
+        Never written through a map: a full disk would then end the process (SIGBUS).
+        """
+        for name, size in ((f"view-{view:03}.f16", self.row_bytes), (f"view-{view:03}.crc", 8)):
+            self._handles.append(os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o644))
+            os.posix_fallocate(self._handles[-1], 0, self.samples * size)
+        rows, sums = (
+            np.memmap(self.folder / f"view-{view:03}.{kind}", dtype, "r", shape=shape)
+            for kind, dtype, shape in (
+                ("f16", np.uint8, (self.samples, self.row_bytes)),
+                ("crc", np.uint64, (self.samples,)),
+            )
+        )
+        return rows, sums, (self._handles[-2], self._handles[-1])
+
+    def close(self) -> None:
+        """Let go of the files."""
+        while self._handles:
+            os.close(self._handles.pop())
+
+
+class CachedTeacher(nn.Module):
+    """A frozen teacher that is asked only for factors which the cache does not hold.
+
+    Args:
+        live: a frozen `TeacherSide`.
+        cache: its factors.
+    """
+
+    def __init__(self, live: nn.Module, cache: FactorCache) -> None:
+        super().__init__()
+        self.live, self.cache = live, cache
+        self.writes = True
+        """False once the disk was full: from then on the cache is only read."""
+
+    def forward(self, images: Tensor, index: Tensor, view: int) -> dict[str, Tensor]:
+        """uint8 images (B, 3, H, W), their sample indices (B,) and view -> `factor` (B, K, H, W).
+
+        The first time, too, a factor is as it will be read back, in fp16: a resumed run sees the same numbers.
+        """
+        place = index.numpy()
+        factor = self.cache.read(place, view)
+        if factor is None:
+            made: Tensor = self.live(images, index, view)["factor"]
+            factor = made.to(torch.float16)
+            if not factor.isfinite().all():
+                return {"factor": made}
+            self._store(place, view, factor)
+        return {"factor": factor.to(images.device, non_blocking=True)}
+
+    def _store(self, index: np.ndarray, view: int, factor: Tensor) -> None:
+        if not self.writes:
+            return
+        try:
+            self.cache.write(index, view, factor)
+        except OSError as error:
+            self.writes = False
+            warn(f"the factor cache cannot be written ({error.strerror}); the teacher goes on live")
+
+
+def cache_folder(given: str | None) -> Path:
+    """Where caches are kept: `given`, or factor-transfer in the user's cache folder."""
+    return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "factor-transfer").expanduser()
+
+
+def choose_views(row_bytes: int, samples: int, epochs: int, folder: Path) -> int:
+    """`--views auto`: as many views as fit into half of the free disk and half of the memory, and pay.
+
+    A view pays from its second pass on, so at most half of `epochs`. 0 (a live teacher) where not even two fit.
+
+    >>> choose_views(4096, 50_000, epochs=3, folder=Path("."))
+    0
+    """
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    room = SHARE * min(shutil.disk_usage(existing).free, memory)
+    views = min(AUTO_VIEWS, epochs // 2, int(room // (row_bytes * samples)))
+    return views if views >= 2 else 0
+
+
+def say_what_changed(cache: FactorCache) -> None:
+    """Say whether the cache is new, and if a similar one is there, in what it differs."""
+    done = sum(cache.filled(view) for view in range(cache.views))
+    where = f"factor cache: {cache.folder}"
+    if done:
+        say(f"{where} holds {done:,} of {cache.samples * cache.views:,} factors")
+        return
+    size = cache.row_bytes * cache.samples * cache.views / 1e9
+    say(f"{where} is new: {cache.views} views, {size:.2f} GB")
+    others = [path for path in cache.folder.parent.glob("*/meta.json") if path.parent != cache.folder]
+    changed = sorted((names for names in (_differences(cache.meta, path) for path in others) if names), key=len)
+    if changed:
+        say(f"  the nearest of {len(changed)} other caches differs in: {', '.join(changed[0])}")
+
+
+def _differences(meta: Mapping[str, Any], path: Path) -> list[str]:
+    try:
+        other = read_json(path)
+        ours, theirs = ({**value, **value["identity"], "identity": None} for value in (meta, other))
+    except (ValueError, OSError, KeyError, TypeError):
+        return []
+    return [name for name in ours if json.dumps(ours[name]) != json.dumps(theirs.get(name))]
+
+
+def _mark(row: np.ndarray, sample: int, view: int) -> int:
+    """The checksum of a row (uint8) at its place."""
+    return PRESENT | zlib.crc32(row.data, zlib.crc32(f"{sample} {view}".encode()))

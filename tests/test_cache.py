@@ -1,0 +1,279 @@
+"""The factor cache: whatever happens to its files, a factor is the right one or none."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from factor_transfer import distill
+from factor_transfer.cache import CachedTeacher, FactorCache, choose_views, say_what_changed
+from factor_transfer.runs import Run
+
+SHAPE = (3, 2, 2)
+N, V = 12, 2
+IDENTITY = {"teacher": "aa", "paraphraser": "bb"}
+
+
+def factor(sample: int, view: int) -> Tensor:
+    """The one right factor of a sample and view, (3, 2, 2)."""
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1000 * view + sample)).half()
+
+
+def right(index: np.ndarray, view: int) -> Tensor:
+    return torch.stack([factor(sample, view) for sample in index.tolist()])
+
+
+def fill(cache: FactorCache) -> None:
+    for view in range(V):
+        cache.write(np.arange(N), view, right(np.arange(N), view))
+
+
+def check(cache: FactorCache) -> int:
+    """Every factor that is given is the right one; how many were given."""
+    given_ = 0
+    for view in range(V):
+        for sample in range(N):
+            found = cache.read(np.array([sample]), view)
+            if found is not None:
+                assert torch.equal(found[0], factor(sample, view)), (sample, view)
+                given_ += 1
+    return given_
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.integers(0, V - 1), st.lists(st.integers(0, N - 1), min_size=1, unique=True)), max_size=6))
+def test_cache__gives_what_was_written_and_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, batches: list[tuple[int, list[int]]]
+) -> None:
+    cache = FactorCache(tmp_path_factory.mktemp("c"), IDENTITY, SHAPE, N, V)
+    there = set()
+    for view, samples in batches:
+        cache.write(np.array(samples), view, right(np.array(samples), view))
+        there |= {(view, sample) for sample in samples}
+    for view in range(V):
+        for sample in range(N):
+            found = cache.read(np.array([sample]), view)
+            assert (found is not None) == ((view, sample) in there)
+            assert found is None or torch.equal(found[0], factor(sample, view))
+        assert cache.filled(view) == sum(1 for where, _ in there if where == view)
+    cache.close()
+
+
+def test_cache__is_found_again_by_another_process(tmp_path: Path) -> None:
+    fill(FactorCache(tmp_path, IDENTITY, SHAPE, N, V))
+    assert check(FactorCache(tmp_path, IDENTITY, SHAPE, N, V)) == N * V
+    script = (
+        "import sys, numpy as np; from pathlib import Path; from factor_transfer.cache import FactorCache\n"
+        f"found = FactorCache(Path({str(tmp_path)!r}), {IDENTITY!r}, {SHAPE!r}, {N}, {V}).read(np.arange({N}), 1)\n"
+        "print(found.float().sum().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert float(done.stdout) == pytest.approx(right(np.arange(N), 1).float().sum().item(), rel=1e-6), done.stderr
+
+
+def test_cache__2000_kill_points_give_no_wrong_factor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash may leave any part of the writes, in any order, the last of them cut anywhere."""
+    writes: list[tuple[str, bytes, int]] = []
+    cache = FactorCache(tmp_path / "recorded", IDENTITY, SHAPE, N, V)
+    name_of = {handle: Path(f"/proc/self/fd/{handle}").readlink().name for handle in cache._handles}
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda handle, data, place: writes.append((name_of[handle], data, place)))
+    fill(cache)
+    monkeypatch.setattr(os, "pwrite", real)
+
+    torn = FactorCache(tmp_path / "torn", IDENTITY, SHAPE, N, V)
+    paths = {name: torn.folder / name for name in name_of.values()}
+    empty = {name: path.read_bytes() for name, path in paths.items()}
+    chance, seen = random.Random(0), 0
+    for _ in range(2000):
+        contents = {name: bytearray(data) for name, data in empty.items()}
+        part = chance.sample(writes, chance.randrange(len(writes) + 1))
+        for place, (name, data, offset) in enumerate(part):
+            cut = chance.randrange(len(data) + 1) if place == len(part) - 1 else len(data)
+            contents[name][offset : offset + cut] = data[:cut]
+        for name, data in contents.items():
+            with paths[name].open("r+b") as file:  # in place: the maps stay valid
+                file.write(data)
+        seen += check(torn)
+    assert 2000 < seen < 2000 * N * V, "both whole and torn rows were met"
+
+
+@pytest.mark.parametrize("damage", ["bit", "swap", "other view", "zeros"])
+def test_cache__damaged_rows_are_not_given(tmp_path: Path, damage: str) -> None:
+    cache = FactorCache(tmp_path, IDENTITY, SHAPE, N, V)
+    fill(cache)
+    rows, sums = (cache.folder / f"view-000.{kind}" for kind in ("f16", "crc"))
+    data, size = bytearray(rows.read_bytes()), cache.row_bytes
+    if damage == "bit":
+        data[size + 5] ^= 1
+    elif damage == "swap":
+        data[:size], data[size : 2 * size] = data[size : 2 * size], data[:size]
+        marks = bytearray(sums.read_bytes())
+        marks[:8], marks[8:16] = marks[8:16], marks[:8]
+        sums.write_bytes(marks)
+    elif damage == "other view":
+        data = bytearray((cache.folder / "view-001.f16").read_bytes())
+        sums.write_bytes((cache.folder / "view-001.crc").read_bytes())
+    else:
+        data[: 2 * size] = bytes(2 * size)
+    rows.write_bytes(data)
+    again = FactorCache(tmp_path, IDENTITY, SHAPE, N, V)
+    assert again.read(np.array([1]), 0) is None
+    assert check(again) < N * V
+
+
+def write_for_ever(folder: Path, begun: int) -> None:
+    cache = FactorCache(folder, IDENTITY, SHAPE, N, V)
+    os.write(begun, b".")
+    while True:
+        fill(cache)
+
+
+@pytest.mark.slow
+def test_cache__real_kills_give_no_wrong_factor(tmp_path: Path) -> None:
+    chance, seen = random.Random(0), 0
+    for number in range(24):
+        ready, begun = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(ready)
+            write_for_ever(tmp_path / str(number // 4), begun)
+        os.close(begun)
+        os.read(ready, 1)
+        os.close(ready)
+        time.sleep(chance.uniform(0, 0.02))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        seen += check(FactorCache(tmp_path / str(number // 4), IDENTITY, SHAPE, N, V))
+    assert seen > 0
+
+
+@pytest.mark.parametrize("name", ["teacher", "paraphraser"])
+def test_cache__anything_else_is_another_cache_and_it_says_what_changed(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(FactorCache(tmp_path, IDENTITY, SHAPE, N, V))
+    other = FactorCache(tmp_path, {**IDENTITY, name: "zz"}, SHAPE, N, V)
+    assert check(other) == 0
+    say_what_changed(other)
+    assert f"differs in: {name}\n" in capsys.readouterr().err
+    more = FactorCache(tmp_path, IDENTITY, SHAPE, N, V + 1)
+    say_what_changed(more)
+    assert f"holds {N * V} of {N * (V + 1)} factors" in capsys.readouterr().err
+
+
+class Counting(nn.Module):
+    """A live teacher that counts how often it is asked."""
+
+    def __init__(self, scale: float = 1) -> None:
+        super().__init__()
+        self.asked, self.scale = 0, scale
+
+    def forward(self, images: Tensor, index: Tensor, view: int) -> dict[str, Tensor]:
+        self.asked += 1
+        return {"factor": self.scale * right(index.numpy(), view).float()}
+
+
+def test_cached_teacher__asks_once_for_each_view(tmp_path: Path) -> None:
+    live = Counting()
+    teacher = CachedTeacher(live, FactorCache(tmp_path, IDENTITY, SHAPE, N, V))
+    images, index = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([7, 1, 3, 0])
+    first = teacher(images, index, 1)["factor"]
+    assert torch.equal(teacher(images, index, 1)["factor"], first)
+    assert live.asked == 1
+    teacher(images, index, 0)
+    assert live.asked == 2
+
+
+def test_cached_teacher__factors_beyond_fp16_stay_live(tmp_path: Path) -> None:
+    live = Counting(scale=1e6)
+    teacher = CachedTeacher(live, FactorCache(tmp_path, IDENTITY, SHAPE, N, V))
+    for _ in range(2):
+        found = teacher(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), 0)["factor"]
+        assert found.isfinite().all()
+    assert live.asked == 2
+
+
+def test_cached_teacher__a_full_disk_is_no_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mount = tmp_path / "small"
+    mount.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(mount)], check=False, capture_output=True
+    )
+    if made.returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            FactorCache(mount, IDENTITY, SHAPE, 10_000, V)
+        live = Counting()
+        teacher = CachedTeacher(live, FactorCache(tmp_path / "wide", IDENTITY, SHAPE, N, V))
+        for handle in teacher.cache._handles:
+            os.dup2(os.open("/dev/full", os.O_RDWR), handle)
+        for _ in range(2):
+            found = teacher(torch.zeros(2, 3, 8, 8), torch.tensor([4, 5]), 0)["factor"]
+            assert torch.equal(found, right(np.array([4, 5]), 0))
+        assert live.asked == 2
+        assert capsys.readouterr().err.count("the teacher goes on live") == 1
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_choose_views__heeds_passes_and_room(tmp_path: Path) -> None:
+    assert choose_views(4096, 50_000, 164, tmp_path) == 8
+    assert choose_views(4096, 50_000, 9, tmp_path) == 4
+    assert choose_views(4096, 50_000, 3, tmp_path) == 0
+    assert choose_views(4096, 10**12, 164, tmp_path) == 0
+
+
+JOB: dict[str, Any] = {
+    "teacher_args": {"layers": (1, 1, 1), "channels": (8, 16, 32)}, "teacher_epochs": 4, "paraphraser_epochs": 2,
+    "student_args": {"layers": (1, 1, 1), "channels": (4, 8, 16)}, "epochs": 4, "batch_size": 64, "lr": 0.05,
+    "threads": 1, "device": "cpu", "views": 2,
+}  # fmt: skip
+
+
+def job(out: Path, cache: Path, **changed: Any) -> list[dict[str, Any]]:
+    settings_ = {**JOB, "out": str(out), "cache_dir": str(cache), **changed}
+    distill("cifar_resnet20", "cifar_resnet20_b", "digits", **settings_)
+    return Run(out).metrics("student")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_distill__cached_factors_teach_as_live_ones_do(
+    tmp_path: Path, precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cached = job(tmp_path / "cached", tmp_path / "cache", precision=precision)
+    assert sum(f.stat().st_size for f in (tmp_path / "cache").rglob("*.f16")) == 1258 * 2 * 2 * 16 * 2 * 2
+    (tmp_path / "file").write_text("")
+    live = job(tmp_path / "live", tmp_path / "file", precision=precision)
+    assert "the teacher stays live" in capsys.readouterr().err
+    for ours, theirs in zip(cached, live, strict=True):
+        assert ours["factor_transfer"] == pytest.approx(theirs["factor_transfer"], rel=5e-3)
+    again = job(tmp_path / "again", tmp_path / "cache", precision=precision, seed=1, beta=7)
+    assert "holds 2,516 of 2,516 factors" in capsys.readouterr().err
+    assert len(again) == 4
+
+
+def test_distill__a_cached_run_ends_with_the_same_bits_from_an_empty_and_a_full_cache(tmp_path: Path) -> None:
+    one = job(tmp_path / "one", tmp_path / "cache")
+    other = job(tmp_path / "other", tmp_path / "cache")
+    assert [row["loss"] for row in one] == [row["loss"] for row in other]
+    assert (tmp_path / "one" / "student.safetensors").read_bytes() == (
+        tmp_path / "other" / "student.safetensors"
+    ).read_bytes()
+    summary = json.loads((tmp_path / "one" / "summary.json").read_text())
+    assert summary["student"]["views"] == 2
