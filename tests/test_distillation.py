@@ -300,3 +300,22 @@ def test_default_out__is_safe_in_a_path() -> None:
 
 def test_interrupted__is_not_caught_as_an_error() -> None:
     assert not issubclass(Interrupted, ValueError)
+
+
+@pytest.mark.slow
+def test_distill__runs_under_torchrun(finished: Path, tmp_path: Path) -> None:
+    """Two processes see each image once a pass, agree on every weight, and write one run folder."""
+    place = FLAGS.index("--teacher-epochs")
+    flags = [*FLAGS[:place], "--teacher-weights", str(finished / "teacher.safetensors"), *FLAGS[place + 2 :]]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "factor_transfer", "distill",
+         *flags, "--out", "run"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    two, one = (json.loads((folder / "summary.json").read_text()) for folder in (tmp_path / "run", finished))
+    assert two["environment"]["processes"] == 2
+    assert two["fingerprints"]["teacher"] == one["fingerprints"]["teacher"]
+    assert two["teacher"]["top1"] == pytest.approx(one["teacher"]["top1"])
+    assert len(Run(tmp_path / "run").metrics()) == 2 + 3 + 3
+    assert set(bits(tmp_path / "run")) == {"paraphraser.safetensors", "student.safetensors", "baseline.safetensors"}

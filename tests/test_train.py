@@ -108,7 +108,7 @@ def trainer(data: Dataset, engine: Engine, folder: Path, epochs: int = 2, **chan
         args={"layers": (1, 1, 1), "channels": (4, 4, 8), "drop_rate": 0.2},
     )
     task = DistillationTask(Tapped(network.module, "layer3"), network.norm, [Labels()])
-    plan = Plan(stage="student", epochs=epochs, lr=settings.lr, seed=0)
+    plan = Plan(stage="student", epochs=epochs, lr=settings.lr, seed=0, average=settings.model_ema)
     folder.mkdir(exist_ok=True)
     return Trainer(task, plan, data.train, engine, settings, Run(folder), data.validation)
 

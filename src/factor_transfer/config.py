@@ -188,7 +188,7 @@ class Config(DataConfig):
     model_ema: Annotated[bool, _in("Training")] = False
     """Average the student's weights over steps; the average is evaluated and exported."""
     model_ema_decay: Annotated[float, _in("Training")] = 0.998
-    """Decay of that average."""
+    """Decay of that average, reached by timm's warm-up: short runs forget their first steps."""
 
     # -- machine
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], _in("Machine")] = "auto"

@@ -75,6 +75,13 @@ class Engine:
         part: np.ndarray = np.array_split(chunk, self.processes)[self.rank]
         return part
 
+    def average_buffers(self, module: nn.Module) -> None:
+        """Batch-norm statistics as all processes saw them: each has met only its part of the images."""
+        if self.processes > 1:
+            for buffer in module.buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(self.accelerator.reduce(buffer, "mean"))
+
     def total(self, values: Tensor) -> Tensor:
         """The sum of `values` over processes."""
         return self.accelerator.reduce(values, "sum")  # type: ignore[no-any-return]

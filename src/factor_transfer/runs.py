@@ -67,14 +67,14 @@ class Run:
         """Hold a fingerprint to what it was when the run began; the first call writes it down.
 
         Raises:
-            RunError: it differs; the message begins with `changed`.
+            RunError: it differs; `changed` says so.
         """
         pins = self.pins()
         if pins.setdefault(name, value) != value:
             raise RunError(
-                f"{changed} than when {self.folder} began",
+                changed,
                 found=f"{name} {value[:12]}",
-                valid=f"{name} {pins[name][:12]}",
+                valid=f"{name} {pins[name][:12]}, with which {self.folder} began",
                 hint="give what the run began with, another --out, or --overwrite",
             )
         if self.writes:

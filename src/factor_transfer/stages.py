@@ -65,7 +65,9 @@ class Job:
         counts = f"{len(self.data.train):,} training and {len(self.data.validation):,} validation images"
         size = self.data.img_size
         say(f"data: {self.data.name}, {counts} of {size}x{size}, {len(self.data.classes)} classes")
-        run.pin("data", self.data.fingerprint, "--data holds other images, or shows them otherwise")
+        run.pin(
+            "data", self.data.fingerprint, "--data holds other images than when the run began, or shows them otherwise"
+        )
 
     # -- stage 0: both networks, and the teacher
 
@@ -73,14 +75,27 @@ class Job:
         """Both networks, and the shapes that meet; what does not fit is found before any hours are spent."""
         pair = Pair(self.load("teacher"), self.load("student"))
         first = state_fingerprint(pair.student.network.module.state_dict())
-        self.run.pin("student", first, "--student has other first weights")
+        self.run.pin("student", first, "--student has other first weights than when the run began")
         for side in (pair.teacher, pair.student):
             channels, *size = side.shape
             pooled = "" if tuple(size) == pair.size else f", pooled to {pair.size[0]}x{pair.size[1]}"
             feature = f"{channels} channels of {size[0]}x{size[1]}{pooled}"
             say(f"{side.role}: {side.network.name}, layer {side.layer}, {feature}")
-        self._paraphraser(pair, self.config.paraphraser)
+        paraphraser = self._paraphraser(pair, self.config.paraphraser)
+        self.views = self._choose_views(paraphraser.factor_channels * pair.size[0] * pair.size[1])
         return pair
+
+    def _choose_views(self, elements: int) -> int:
+        """Views that are shown in turn; what `auto` chose when the run began stays."""
+        config, run = self.config, self.run
+        if config.views != "auto":
+            return config.views
+        if "views" not in run.pins():
+            chosen = choose_views(2 * elements, len(self.data.train), config.epochs, cache_folder(config.cache_dir))
+            run.pin("views", str(chosen), "--views auto chose otherwise when the run began")
+            say(f"factor cache: --views auto chose {f'{chosen} views' if chosen else 'a live teacher'}")
+            return chosen
+        return int(run.pins()["views"])
 
     def teacher(self, side: Side) -> None:
         """The teacher, as loaded, or trained or fine-tuned here; evaluated before anything else."""
@@ -95,7 +110,7 @@ class Job:
                 hint="give --teacher-weights FILE (or `pretrained`), or train it here with --teacher-epochs 20",
             )
         fingerprint = state_fingerprint(side.network.module.state_dict())
-        run.pin("teacher", fingerprint, "--teacher has other weights")
+        run.pin("teacher", fingerprint, "--teacher has other weights than when the run began")
         found = run.recorded("teacher")
         if found is None or "top1" not in found:
             found = run.record("teacher", {"seconds": 0.0, **(found or {}), **self._assess(side.network)})
@@ -137,7 +152,11 @@ class Job:
         file = str(run.path("paraphraser.safetensors")) if found else config.paraphraser
         paraphraser = self._paraphraser(pair, file)
         if config.paraphraser is not None and found is None:
-            run.pin("paraphraser", state_fingerprint(paraphraser.state_dict()), "--paraphraser holds other weights")
+            run.pin(
+                "paraphraser",
+                state_fingerprint(paraphraser.state_dict()),
+                "--paraphraser holds other weights than when the run began",
+            )
         if found is None:
             teacher = self._teacher_side(pair)
             seconds = self._train_paraphraser(paraphraser, teacher) if file is None else 0.0
@@ -207,31 +226,19 @@ class Job:
         with seeded(part_seed(config.seed, "translator")):
             translator = Translator(pair.student.shape[0], paraphraser.factor_channels, config.factor_batch_norm)
         terms = [Labels(), FactorTransfer(translator, beta, config.p)]
-        views = self.views(elements)
         found = {
             "beta": beta,
             "bound": bound,
             "elements": elements,
             "factor_channels": paraphraser.factor_channels,
-            "views": views,
+            "views": self.views,
         }
         teacher = self._teacher_side(pair, paraphraser)
-        if views:
-            teacher = self._cached(teacher, views, pair, paraphraser)
-        return self._student("student", pair.student, terms, teacher, views, found)
+        if self.views:
+            teacher = self._cached(teacher, pair, paraphraser)
+        return self._student("student", pair.student, terms, teacher, found)
 
-    def views(self, elements: int) -> int:
-        """Views that are shown in turn; what `auto` chose when the run began stays."""
-        config, run = self.config, self.run
-        if config.views != "auto":
-            return config.views
-        if "views" not in run.pins():
-            chosen = choose_views(2 * elements, len(self.data.train), config.epochs, cache_folder(config.cache_dir))
-            run.pin("views", str(chosen), "")
-            say(f"factor cache: --views auto chose {chosen} views" if chosen else "--views auto chose a live teacher")
-        return int(run.pins()["views"])
-
-    def _cached(self, live: nn.Module, views: int, pair: Pair, paraphraser: Paraphraser) -> nn.Module:
+    def _cached(self, live: nn.Module, pair: Pair, paraphraser: Paraphraser) -> nn.Module:
         """The live teacher behind the factor cache; alone where the cache's folder cannot be written."""
         identity = {
             "teacher": state_fingerprint(pair.teacher.network.module.state_dict()),
@@ -243,7 +250,7 @@ class Job:
         }
         shape = (paraphraser.factor_channels, *pair.size)
         try:
-            cache = FactorCache(cache_folder(self.config.cache_dir), identity, shape, len(self.data.train), views)
+            cache = FactorCache(cache_folder(self.config.cache_dir), identity, shape, len(self.data.train), self.views)
         except OSError as error:
             warn(f"no factor cache ({error.strerror}: {error.filename}); the teacher stays live")
             return live
@@ -252,8 +259,7 @@ class Job:
 
     def baseline(self) -> Side:
         """The same student alone: same initial weights, order, views and schedule, labels only."""
-        views = (self.run.recorded("student") or {})["views"]
-        return self._student("baseline", self.load("student"), [Labels()], None, views, {})
+        return self._student("baseline", self.load("student"), [Labels()], None, {})
 
     def _student(
         self,
@@ -261,7 +267,6 @@ class Job:
         side: Side,
         terms: Sequence[Term],
         teacher: nn.Module | None,
-        views: int,
         found: dict[str, Any],
     ) -> Side:
         """Train and evaluate one student, or fetch it from the run folder."""
@@ -269,7 +274,14 @@ class Job:
             self._fetch(side.network, stage)
             return side
         config = self.config
-        plan = Plan(stage=stage, epochs=config.epochs, lr=config.lr, seed=config.seed, views=views)
+        plan = Plan(
+            stage=stage,
+            epochs=config.epochs,
+            lr=config.lr,
+            seed=config.seed,
+            views=self.views,
+            average=config.model_ema,
+        )
         seconds = self._train(side, terms, teacher, plan)
         self.run.record(stage, {**self._assess(side.network), "seconds": seconds, **found})
         return side
@@ -283,6 +295,8 @@ class Job:
             state_fingerprint(pair.teacher.network.module.state_dict()),
             "the teacher's weights or buffers changed during the run: its own code trains, or updates statistics",
         )
+        if not self.run.writes:
+            return
         sides: dict[str, Side | None] = {"teacher": pair.teacher, "baseline": baseline, "student": student}
         there = {role: side for role, side in sides.items() if side is not None}
         latencies = latency_ms([side.network.module for side in there.values()], self.data.img_size)
@@ -304,9 +318,8 @@ class Job:
             "settings": self.config.to_dict(),
             "environment": self.run.environment(),
         }
-        if self.run.writes:
-            summary["student"]["pt2_difference"] = self._export(student.network)
-            write_json(self.run.path("summary.json"), summary)
+        summary["student"]["pt2_difference"] = self._export(student.network)
+        write_json(self.run.path("summary.json"), summary)
 
     def _export(self, network: Network) -> float:
         chunk = np.arange(min(EXPORT_IMAGES, len(self.data.validation)))

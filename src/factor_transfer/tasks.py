@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.task import TrainingTask
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from factor_transfer.features import Tapped, align
@@ -157,8 +158,9 @@ class DistillationTask(TrainingTask):  # type: ignore[misc] # timm ships no type
 
     def trained(self) -> Trainee:
         """What is evaluated and shipped: the trained module, or the average of its weights where one is kept."""
-        ema = self.get_trainable_module(ema=True)
-        return self.trainable_module if ema is None else ema.module
+        average = self.get_trainable_module(ema=True)
+        trained: Trainee = unwrap_model(self.trainable_module if average is None else average.module)
+        return trained
 
 
 class ParaphraserTask(TrainingTask):  # type: ignore[misc] # timm ships no types

@@ -47,6 +47,8 @@ class Plan:
     """Owns the noise inside layers."""
     views: int = 0
     """Pass e shows view e mod `views`; 0: every pass a view of its own."""
+    average: bool = False
+    """Keep an average of the weights over steps (--model-ema)."""
     constant: bool = False
     """Hold the learning rate (the paraphraser's program) instead of following --sched."""
 
@@ -104,8 +106,8 @@ class Trainer:
         self.steps = math.ceil(len(train) / config.batch_size)
         engine.place(task)
         self.module: nn.Module = task.get_trainable_module()
-        if config.model_ema and not plan.constant:
-            task.setup_ema(decay=config.model_ema_decay)
+        if plan.average:
+            task.setup_ema(decay=config.model_ema_decay, use_warmup=True)
         self.optimizer, self.scheduler = optimizer_and_schedule(self.module, plan, config, self.steps)
         self.progress = self._restore()
 
@@ -179,6 +181,10 @@ class Trainer:
     def _end_pass(self) -> None:
         """Evaluate, write the pass down, and save."""
         progress, plan = self.progress, self.plan
+        average = self.task.get_trainable_module(ema=True)
+        for module in (self.module, average):
+            if module is not None:
+                self.engine.average_buffers(module)
         row = {"lr": self.optimizer.param_groups[0]["lr"], **progress.means()}
         if self.validation is not None:
             found = evaluate(
