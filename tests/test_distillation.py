@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from factor_transfer import distill
@@ -236,7 +237,7 @@ class Drifting(Small):
 
 def test_distill__a_teacher_that_changes_is_an_error(tmp_path: Path) -> None:
     settings = {**JOB, "teacher_args": None, "student_args": None, "teacher_epochs": 8, "teacher_lr": 0.5}
-    with pytest.raises(RunError, match="weights or buffers changed during the run"):
+    with pytest.raises(TrainingError, match="weights or buffers changed while it taught"):
         distill(
             Drifting(16),
             Small(4),
@@ -245,6 +246,64 @@ def test_distill__a_teacher_that_changes_is_an_error(tmp_path: Path) -> None:
             **settings,
         )
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_evaluate_run__never_measures_other_weights(finished: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / f"{name}.safetensors"
+    state = load_file(path)
+    state["linear.bias"][0] += 1
+    save_file(state, path)
+    with pytest.raises(RunError, match=f"a {name} with other weights than"):
+        evaluate_run(tmp_path / "run")
+    path.unlink()
+    with pytest.raises(ModelError, match=f"(?s){name}.safetensors.*no such file"):
+        evaluate_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json", "environment.json"])
+@pytest.mark.parametrize("content", ["", "[]", "null", "{}", '{"epochz": 3}'])
+def test_distill__a_damaged_run_folder_is_named(finished: Path, tmp_path: Path, name: str, content: str) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / name).write_text(content)
+    if name == "environment.json" and content.startswith("{"):
+        return  # it only says what changed since
+    with pytest.raises(RunError, match=r"\.json|other settings"):
+        job(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"device": "gpu"}, "(?s)--device gpu.*cuda"),
+        ({"precision": "fp16"}, "(?s)--precision fp16.*bf16"),
+        ({"epochs": "2"}, "--epochs '2'"),
+        ({"beta": "autoo"}, "--beta autoo"),
+        ({"teacher_std": (0.2, 0.0, 0.2)}, "--teacher-std"),
+    ],
+)
+def test_distill__checks_what_python_gives(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        job(tmp_path / "run", **changed)
+    assert not (tmp_path / "run").exists()
+
+
+def test_distill__takes_classes_as_constructor_arguments(tmp_path: Path) -> None:
+    result = distill(
+        "test_resnet", "cifar_resnet20_b", Path("digits"),
+        **{**JOB, "teacher_args": {"act_layer": nn.SiLU}, "img_size": 32, "teacher_epochs": 4, "epochs": 1,
+           "baseline": False, "teacher_lr": 0.02, "out": tmp_path / "run"},
+    )  # fmt: skip
+    assert "SiLU" in json.dumps(result.summary["teacher"]["model_args"])
+
+
+def test_evaluate__of_a_run_made_of_modules_says_why_it_cannot(tmp_path: Path, factor_transfer: Command) -> None:
+    settings = {**JOB, "teacher_args": None, "student_args": None, "teacher_epochs": 8, "teacher_lr": 0.5}
+    distill(Small(16), Small(4), "digits", out=tmp_path / "run", **settings)
+    done = factor_transfer("evaluate", tmp_path / "run")
+    assert done.returncode == 2
+    assert "was given in Python as a module, Small" in done.stderr
 
 
 def test_distill__a_teacher_near_chance_is_an_error_with_likely_causes(tmp_path: Path) -> None:
@@ -265,8 +324,6 @@ def test_distill__other_data_or_weights_do_not_continue_a_run(finished: Path, tm
         job(**given)
     state = load_file(weights)
     state["linear.bias"][0] += 1e-6
-    from safetensors.torch import save_file
-
     save_file(state, weights)
     with pytest.raises(RunError, match="--teacher has other weights than when"):
         job(**given)
@@ -310,7 +367,8 @@ def test_distill__runs_under_torchrun(finished: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "factor_transfer", "distill",
          *flags, "--out", "run"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     two, one = (json.loads((folder / "summary.json").read_text()) for folder in (tmp_path / "run", finished))

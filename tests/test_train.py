@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from factor_transfer.models import load_network
 from factor_transfer.runs import Run
 from factor_transfer.seeds import part_seed, seeded
 from factor_transfer.tasks import DistillationTask, Labels
-from factor_transfer.train import Plan, Trainer, evaluate, optimizer_and_schedule
+from factor_transfer.train import Plan, Trainer, _chunks, evaluate, optimizer_and_schedule
 
 
 def config(**changed: Any) -> Config:
@@ -41,7 +43,7 @@ def digits() -> Dataset:
 def rates(epochs: int, steps: int, **changed: Any) -> list[float]:
     """The learning rate of each pass's first step, as the trainer drives the schedule."""
     plan = Plan(stage="student", epochs=epochs, lr=0.1, seed=0)
-    optimizer, scheduler = optimizer_and_schedule(nn.Linear(2, 2), plan, config(**changed), steps)
+    optimizer, scheduler = optimizer_and_schedule(nn.Linear(2, 2), plan, config(epochs=epochs, **changed), steps)
     found = []
     for epoch in range(epochs):
         found.append(optimizer.param_groups[0]["lr"])
@@ -187,12 +189,50 @@ def test_trainer__a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
     bad = trainer(digits, engine, tmp_path, epochs=3)
     with torch.no_grad():
         next(bad.module.parameters()).fill_(float("nan"))
-    with pytest.raises(TrainingError, match="(?s)not finite in pass 2, step 1.*--lr"):
+    with pytest.raises(TrainingError, match="(?s)not finite in pass 2, step 1: the loss.*--lr"):
         bad.fit()
     again = trainer(digits, engine, tmp_path, epochs=3)
     assert again.progress.epoch == 1
     for name, value in weights(good).items():
         assert torch.equal(value, weights(again)[name]), name
+
+
+def test_trainer__weights_that_are_not_finite_are_never_saved(digits: Dataset, engine: Engine, tmp_path: Path) -> None:
+    """A last step can ruin them although every loss and gradient was finite."""
+    bad = trainer(digits, engine, tmp_path, epochs=1)
+    step = bad.optimizer.step
+
+    def ruin(*arguments: Any) -> Any:
+        step(*arguments)
+        if bad.progress.step == bad.steps - 1:
+            next(bad.module.parameters()).data[0] = float("inf")
+
+    bad.optimizer.step = ruin  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match="not finite in pass 1"):
+        bad.fit()
+    assert Run(tmp_path).load_checkpoint("student") is None
+
+
+@pytest.mark.parametrize(("size", "count"), [(1257, 2), (100, 13), (64, 20)])
+def test_chunks__a_rest_of_one_goes_with_the_batch_before(size: int, count: int) -> None:
+    """Batch norm cannot train on one image."""
+    parts = _chunks(np.arange(1258 if size != 1257 else 2515), size, least=2)
+    assert len(parts) == count
+    assert np.array_equal(np.concatenate(parts), np.arange(sum(map(len, parts))))
+    assert min(map(len, parts)) >= 2
+
+
+def test_optimizer__of_second_order_is_refused() -> None:
+    plan = Plan(stage="student", epochs=1, lr=0.1, seed=0)
+    with pytest.raises(ConfigError, match="--opt adahessian"):
+        optimizer_and_schedule(nn.Linear(2, 2), plan, config(opt="adahessian"), 1)
+
+
+def test_engine__precision_is_ours_whatever_accelerates_environment_says() -> None:
+    script = "from factor_transfer.engine import Engine; print(Engine('cpu').accelerator.mixed_precision)"
+    environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "bf16"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["no"]
 
 
 def test_seeds__are_addressed_and_give_the_state_back() -> None:

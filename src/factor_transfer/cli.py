@@ -41,8 +41,8 @@ def read_yaml(path: str) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {path}", found=str(error), valid="a YAML file of settings") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"--config {path}", found=type(values).__name__, valid="settings, one a line: `epochs: 20`")
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ConfigError(f"--config {path}", found=str(values)[:60], valid="settings, one a line: `epochs: 20`")
     return values
 
 
@@ -149,6 +149,8 @@ def main() -> None:
         sys.exit(_told(f"error: {error}", 2))
     except Interrupted as stopped:
         sys.exit(_told(str(stopped), stopped.code))
+    except BrokenPipeError:
+        sys.exit(141)
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}:
             raise
@@ -157,8 +159,6 @@ def main() -> None:
         sys.exit(_told(f"error: {error.strerror}{where}\n  next:  {hint}", 2))
     except KeyboardInterrupt:
         sys.exit(_told("stopped; the same command continues", 130))
-    except BrokenPipeError:
-        sys.exit(141)
 
 
 def _told(text: str, code: int) -> int:

@@ -47,6 +47,8 @@ def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
+        if text[:1] in "([{'\"":
+            raise ValueError(f"{text!r}: a bracket or quote that does not close") from None
         return text
 
 
@@ -210,19 +212,9 @@ class Config(DataConfig):
 
     def __post_init__(self) -> None:
         """Check each value by itself; what depends on networks or data is checked where those are known."""
-        positive = ("k", "batch_size", "lr", "paraphraser_lr", "teacher_lr", "img_size", "threads", "clip_grad",
-                    "checkpoint_minutes", "epochs")  # fmt: skip
-        not_negative = ("teacher_epochs", "paraphraser_epochs", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr",
-                        "crop_padding", "color_jitter", "views", "workers", "seed", "data_seed", "beta",
-                        "momentum")  # fmt: skip
-        for name in (*positive, *not_negative):
-            value = getattr(self, name)
-            if value is None or isinstance(value, str):
-                continue
-            low_enough = value > 0 if name in positive else value >= 0
-            if not (low_enough and math.isfinite(value)):
-                valid = "a number above 0" if name in positive else "0 or more"
-                raise ConfigError(f"{flag(name)} {value}", valid=valid)
+        _check_words(self)
+        _check_numbers(self)
+        _check_schedule(self)
         if not (self.p >= 1 and math.isfinite(self.p)):
             raise ConfigError(f"--p {self.p}", valid="1 or more: below 1 it is no norm")
         if not 0 < self.validation_share < 1:
@@ -231,6 +223,8 @@ class Config(DataConfig):
             raise ConfigError(f"--hflip {self.hflip}", valid="a probability from 0 to 1")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ConfigError(f"--scale {self.scale[0]} {self.scale[1]}", valid="two shares, 0 < low <= high <= 1")
+        if min(self.teacher_std or (1.0,)) <= 0:
+            raise ConfigError(f"--teacher-std {self.teacher_std}", valid="three numbers above 0")
         if not 0 < self.model_ema_decay < 1:
             raise ConfigError(f"--model-ema-decay {self.model_ema_decay}", valid="above 0 and below 1")
 
@@ -245,9 +239,54 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+CHOICES: dict[str, tuple[str, ...]] = {
+    "device": ("auto", "cpu", "cuda", "mps"),
+    "precision": ("auto", "fp32", "bf16"),
+    "reconstruction": ("l1", "l2"),
+    "beta": ("auto",),
+    "views": ("auto",),
+}
+"""Words that a field takes; `beta` and `views` take numbers too."""
+
 FIELDS = tuple(f.name for f in fields(Config))
 
 
 def part_of(config: DataConfig, kind: type[DataConfig]) -> dict[str, Any]:
     """The settings of `config` that `kind` has too."""
     return {f.name: getattr(config, f.name) for f in fields(kind)}
+
+
+def _check_words(config: Config) -> None:
+    """Words are those of `CHOICES`."""
+    for name, choices in CHOICES.items():
+        value = getattr(config, name)
+        if isinstance(value, str) and value not in choices:
+            raise ConfigError(f"{flag(name)} {value}", valid=choices)
+
+
+def _check_numbers(config: Config) -> None:
+    """Numbers are numbers, finite and on the right side of 0."""
+    positive = ("k", "batch_size", "lr", "paraphraser_lr", "teacher_lr", "img_size", "threads", "clip_grad",
+                "checkpoint_minutes", "epochs", "decay_epochs")  # fmt: skip
+    not_negative = ("teacher_epochs", "paraphraser_epochs", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr",
+                    "crop_padding", "color_jitter", "views", "workers", "seed", "data_seed", "beta",
+                    "momentum")  # fmt: skip
+    for name in (*positive, *not_negative):
+        value = getattr(config, name)
+        if value is None or (isinstance(value, str) and name in CHOICES):
+            continue
+        if not isinstance(value, (int, float)):
+            raise ConfigError(f"{flag(name)} {value!r}", valid="a number")
+        low_enough = value > 0 if name in positive else value >= 0
+        if not (low_enough and math.isfinite(value)):
+            valid = "a number above 0" if name in positive else "0 or more"
+            raise ConfigError(f"{flag(name)} {value}", valid=valid)
+
+
+def _check_schedule(config: Config) -> None:
+    """The schedule does something within the passes there are."""
+    if config.warmup_epochs >= config.epochs:
+        raise ConfigError(f"--warmup-epochs {config.warmup_epochs}", valid=f"fewer than --epochs {config.epochs}")
+    if config.sched == "multistep" and min(config.decay_milestones, default=math.inf) > config.epochs:
+        found = f"the first drop, in pass {min(config.decay_milestones, default=0)}, is after --epochs {config.epochs}"
+        raise ConfigError("--sched multistep", found=found, hint="give --decay-milestones within --epochs")

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-_console = Console(stderr=True, highlight=False)
+_console = Console(stderr=True, highlight=False, emoji=False)
 PLAIN_SECONDS = 20
 """Without a terminal a line is printed this often inside a pass, and at its end."""
 
@@ -38,7 +38,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
         made.add_column(name, justify="left" if place == 0 else "right", no_wrap=place > 0)
     for row in rows:
         made.add_row(*map(escape, row))
-    Console(highlight=False, quiet=_console.quiet).print(made)
+    Console(highlight=False, emoji=False, quiet=_console.quiet).print(made)
 
 
 class PassBar:

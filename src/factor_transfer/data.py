@@ -12,7 +12,6 @@ import hashlib
 import os
 import signal
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -198,6 +197,8 @@ class Dataset:
     img_size: int
     notes: tuple[str, ...]
     """What the user should know about how the data was understood."""
+    held_out: bool
+    """The validation images are a share of the training set."""
     fingerprint: str
     """Changes with any image, label, class order, split or augmentation."""
 
@@ -257,7 +258,7 @@ def open_data(config: DataConfig, default_size: Callable[[], int]) -> Dataset:
         splits = train.split(shown, config, ~chosen), train.split(shown, config, chosen)
     else:
         splits = train.split(shown, config), loaded[1].split(shown, config)
-    return Dataset(config.data, *splits, classes, size, tuple(notes), digest)
+    return Dataset(config.data, *splits, classes, size, tuple(notes), source.validation is None, digest)
 
 
 # -- pixels
@@ -346,14 +347,14 @@ def _decode(images: Images, pixels: np.ndarray | None) -> dict[int, Unreadable]:
 
 
 def _own_size(images: Images) -> int | None:
-    """The commonest longer side of a sample of the images; None where that is above 96 pixels."""
-    sides: Counter[int] = Counter()
+    """The median longer side of a sample of the images; None where that is above 96 pixels."""
+    sides: list[int] = []
     for row in np.unique(np.linspace(0, len(images) - 1, SIZE_SAMPLE).astype(int)).tolist():
         try:
-            sides[max(images.open(row).size)] += 1
+            sides.append(max(images.open(row).size))
         except Exception:  # whoever decodes it names it
             continue
-    side = sides.most_common(1)[0][0] if sides else SMALL
+    side = sorted(sides)[len(sides) // 2] if sides else SMALL
     return side if side <= SMALL else None
 
 

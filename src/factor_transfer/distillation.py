@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from factor_transfer.console import say, silence
 from factor_transfer.data import open_data
 from factor_transfer.engine import Engine
 from factor_transfer.errors import ConfigError, RunError, near
-from factor_transfer.models import Network, load_network, load_weights
+from factor_transfer.files import state_fingerprint
+from factor_transfer.models import Network, Role, load_network, load_weights
 from factor_transfer.pairs import Modules
 from factor_transfer.runs import Run, environment, open_run, saved_config, saved_summary
 from factor_transfer.stages import Job
@@ -30,7 +32,7 @@ class Distilled:
     student: nn.Module
 
 
-def distill(teacher: str | nn.Module, student: str | nn.Module, data: str, **settings: Any) -> Distilled:
+def distill(teacher: str | nn.Module, student: str | nn.Module, data: str | Path, **settings: Any) -> Distilled:
     """Train `student` by Factor Transfer from `teacher` on the images in `data`.
 
     The same call again continues an interrupted run, and returns the result of a finished one.
@@ -61,7 +63,8 @@ def distill(teacher: str | nn.Module, student: str | nn.Module, data: str, **set
         modules, teacher = {**modules, "teacher": teacher}, type(teacher).__name__
     if isinstance(student, nn.Module):
         modules, student = {**modules, "student": student}, type(student).__name__
-    return run_distillation(Config(teacher=teacher, student=student, data=data, **settings), modules)
+    plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in settings.items()}
+    return run_distillation(Config(teacher=teacher, student=student, data=os.fspath(data), **plain), modules)
 
 
 def run_distillation(config: Config, modules: Modules | None = None) -> Distilled:
@@ -71,11 +74,12 @@ def run_distillation(config: Config, modules: Modules | None = None) -> Distille
         silence()
     folder = Path(config.out or default_out(config))
     with open_run(folder, config, environment(**engine.describe()), writes=engine.main) as run:
+        engine.wait()  # for the one that opens, and perhaps empties, the folder
         if run.summary is None:
             _work(config, engine, run, modules or {})
         else:
             say(f"{folder} is finished; nothing was changed (--overwrite starts it anew)")
-    engine.accelerator.wait_for_everyone()
+    engine.wait()
     student = rebuild(folder, "student", (modules or {}).get("student"))
     return Distilled(folder, saved_summary(folder), student.module.eval())
 
@@ -105,21 +109,34 @@ def rebuild(folder: Path, role: str, module: nn.Module | None = None) -> Network
     config, summary = saved_config(folder), saved_summary(folder)
     if role not in summary:
         raise RunError(f"{folder}", found=f"no {role}", valid=[name for name in ROLES if name in summary])
-    side = "teacher" if role == "teacher" else "student"
+    side: Role = "teacher" if role == "teacher" else "student"
     own, there = vars(config), summary[role]
-    file = folder / f"{role}.safetensors"
+    if module is None and there.get("is_module"):
+        raise RunError(
+            str(folder),
+            found=f"its {side} was given in Python as a module, {own[side]}, which no command can build",
+            hint=f"call rebuild(folder, {role!r}, module) in Python, or use student.pt2",
+        )
+    trained_here = side == "student" or config.teacher_epochs > 0
     network = load_network(
-        module if module is not None else own[side],
-        role=side,  # type: ignore[arg-type] # mypy does not narrow the conditional
+        own[side] if module is None else module,
+        role=side,
         num_classes=len(summary["data"]["classes"]),
         img_size=summary["data"]["img_size"],
         args=own[f"{side}_args"],
-        weights=None if file.exists() else own[f"{side}_weights"],
+        weights=None if trained_here else own[f"{side}_weights"],
         mean=tuple(there["mean"]),
         std=tuple(there["std"]),
     )
-    if file.exists():
+    if trained_here:
+        file = folder / f"{role}.safetensors"
         load_weights(network.module, file, str(file))
+    if state_fingerprint(network.module.state_dict()) != there["fingerprint"]:
+        raise RunError(
+            str(folder),
+            found=f"a {role} with other weights than those that were trained and measured here",
+            hint="put the file of weights back, or distil again with another --out",
+        )
     return network
 
 
@@ -150,13 +167,16 @@ def evaluate_run(folder: Path, data: DataConfig | None = None, device: str = "au
             found=f"classes {', '.join(images.classes[:8])}",
             valid=f"those of the run: {', '.join(summary['data']['classes'][:8])}",
         )
+    # Other images that are not divided into training and validation are all there to measure on.
+    splits = [images.train, images.validation] if data is not None and images.held_out else [images.validation]
+    say(f"data: {images.name}, {sum(map(len, splits)):,} images")
     engine = Engine(device, config.precision, config.threads)
     found = {}
     for role in ROLES:
         if role in summary:
             network = rebuild(folder, role)
             classifier = nn.Sequential(network.norm, network.module)
-            found[role] = evaluate(classifier, images.validation, engine, batch_size=config.batch_size, precise=True)
+            found[role] = evaluate(classifier, splits, engine, batch_size=config.batch_size, precise=True)
     return found
 
 

@@ -31,13 +31,15 @@ class Engine:
             torch.set_num_threads(threads)
         available = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(),
                      "mps": torch.backends.mps.is_available()}  # fmt: skip
-        if not available[device]:
+        if not available.get(device, False):
             raise ConfigError(
                 f"--device {device}",
                 found=f"this machine has no {device} device that torch {torch.__version__} can use",
                 valid=[name for name, there in available.items() if there],
             )
-        self.accelerator = Accelerator(cpu=device == "cpu")
+        on_cpu = device == "cpu" or (device == "auto" and not (available["cuda"] or available["mps"]))
+        # Precision is ours: neither Accelerate's environment variables nor its settings file may change it.
+        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
         self.device = self.accelerator.device
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.bf16 = precision == "bf16" or (precision == "auto" and _has_bf16(self.device))
@@ -54,6 +56,10 @@ class Engine:
     def main(self) -> bool:
         """True in the one process that writes and prints."""
         return bool(self.accelerator.is_main_process)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.accelerator.wait_for_everyone()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of training."""

@@ -20,7 +20,8 @@ from factor_transfer.errors import ModelError, near
 class Tapped(nn.Module):
     """A network that gives, beside its own output, the output of one of its submodules as a feature map.
 
-    The network itself is left as it is: the hook lives only while `forward` runs.
+    The network itself is left as it is: the hook lives only while `forward` runs. Where a later layer overwrites the
+    output in place, the map is what that layer made of it.
 
     Args:
         module: the network.
@@ -70,7 +71,8 @@ def find_layer(module: nn.Module, images: Tensor) -> str:
     """The submodule whose output is the last feature map before pooling: the last group after its last activation.
 
     It is found by looking at what flows: the outermost submodule that returns the very tensor that timm's
-    `forward_features` returns, or else the last one to return a map with more than one place.
+    `forward_features` returns (or one of its shape), or without `forward_features` the last one to return a map
+    with more than one place.
 
     Args:
         module: the network.
@@ -89,13 +91,16 @@ def find_layer(module: nn.Module, images: Tensor) -> str:
         if last is None:
             module(images)
     maps = [(name, output) for name, output in flow if _as_map(output, module) is not None]
-    if not any(output is last for _, output in maps):
+    if features is not None:  # a network that gives something else there has several maps, or none
+        same = [output for _, output in maps if isinstance(last, Tensor) and output.shape == last.shape]
+        last = next((output for output in same if output is last), same[-1] if same else None)
+    else:
         spatial = [output for _, output in maps if _as_map(output, module).shape[-2:].numel() > 1]  # type: ignore[union-attr]
         last = (spatial or [output for _, output in maps] or [None])[-1]
     if last is None:
         raise ModelError(
             type(module).__name__,
-            found="no submodule gives a feature map (B, C, H, W)",
+            found="no one submodule gives the last feature map (B, C, H, W)",
             hint="name one with --teacher-layer or --student-layer",
         )
     return min((name for name, output in maps if output is last), key=lambda name: name.count("."))

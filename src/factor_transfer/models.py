@@ -137,6 +137,8 @@ def load_network(
     if isinstance(given, nn.Module):
         module, pretrained = deepcopy(given), True
     else:
+        if "img_size" in (args or {}):
+            raise ModelError(f"--{role}-args img_size", found="set by the data", hint="give --img-size")
         pretrained = weights == "pretrained" or (weights is None and parse_name(given, role)[0] is not None)
         with seeded(part_seed(seed, role)):
             module, model_args = _create(given, role, num_classes, img_size, dict(args or {}), pretrained)
@@ -223,7 +225,9 @@ def read_state(path: str | Path, given: str) -> dict[str, Tensor]:
         folder = Path(path).parent
         names = [str(entry) for entry in folder.iterdir() if entry.is_file()] if folder.is_dir() else []
         raise ModelError(
-            given, found="no such file", valid=near(str(path), names) or "a safetensors or torch file, or `pretrained`"
+            given,
+            found="a folder" if Path(path).is_dir() else "no such file",
+            valid=near(str(path), names) or "a safetensors or torch file, or `pretrained`",
         )
     try:
         state = load_state_dict(str(path))  # timm's: weights_only=True, on the CPU
@@ -375,7 +379,7 @@ def _load_state(module: nn.Module, state: Mapping[str, Tensor], given: str) -> N
 @torch.no_grad()
 def _check_output(network: Network, role: Role, num_classes: int, img_size: int) -> None:
     given = f"--{role} {network.name}"
-    module = deepcopy(network.module).eval()
+    module = deepcopy(network.module).cpu().float().eval()
     try:
         output = module(torch.zeros(2, 3, img_size, img_size))
     except Exception as error:  # whatever a foreign network raises on a size that it cannot take

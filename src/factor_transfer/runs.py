@@ -30,11 +30,11 @@ from torch import Tensor
 
 from factor_transfer.config import Config, flag
 from factor_transfer.console import warn
-from factor_transfer.errors import RunError
+from factor_transfer.errors import ConfigError, RunError
 from factor_transfer.files import locked, read_json, sha256_file, write_atomic, write_json
 
-FREE = frozenset({"out", "overwrite", "workers", "checkpoint_minutes", "cache_dir"})
-"""Settings that may differ when a run is continued: they change no result."""
+FREE = frozenset({"out", "overwrite", "workers", "checkpoint_minutes", "cache_dir", "data", "data_dir"})
+"""Settings that may differ when a run is continued: they change no result, or what they name is fingerprinted."""
 
 KEPT = 2
 """Checkpoints kept of the stage under way: if the newest is damaged, the other is used."""
@@ -59,7 +59,7 @@ class Run:
     def summary(self) -> dict[str, Any] | None:
         """The result of a finished run; None while there is none."""
         path = self.path("summary.json")
-        return read_json(path) if path.exists() else None
+        return _mapping(path, "student", "teacher", "data", "settings") if path.exists() else None
 
     # -- what must stay the same
 
@@ -106,14 +106,25 @@ class Run:
         if self.writes:
             self.path("stages").mkdir(exist_ok=True)
             write_json(self.path(f"stages/{stage}.json"), dict(found))
+            self.forget(stage)
+        return dict(found)
+
+    def forget(self, stage: str) -> None:
+        """Delete the checkpoints of a stage that must not be continued."""
+        if self.writes:
             for path in self._checkpoints(stage):
                 _delete_checkpoint(path)
-        return dict(found)
 
     def save_weights(self, name: str, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Write `name`.safetensors: contiguous, with `metadata` (plain strings) in its header."""
         if self.writes:
-            content = save({key: value.detach().cpu().contiguous() for key, value in state.items()}, dict(metadata))
+            content = save(
+                {
+                    key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+                    for key, value in state.items()
+                },
+                dict(metadata),
+            )
             write_atomic(self.path(f"{name}.safetensors"), content)
 
     # -- metrics
@@ -208,9 +219,14 @@ def saved_config(folder: Path) -> Config:
         raise RunError(str(folder), found="no run (no config.json)", valid="a folder that `distill` made")
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
-        for name, value in read_json(folder / "config.json").items()
+        for name, value in _mapping(folder / "config.json").items()
     }
-    return Config(**values)
+    try:
+        return Config(**values)
+    except (TypeError, ConfigError) as error:
+        raise RunError(
+            str(folder / "config.json"), found=f"settings of another version, or damaged: {error}"
+        ) from error
 
 
 def saved_summary(folder: Path) -> dict[str, Any]:
@@ -262,7 +278,7 @@ def _continue_or_begin(run: Run, config: Config, now: Mapping[str, Any]) -> None
         write_json(run.path("config.json"), config.to_dict())
     if not run.path("environment.json").exists():
         write_json(run.path("environment.json"), dict(now))
-    there, here = read_json(run.path("config.json")), config.to_dict()
+    there, here = _mapping(run.path("config.json")), config.to_dict()
     other = [name for name in here if name not in FREE and there.get(name) != here[name]]
     if other:
         raise RunError(
@@ -271,7 +287,7 @@ def _continue_or_begin(run: Run, config: Config, now: Mapping[str, Any]) -> None
             + "; ".join(f"{flag(name)} {there.get(name)} there, {here[name]} here" for name in other),
             hint="give the same settings to continue it, another --out, or --overwrite",
         )
-    before = read_json(run.path("environment.json"))
+    before = _mapping(run.path("environment.json"))
     changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
     if changed and run.summary is None:
         warn(f"continued on another machine or version, so not to the same bits: {'; '.join(changed)}")
@@ -291,6 +307,15 @@ def _empty(folder: Path) -> None:
 def _delete_checkpoint(path: Path) -> None:
     path.unlink(missing_ok=True)
     path.with_suffix(".sha256").unlink(missing_ok=True)
+
+
+def _mapping(path: Path, *keys: str) -> dict[str, Any]:
+    """The mapping in a JSON file, which must have `keys`."""
+    value = read_json(path)
+    if not isinstance(value, dict) or not value.keys() >= set(keys):
+        wanted = f"a mapping with {', '.join(keys)}" if keys else "a mapping"
+        raise RunError(str(path), found="a damaged file", valid=wanted, hint="restore it, or use another --out")
+    return value
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -142,6 +142,8 @@ def _folder(root: Path, given: str) -> Source:
             return _class_folders(whole.below(name), f"{root}/{name}", given)
         path = root / name
         tree = folder_tree(path) if path.is_dir() else tar_tree(path.with_name(f"{name}.tar"), given)
+        if not path.is_dir() and all(file.startswith(f"{name}/") for file in tree.files):
+            tree = tree.below(name)  # train.tar made of train/ itself
         return _class_folders(tree, str(path if path.is_dir() else f"{path}.tar"), given)
 
     present = [name for name in VALIDATION if has(name)]
@@ -376,7 +378,7 @@ def _read_class_map(name: str) -> tuple[str, ...]:
     if not path.exists():
         raise missing(given, path, valid)
     try:
-        classes = tuple(line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines())
+        classes = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(given, found=str(error), valid=valid) from error
     if not classes or "" in classes:

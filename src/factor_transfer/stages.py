@@ -5,6 +5,7 @@ Each is skipped where the run folder says that it is finished, and continued whe
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -45,6 +46,11 @@ NEAR_CHANCE = 0.1
 
 EXPORT_IMAGES = 64
 """Validation images on which an export is compared with the trained student."""
+
+
+def plain(values: Any) -> str:
+    """As JSON; what JSON does not know (an activation's class) by its name."""
+    return json.dumps(values, default=str)
 
 
 class Job:
@@ -100,6 +106,7 @@ class Job:
     def teacher(self, side: Side) -> None:
         """The teacher, as loaded, or trained or fine-tuned here; evaluated before anything else."""
         config, run = self.config, self.run
+        self._teacher = side
         if config.teacher_epochs:
             self._train_teacher(side)
         elif side.network.new_head or not side.network.pretrained:
@@ -143,6 +150,23 @@ class Job:
             "and its weights (--teacher-weights); or train it here (--teacher-epochs)",
         )
 
+    def _check_unchanged(self, stage: str) -> None:
+        """Prove that the teacher is as it was; what a changing one has taught is not kept.
+
+        Raises:
+            TrainingError: its weights or buffers have another hash than when the run began.
+        """
+        now = state_fingerprint(self._teacher.network.module.state_dict())
+        if now == self.run.pins()["teacher"]:
+            return
+        self.run.forget(stage)
+        raise TrainingError(
+            f"--teacher {self.config.teacher}",
+            found="its weights or buffers changed while it taught: its own code trains, or updates statistics",
+            valid="a teacher that stays as it was",
+            hint="look for code in its forward that writes to parameters or buffers in eval mode",
+        )
+
     # -- stage 1: the paraphraser
 
     def paraphraser(self, pair: Pair) -> Paraphraser:
@@ -161,6 +185,7 @@ class Job:
             teacher = self._teacher_side(pair)
             seconds = self._train_paraphraser(paraphraser, teacher) if file is None else 0.0
             error = self._relative_error(paraphraser, teacher)
+            self._check_unchanged("paraphraser")
             run.save_weights("paraphraser", paraphraser.state_dict(), paraphraser_metadata(paraphraser))
             found = run.record("paraphraser", {"relative_error": error, "seconds": seconds})
         say(f"paraphraser: its reconstruction error is {found['relative_error']:.3f} of a mean predictor's")
@@ -240,7 +265,9 @@ class Job:
 
     def _cached(self, live: nn.Module, pair: Pair, paraphraser: Paraphraser) -> nn.Module:
         """The live teacher behind the factor cache; alone where the cache's folder cannot be written."""
+        network = pair.teacher.network
         identity = {
+            "architecture": [network.name, type(network.module).__name__, json.loads(plain(network.model_args))],
             "teacher": state_fingerprint(pair.teacher.network.module.state_dict()),
             "teacher layer": pair.teacher.layer,
             "teacher normalisation": [pair.teacher.network.mean, pair.teacher.network.std],
@@ -283,6 +310,8 @@ class Job:
             average=config.model_ema,
         )
         seconds = self._train(side, terms, teacher, plan)
+        if teacher is not None:
+            self._check_unchanged(stage)
         self.run.record(stage, {**self._assess(side.network), "seconds": seconds, **found})
         return side
 
@@ -290,11 +319,6 @@ class Job:
 
     def finish(self, pair: Pair, student: Side, baseline: Side | None) -> None:
         """Prove that the teacher is unchanged, export the student, measure, and write the summary."""
-        self.run.pin(
-            "teacher",
-            state_fingerprint(pair.teacher.network.module.state_dict()),
-            "the teacher's weights or buffers changed during the run: its own code trains, or updates statistics",
-        )
         if not self.run.writes:
             return
         sides: dict[str, Side | None] = {"teacher": pair.teacher, "baseline": baseline, "student": student}
@@ -322,7 +346,7 @@ class Job:
         write_json(self.run.path("summary.json"), summary)
 
     def _export(self, network: Network) -> float:
-        chunk = np.arange(min(EXPORT_IMAGES, len(self.data.validation)))
+        chunk = np.arange(max(EXPORT_IMAGES, 2)) % len(self.data.validation)
         (batch,) = self.data.validation.batches([chunk], view=None)
         return export_pt2(network.module, network.norm(batch.image), self.run.path("student.pt2"))
 
@@ -338,7 +362,9 @@ class Job:
             "layer": side.layer,
             "mean": list(network.mean),
             "std": list(network.std),
-            "model_args": dict(network.model_args),
+            "model_args": json.loads(plain(network.model_args)),
+            "is_module": side.role in self.modules,
+            "fingerprint": state_fingerprint(network.module.state_dict()),
         }
 
     # -- what stages share

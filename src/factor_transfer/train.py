@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,7 @@ class Trainer:
     ) -> None:
         self.task, self.plan, self.engine, self.config, self.run = task, plan, engine, config, run
         self.train, self.validation = train, validation
-        self.steps = math.ceil(len(train) / config.batch_size)
+        self.steps = len(_chunks(np.arange(len(train)), config.batch_size, least=2 * engine.processes))
         engine.place(task)
         self.module: nn.Module = task.get_trainable_module()
         if plan.average:
@@ -135,7 +136,7 @@ class Trainer:
         progress, plan = self.progress, self.plan
         view = progress.epoch % plan.views if plan.views else progress.epoch
         order = permutation(self.config.data_seed, progress.epoch, len(self.train))
-        chunks = list(_chunks(order, self.config.batch_size))[progress.step :]
+        chunks = _chunks(order, self.config.batch_size, least=2 * self.engine.processes)[progress.step :]
         saved = started = time.monotonic()
         before = progress.seconds
         self.task.train()
@@ -164,15 +165,18 @@ class Trainer:
         share = len(labels) / size
         self.optimizer.zero_grad(set_to_none=True)
         # Gradients are averaged over processes, and the parts of one batch can differ in size.
-        engine.accelerator.backward(result["loss"] * (share * engine.processes))
-        if self.config.clip_grad is not None:
-            engine.accelerator.clip_grad_norm_(self.module.parameters(), self.config.clip_grad)
+        (result["loss"] * (share * engine.processes)).backward()
+        limit = math.inf if self.config.clip_grad is None else self.config.clip_grad
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
         values = {name: value.detach() for name, value in result.items() if name != "output"}
         if result["output"] is not None:
             values["train_top1"] = 100 * (result["output"].detach().argmax(1) == labels).float().mean()
         totals = engine.total(torch.stack([value.float() for value in values.values()]) * share)
         means = dict(zip(values, totals.tolist(), strict=True))
-        self._check_finite(means)
+        if not math.isfinite(means["loss"]):
+            raise self._not_finite(f"the loss, {formatted(means)}")
+        if not norm.isfinite():
+            raise self._not_finite(f"the gradient, where {formatted(means)}")
         self.optimizer.step()
         self.scheduler.step_update(update + 1)
         task.update_ema(step=update)
@@ -191,6 +195,8 @@ class Trainer:
                 self.task.trained().classifier(), self.validation, self.engine, batch_size=self.config.batch_size
             )
             row |= {f"validation_{name}": value for name, value in found.items()}
+        if not all(map(math.isfinite, row.values())):
+            raise self._not_finite(formatted(row))
         self.run.log(plan.stage, progress.epoch + 1, {**row, "seconds": round(progress.seconds, 3)})
         shown = {name.replace("_", " "): value for name, value in row.items() if name != "lr"}
         say(f"{plan.stage} {progress.epoch + 1}/{plan.epochs}  {formatted(shown)}  {progress.seconds:.0f} s")
@@ -199,6 +205,8 @@ class Trainer:
         self._save()
 
     def _save(self) -> None:
+        if not all(tensor.isfinite().all() for tensor in self.module.state_dict().values()):
+            raise self._not_finite("the weights, after the last step")
         ema = self.task.get_trainable_module(ema=True)
         state = {
             "progress": vars(self.progress),
@@ -220,13 +228,11 @@ class Trainer:
             say(f"{self.plan.stage}: continued after {progress.epoch} passes and {progress.step} steps")
         return progress
 
-    def _check_finite(self, values: dict[str, float]) -> None:
-        if math.isfinite(values["loss"]):
-            return
+    def _not_finite(self, what: str) -> TrainingError:
         plan, progress = self.plan, self.progress
-        raise TrainingError(
-            f"{plan.stage}: the loss is not finite in pass {progress.epoch + 1}, step {progress.step + 1}",
-            found=f"{formatted(values)}; --lr {plan.lr:g}, --beta {self.config.beta}",
+        return TrainingError(
+            f"{plan.stage}: not finite in pass {progress.epoch + 1}, step {progress.step + 1}: {what}",
+            found=f"--lr {plan.lr:g}, --beta {self.config.beta}",
             valid="finite losses; the last good checkpoint is kept",
             hint="give a lower --lr or --beta, --clip-grad 5, or --precision fp32, with another --out or --overwrite",
         )
@@ -238,13 +244,13 @@ class Trainer:
 
 
 def evaluate(
-    model: nn.Module, split: Split, engine: Engine, *, batch_size: int = 128, precise: bool = False
+    model: nn.Module, images: Split | Sequence[Split], engine: Engine, *, batch_size: int = 128, precise: bool = False
 ) -> dict[str, float]:
     """`top1` in percent and `loss` (cross-entropy) of `model`, each image counted once.
 
     Args:
         model: uint8 images (B, 3, H, W) -> logits (B, N); evaluated in eval mode, and left in the mode it was in.
-        split: the images, shown without augmentation.
+        images: a split or several, shown without augmentation.
         engine: device and processes.
         batch_size: images a step, over all processes.
         precise: compute in float32 whatever the precision of training.
@@ -253,19 +259,25 @@ def evaluate(
     training = {module: module.training for module in model.modules()}
     model.eval()
     sums = torch.zeros(3, device=engine.device)  # right, loss, images
-    chunks = [engine.shard(chunk) for chunk in _chunks(np.arange(len(split)), batch_size)]
+    splits = [images] if isinstance(images, Split) else images
     with torch.no_grad():
-        for batch in split.batches([chunk for chunk in chunks if len(chunk)], view=None):
-            images, labels = batch.image.to(engine.device), batch.label.to(engine.device)
+        for batch in chain.from_iterable(_shown(split, batch_size, engine) for split in splits):
+            labels = batch.label.to(engine.device)
             with torch.autocast(engine.device.type, enabled=False) if precise else engine.autocast():
-                logits = model(images)
+                logits = model(batch.image.to(engine.device))
             right = (logits.argmax(1) == labels).sum()
             loss = F.cross_entropy(logits.float(), labels, reduction="sum")
             sums += torch.stack([right.float(), loss, torch.full_like(loss, len(labels))])
     for module, mode in training.items():
         module.training = mode
-    right, loss, images = engine.total(sums).tolist()
-    return {"top1": 100 * right / images, "loss": loss / images}
+    right, loss, count = engine.total(sums).tolist()
+    return {"top1": 100 * right / count, "loss": loss / count}
+
+
+def _shown(split: Split, batch_size: int, engine: Engine) -> Iterator[Batch]:
+    """This process's part of a split, as evaluation shows it."""
+    parts = [engine.shard(chunk) for chunk in _chunks(np.arange(len(split)), batch_size)]
+    return split.batches([part for part in parts if len(part)], view=None)
 
 
 def optimizer_and_schedule(
@@ -289,6 +301,8 @@ def optimizer_and_schedule(
         momentum=config.momentum,
         filter_bias_and_bn=config.filter_bias_and_bn,
     )
+    if getattr(optimizer, "is_second_order", False):
+        raise ConfigError(f"--opt {config.opt}", found="an optimizer of second order", valid="one of first order")
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,
@@ -303,11 +317,17 @@ def optimizer_and_schedule(
             step_on_epochs=not config.sched_on_updates or config.sched in BY_PASSES,
             updates_per_epoch=steps,
         )
-    except (ValueError, AssertionError) as error:
+    except (ValueError, AssertionError, ZeroDivisionError) as error:
         raise ConfigError(f"--sched {config.sched}", found=str(error)) from error
     return optimizer, scheduler
 
 
-def _chunks(indices: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(indices), size):
-        yield indices[start : start + size]
+def _chunks(indices: np.ndarray, size: int, least: int = 1) -> list[np.ndarray]:
+    """`indices` in batches of `size`; a rest of fewer than `least` goes with the batch before it.
+
+    Batch norm cannot train on one image, and every process needs one.
+    """
+    starts = list(range(0, len(indices), size))
+    if len(starts) > 1 and len(indices) - starts[-1] < least:
+        starts.pop()
+    return [indices[start:end] for start, end in zip(starts, [*starts[1:], len(indices)], strict=True)]
