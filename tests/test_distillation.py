@@ -223,6 +223,24 @@ def test_distill__takes_modules_and_leaves_them_as_they_are(tmp_path: Path) -> N
     assert all(parameter.requires_grad for parameter in teacher.parameters())
 
 
+class Branching(Small):
+    """A network whose path depends on its input, which torch.export does not take."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images) if images.sum() > 0 else super().forward(images) * 2
+
+
+def test_distill__a_student_that_cannot_be_exported_is_not_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {**JOB, "teacher_args": None, "student_args": None, "teacher_epochs": 8, "teacher_lr": 0.5}
+    result = distill(Small(16), Branching(4), "digits", out=str(tmp_path / "run"), **settings)
+    assert "student.pt2 was not written" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "student.pt2").exists()
+    assert result.summary["student"]["pt2_error"]
+    assert (tmp_path / "run" / "student.safetensors").exists()
+
+
 class Drifting(Small):
     """A teacher that goes on counting inside forward, whatever mode it is put in."""
 

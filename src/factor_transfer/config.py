@@ -230,8 +230,17 @@ class Config(DataConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON and YAML hold them (tuples become lists)."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
-        return plain
+        values: dict[str, Any] = plain(asdict(self))
+        return values
+
+
+def plain(values: Any) -> Any:
+    """As JSON holds it; what JSON does not know (an activation's class) by its name.
+
+    >>> plain({"layers": (3, 3, 3)})
+    {'layers': [3, 3, 3]}
+    """
+    return json.loads(json.dumps(values, default=str))
 
 
 def flag(name: str) -> str:

@@ -144,7 +144,8 @@ def load_network(
             module, model_args = _create(given, role, num_classes, img_size, dict(args or {}), pretrained)
     new_head = False
     if pretrained and not isinstance(given, nn.Module):
-        new_head = _own_classes(module) not in {None, num_classes}
+        own_classes = (getattr(module, "pretrained_cfg", None) or {}).get("num_classes")
+        new_head = own_classes not in {None, num_classes}
     if weights not in {None, "pretrained"}:
         assert weights is not None
         new_head, pretrained = _load_file(module, weights, role), True
@@ -322,12 +323,6 @@ def _create(
         raise ModelError(source, found=_first_line(error), hint=f"give a file with --{role}-weights") from error
     kept = {key: value for key, value in made.items() if key not in {"pretrained_cfg", "model_name"}}
     return module, {"architecture": made["model_name"], **kept}
-
-
-def _own_classes(module: nn.Module) -> int | None:
-    """Classes that timm's own weights of this network are for."""
-    own: dict[str, Any] = getattr(module, "pretrained_cfg", None) or {}
-    return own.get("num_classes")
 
 
 def _load_file(module: nn.Module, weights: str, role: Role) -> bool:

@@ -33,7 +33,8 @@ def show(folder: Path, summary: Mapping[str, Any]) -> None:
     taken = summary["seconds"]
     seconds = "  ".join(f"{stage} {taken[stage]:.0f} s" for stage in STAGES if stage in taken)
     say(f"trained in: {seconds}")
-    say(f"student: {folder / 'student.pt2'} (needs only torch), {folder / 'student.safetensors'}")
+    program = f"{folder / 'student.pt2'} (needs only torch), " if "pt2_difference" in summary["student"] else ""
+    say(f"student: {program}{folder / 'student.safetensors'}")
     say(f"all of it: {folder / 'summary.json'}")
 
 
@@ -47,7 +48,7 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
     """What one run says, and no more.
 
     >>> verdict({"teacher": {"top1": 90.0, "parameters": 30}, "student": {"top1": 89.0, "parameters": 10}})
-    ['The student has 1/3.0 of the teacher\\'s parameters and 1.00 points less top-1.']
+    ["The student has 1/3.0 of the teacher's parameters and 1.00 points less top-1."]
     """
     teacher, student = summary["teacher"], summary["student"]
     ratio = teacher["parameters"] / student["parameters"]

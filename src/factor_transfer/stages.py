@@ -5,7 +5,6 @@ Each is skipped where the run folder says that it is finished, and continued whe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from factor_transfer.cache import CachedTeacher, FactorCache, cache_folder, choose_views, say_what_changed
-from factor_transfer.config import Config
+from factor_transfer.config import Config, plain
 from factor_transfer.console import say, warn
 from factor_transfer.data import open_data
 from factor_transfer.engine import Engine
@@ -46,11 +45,6 @@ NEAR_CHANCE = 0.1
 
 EXPORT_IMAGES = 64
 """Validation images on which an export is compared with the trained student."""
-
-
-def plain(values: Any) -> str:
-    """As JSON; what JSON does not know (an activation's class) by its name."""
-    return json.dumps(values, default=str)
 
 
 class Job:
@@ -132,8 +126,8 @@ class Job:
         if self.run.recorded("teacher") is not None:
             self._fetch(network, "teacher")
             return
-        lr = config.teacher_lr or (config.lr / 10 if network.pretrained else config.lr)
-        kind = "fine-tuning" if network.pretrained else "training"
+        kind, usual = ("fine-tuning", config.lr / 10) if network.pretrained else ("training", config.lr)
+        lr = config.teacher_lr or usual
         say(f"teacher: {kind} for {config.teacher_epochs} passes, learning rate {lr:g}")
         plan = Plan(stage="teacher", epochs=config.teacher_epochs, lr=lr, seed=config.data_seed)
         self.run.record("teacher", {"seconds": self._train(side, [Labels()], None, plan)})
@@ -267,10 +261,10 @@ class Job:
         """The live teacher behind the factor cache; alone where the cache's folder cannot be written."""
         network = pair.teacher.network
         identity = {
-            "architecture": [network.name, type(network.module).__name__, json.loads(plain(network.model_args))],
-            "teacher": state_fingerprint(pair.teacher.network.module.state_dict()),
+            "architecture": [network.name, type(network.module).__name__, plain(network.model_args)],
+            "teacher": state_fingerprint(network.module.state_dict()),
             "teacher layer": pair.teacher.layer,
-            "teacher normalisation": [pair.teacher.network.mean, pair.teacher.network.std],
+            "teacher normalisation": [network.mean, network.std],
             "paraphraser": state_fingerprint(paraphraser.state_dict()),
             "images": self.data.fingerprint,
             "precision": self.engine.describe()["precision"],
@@ -300,15 +294,8 @@ class Job:
         if self.run.recorded(stage) is not None:
             self._fetch(side.network, stage)
             return side
-        config = self.config
-        plan = Plan(
-            stage=stage,
-            epochs=config.epochs,
-            lr=config.lr,
-            seed=config.seed,
-            views=self.views,
-            average=config.model_ema,
-        )
+        how = {"views": self.views, "average": self.config.model_ema}
+        plan = Plan(stage=stage, epochs=self.config.epochs, lr=self.config.lr, seed=self.config.seed, **how)
         seconds = self._train(side, terms, teacher, plan)
         if teacher is not None:
             self._check_unchanged(stage)
@@ -318,7 +305,7 @@ class Job:
     # -- stage 4: the result
 
     def finish(self, pair: Pair, student: Side, baseline: Side | None) -> None:
-        """Prove that the teacher is unchanged, export the student, measure, and write the summary."""
+        """Export the student, measure, and write the summary."""
         if not self.run.writes:
             return
         sides: dict[str, Side | None] = {"teacher": pair.teacher, "baseline": baseline, "student": student}
@@ -342,13 +329,20 @@ class Job:
             "settings": self.config.to_dict(),
             "environment": self.run.environment(),
         }
-        summary["student"]["pt2_difference"] = self._export(student.network)
+        summary["student"] |= self._export(student.network)
         write_json(self.run.path("summary.json"), summary)
 
-    def _export(self, network: Network) -> float:
+    def _export(self, network: Network) -> dict[str, Any]:
+        """How far student.pt2 is from the student; or why there is none: hours of training are not lost to that."""
         chunk = np.arange(max(EXPORT_IMAGES, 2)) % len(self.data.validation)
         (batch,) = self.data.validation.batches([chunk], view=None)
-        return export_pt2(network.module, network.norm(batch.image), self.run.path("student.pt2"))
+        try:
+            images = network.norm(batch.image)
+            return {"pt2_difference": export_pt2(network.module, images, self.run.path("student.pt2"))}
+        except Exception as error:  # torch.export raises whatever it meets in foreign code
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            warn(f"student.pt2 was not written ({reason}); student.safetensors is whole")
+            return {"pt2_error": reason}
 
     def _described(self, role: str, side: Side) -> dict[str, Any]:
         network = side.network
@@ -362,7 +356,7 @@ class Job:
             "layer": side.layer,
             "mean": list(network.mean),
             "std": list(network.std),
-            "model_args": json.loads(plain(network.model_args)),
+            "model_args": plain(network.model_args),
             "is_module": side.role in self.modules,
             "fingerprint": state_fingerprint(network.module.state_dict()),
         }
