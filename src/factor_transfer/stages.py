@@ -294,8 +294,8 @@ class Job:
         if self.run.recorded(stage) is not None:
             self._fetch(side.network, stage)
             return side
-        how = {"views": self.views, "average": self.config.model_ema}
-        plan = Plan(stage=stage, epochs=self.config.epochs, lr=self.config.lr, seed=self.config.seed, **how)
+        epochs, lr, average = self.config.epochs, self.config.lr, self.config.model_ema
+        plan = Plan(stage=stage, epochs=epochs, lr=lr, seed=self.config.seed, views=self.views, average=average)
         seconds = self._train(side, terms, teacher, plan)
         if teacher is not None:
             self._check_unchanged(stage)
