@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,15 @@ def test_trainer__resumes_to_the_same_bits_wherever_it_is_stopped(
     assert [row["epoch"] for row in rows[0]] == [1, 2]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as at a terminal: a shell's background job, such as a test run may be, starts with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_trainer__a_signal_ends_the_step_saves_and_leaves(
     digits: Dataset, engine: Engine, tmp_path: Path, signum: signal.Signals
@@ -174,6 +184,18 @@ def test_trainer__a_signal_ends_the_step_saves_and_leaves(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_stop_signals__what_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop_signals() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.signum is None
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_stop_signals__a_second_one_acts_at_once() -> None:
     with pytest.raises(KeyboardInterrupt), stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)

@@ -120,8 +120,9 @@ def stop_signals() -> Iterator[StopRequest]:
 
     try:
         for wanted in (signal.SIGINT, signal.SIGTERM):
-            before[wanted] = signal.getsignal(wanted)
-            signal.signal(wanted, on_signal)
+            if signal.getsignal(wanted) != signal.SIG_IGN:  # as under nohup: it stays ignored
+                before[wanted] = signal.getsignal(wanted)
+                signal.signal(wanted, on_signal)
     except ValueError:  # not the main thread: whoever owns it owns the signals
         before.clear()
     try:
