@@ -180,7 +180,7 @@ def test_distill__the_same_command_continues(
         [sys.executable, "-m", "factor_transfer", "distill", *flags, "--checkpoint-minutes", "0.0001"],
         cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as at a terminal
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (as at a terminal)
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list((tmp_path / "run" / "checkpoints").glob(f"{stage}-*.sha256")):
