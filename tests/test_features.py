@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import factor_transfer.zoo  # noqa: F401
 from factor_transfer.errors import ModelError
 from factor_transfer.features import Tapped, align, feature_shape, find_layer
+from factor_transfer.models import load_network
 
 
 @pytest.mark.parametrize(
@@ -26,12 +27,14 @@ from factor_transfer.features import Tapped, align, feature_shape, find_layer
         ("resnetv2_18", 64, "norm", (512, 2, 2)),
         ("efficientnet_b0", 64, "bn2", (1280, 2, 2)),  # timm's BatchNormAct: norm and activation in one
         ("convnext_atto", 64, "stages", (320, 2, 2)),
+        ("torchvision/shufflenet_v2_x0_5", 64, "conv5", (1024, 2, 2)),  # no timm network: the last map that flows
+        ("torchvision/resnet18", 64, "layer4", (512, 2, 2)),
         ("test_vit", 160, "norm", (64, 10, 10)),  # tokens of a square image, without the class token
         ("swin_tiny_patch4_window7_224", 224, "norm", (768, 7, 7)),  # channels last
     ],
 )
 def test_find_layer__finds_the_last_map(name: str, size: int, layer: str, shape: tuple[int, int, int]) -> None:
-    module = timm.create_model(name)
+    module = load_network(name, role="teacher", num_classes=10, img_size=size).module
     images = torch.zeros(2, 3, size, size)
     assert find_layer(module, images) == layer
     assert feature_shape(Tapped(module, layer), images) == shape

@@ -16,7 +16,8 @@ from torch import nn
 from factor_transfer.errors import ModelError
 from factor_transfer.files import state_fingerprint
 from factor_transfer.method import Paraphraser
-from factor_transfer.models import InputNorm, Network, load_network, load_paraphraser, own_size, paraphraser_metadata
+from factor_transfer.models import InputNorm, Network, load_network, own_size
+from factor_transfer.weights import load_paraphraser, paraphraser_metadata
 
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 4, 8)}
 
@@ -141,6 +142,33 @@ def test_load_network__leaves_a_given_module_as_it_is() -> None:
     with torch.no_grad():
         network.module[0].weight.zero_()  # type: ignore[operator, index, union-attr]
     assert given[0].weight.abs().sum() > 0
+
+
+def test_load_network__takes_torchvisions_networks(tmp_path: Path) -> None:
+    name = "torchvision/shufflenet_v2_x0_5"
+    network = load(name, args=None, img_size=32)
+    assert network.module(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    save_file(network.module.state_dict(), tmp_path / "w.safetensors")
+    other = load(name, args=None, img_size=32, num_classes=4, weights=str(tmp_path / "w.safetensors"))
+    assert other.new_head
+    assert other.module.fc.out_features == 4  # type: ignore[union-attr]
+    torch.testing.assert_close(other.module.conv5[0].weight, network.module.conv5[0].weight)  # type: ignore[index, union-attr]
+    assert own_size(name) == 224
+    with pytest.raises(ModelError, match="(?s)--teacher torchvision/resnet19.*torchvision/resnet18"):
+        load("torchvision/resnet19", args=None)
+
+
+def test_load_network__torchvisions_own_weights_get_a_new_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights come from a hub out of reach: here they are those of a fresh network, fetched the same way."""
+    import torchvision
+
+    fresh = torchvision.models.shufflenet_v2_x0_5(weights=None).state_dict()
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", lambda *_, **__: fresh)
+    network = load("torchvision/shufflenet_v2_x0_5", args=None, img_size=32, weights="pretrained")
+    assert network.pretrained
+    assert network.new_head
+    assert network.module(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    torch.testing.assert_close(network.module.state_dict()["conv1.0.weight"], fresh["conv1.0.weight"])
 
 
 def test_load_network__builds_a_transformer_for_the_images_size() -> None:

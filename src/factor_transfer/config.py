@@ -100,9 +100,9 @@ class Config(DataConfig):
 
     # -- teacher
     teacher: Annotated[str, _in("Teacher")]
-    """The trained network: a timm name, local-dir:FOLDER or hf-hub:NAME."""
+    """The trained network: a timm name, local-dir:FOLDER, hf-hub:NAME or torchvision/NAME."""
     teacher_weights: Annotated[str | None, _in("Teacher")] = None
-    """Its weights: a safetensors or torch file, or `pretrained` for timm's own."""
+    """Its weights: a safetensors or torch file, or `pretrained` for timm's or torchvision's own."""
     teacher_args: Annotated[ModelArgs | None, _in("Teacher", **MODEL_ARGS)] = None
     """Constructor arguments, as timm's --model-kwargs: drop_rate=0.1 act_layer=gelu; or a JSON object."""
     teacher_layer: Annotated[str | None, _in("Teacher")] = None
@@ -118,7 +118,7 @@ class Config(DataConfig):
 
     # -- student
     student: Annotated[str, _in("Student")]
-    """The network to train: a timm name, local-dir:FOLDER or hf-hub:NAME."""
+    """The network to train: a timm name, local-dir:FOLDER, hf-hub:NAME or torchvision/NAME."""
     student_weights: Annotated[str | None, _in("Student")] = None
     """Weights to start from. Default: fresh ones, drawn from --seed."""
     student_args: Annotated[ModelArgs | None, _in("Student", **MODEL_ARGS)] = None

@@ -16,11 +16,12 @@ from factor_transfer.data import open_data
 from factor_transfer.engine import Engine
 from factor_transfer.errors import ConfigError, RunError, near
 from factor_transfer.files import state_fingerprint
-from factor_transfer.models import Network, Role, load_network, load_weights
+from factor_transfer.models import Network, Role, load_network
 from factor_transfer.pairs import Modules
 from factor_transfer.runs import Run, environment, open_run, saved_config, saved_summary
 from factor_transfer.stages import Job
 from factor_transfer.train import evaluate
+from factor_transfer.weights import load_weights
 
 
 @dataclass(frozen=True)

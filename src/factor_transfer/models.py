@@ -1,34 +1,34 @@
-"""A network from a name and its weights: strict, and never a line of code out of a weight file.
+"""A network from a name, an input normalisation, and a teacher that stays as it is.
 
-Names are timm's (its registry, `local-dir:FOLDER`, `hf-hub:NAME`; the paper's CIFAR families are in `zoo`).
-Weights are safetensors, or torch files read with `weights_only=True`.
+Names are timm's (its registry, `local-dir:FOLDER`, `hf-hub:NAME`; the paper's CIFAR families are in `zoo`), or
+`torchvision/NAME`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+import torchvision.models
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import load_state_dict, parse_model_name, resolve_model_input_args
+from timm.models import parse_model_name, resolve_model_input_args
 from torch import Tensor, nn
 
 import factor_transfer.zoo  # noqa: F401 (registers the paper's families with timm)
 from factor_transfer.config import Rgb
 from factor_transfer.errors import FactorTransferError, ModelError, listed, near
 from factor_transfer.files import state_fingerprint
-from factor_transfer.method import Paraphraser, factor_channels, load_reference_paraphraser
 from factor_transfer.seeds import part_seed, seeded
+from factor_transfer.weights import head_places, load_but_head
 
 Role = Literal["teacher", "student"]
+
+TORCHVISION, TORCHVISION_CLASSES = "torchvision/", 1000
+"""How names of torchvision's begin, and the classes of its weights."""
 
 DEFAULT_SIZE = 224
 """Side of the images of a network that does not say, in pixels."""
@@ -139,16 +139,18 @@ def load_network(
     else:
         if "img_size" in (args or {}):
             raise ModelError(f"--{role}-args img_size", found="set by the data", hint="give --img-size")
-        pretrained = weights == "pretrained" or (weights is None and parse_name(given, role)[0] is not None)
+        source, _ = parse_name(given, role)
+        pretrained = weights == "pretrained" or (weights is None and source in {"local-dir", "hf-hub"})
         with seeded(part_seed(seed, role)):
             module, model_args = _create(given, role, num_classes, img_size, dict(args or {}), pretrained)
     new_head = False
     if pretrained and not isinstance(given, nn.Module):
-        own_classes = (getattr(module, "pretrained_cfg", None) or {}).get("num_classes")
+        classes = {"num_classes": TORCHVISION_CLASSES} if source == "torchvision" else {}
+        own_classes = (getattr(module, "pretrained_cfg", None) or classes).get("num_classes")
         new_head = own_classes not in {None, num_classes}
     if weights not in {None, "pretrained"}:
         assert weights is not None
-        new_head, pretrained = _load_file(module, weights, role), True
+        new_head, pretrained = load_but_head(module, weights, f"--{role}-weights {weights}"), True
     if new_head:
         notes.append(f"its weights are for other classes, so its head is a new one, for {num_classes} classes")
     own = getattr(module, "pretrained_cfg", None) or {}
@@ -170,11 +172,17 @@ def load_network(
 
 
 def parse_name(name: str, role: Role) -> tuple[str | None, str]:
-    """timm's (source, name), where a source is `local-dir` or `hf-hub`.
+    """(source, name): `torchvision` and a name of its, or timm's, where a source is `local-dir`, `hf-hub` or None.
 
     Raises:
-        ModelError: timm has no such network; the message has near names.
+        ModelError: there is no such network; the message has near names.
     """
+    if name.startswith(TORCHVISION):
+        plain, known = name.removeprefix(TORCHVISION), torchvision.models.list_models(torchvision.models)
+        if plain not in known:
+            valid = [TORCHVISION + other for other in near(plain, known) or known]
+            raise ModelError(f"--{role} {name}", found="torchvision has no such network", valid=valid)
+        return "torchvision", plain
     try:
         source, plain = parse_model_name(name)
     except ValueError as error:
@@ -195,8 +203,9 @@ def own_size(given: str | nn.Module, role: Role = "student") -> int:
     """Side of the square images that a network was made for, in pixels."""
     if isinstance(given, nn.Module):
         own = getattr(given, "pretrained_cfg", None) or {}
+    elif parse_name(given, role)[0] == "torchvision":
+        own = {}
     else:
-        parse_name(given, role)
         own = _resolved(given, role, {})["pretrained_cfg"]
     return int((own.get("input_size") or (3, DEFAULT_SIZE, DEFAULT_SIZE))[-1])
 
@@ -204,93 +213,6 @@ def own_size(given: str | nn.Module, role: Role = "student") -> int:
 def count_parameters(module: nn.Module) -> int:
     """Number of trainable and frozen weights; buffers do not count."""
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def load_weights(module: nn.Module, path: str | Path, given: str) -> None:
-    """Load a safetensors or torch file into `module`, strictly.
-
-    Raises:
-        ModelError: the file is missing or unreadable, or does not fit; the message begins with `given` and lists what
-            is missing, unexpected and of wrong shape.
-    """
-    _load_state(module, read_state(path, given), given)
-
-
-def read_state(path: str | Path, given: str) -> dict[str, Tensor]:
-    """The tensors in a file of weights; a `state_dict` inside and `module.` prefixes are seen through.
-
-    Raises:
-        ModelError: the file is missing, unreadable, or would have to run code to be read.
-    """
-    if not Path(path).is_file():
-        folder = Path(path).parent
-        names = [str(entry) for entry in folder.iterdir() if entry.is_file()] if folder.is_dir() else []
-        raise ModelError(
-            given,
-            found="a folder" if Path(path).is_dir() else "no such file",
-            valid=near(str(path), names) or "a safetensors or torch file, or `pretrained`",
-        )
-    try:
-        state = load_state_dict(str(path))  # timm's: weights_only=True, on the CPU
-    except Exception as error:  # whatever the readers raise on a foreign or hostile file
-        lines = str(error).splitlines()
-        unsafe = "weights_only" in str(error)
-        raise ModelError(
-            given,
-            found=lines[0] if lines else type(error).__name__,
-            valid="a safetensors file, or a torch file that holds only tensors",
-            hint="where you trust it, load it yourself and save its state_dict with safetensors.torch.save_file"
-            if unsafe
-            else None,
-        ) from error
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ModelError(given, found="no state dict", valid="tensors by name, at the top or behind `state_dict`")
-    return state
-
-
-def load_paraphraser(path: str | Path, *, channels: int, k: float) -> Paraphraser:
-    """A trained paraphraser: `paraphraser.safetensors` of a run, or the authors' published `.pth`.
-
-    Args:
-        path: the file.
-        channels: channels C of the teacher's map that it must fit.
-        k: the paraphrase rate that it must have.
-
-    Raises:
-        ModelError: it is missing, unreadable, or made for another size.
-    """
-    given = f"--paraphraser {path}"
-    if Path(path).suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                sizes = json.loads((file.metadata() or {})["paraphraser"])
-            paraphraser = Paraphraser(**sizes)
-        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise ModelError(
-                given, found=f"no paraphraser ({error})", valid="paraphraser.safetensors of a run"
-            ) from error
-        _load_state(paraphraser, load_file(path), given)
-    else:
-        try:
-            paraphraser = load_reference_paraphraser(path)
-        except ModelError as error:
-            raise ModelError(given, found=error.found, valid=error.valid) from error
-    wanted = channels, factor_channels(channels, k)
-    found = paraphraser.in_channels, paraphraser.factor_channels
-    if found != wanted:
-        raise ModelError(
-            given,
-            found=f"made for {found[0]} teacher channels and {found[1]} factor channels",
-            valid=f"one for {wanted[0]} teacher channels and {wanted[1]} factor channels (--k {k:g})",
-            hint="leave --paraphraser out to train one here, or give the --k and --teacher-layer it was made with",
-        )
-    return paraphraser
-
-
-def paraphraser_metadata(paraphraser: Paraphraser) -> dict[str, str]:
-    """What `load_paraphraser` reads back: its sizes, for the header of its file."""
-    sizes = {name: getattr(paraphraser, name) for name in ("in_channels", "factor_channels", "batch_norm")}
-    return {"paraphraser": json.dumps(sizes)}
 
 
 def _resolved(name: str, role: Role, args: dict[str, Any]) -> dict[str, Any]:
@@ -307,10 +229,15 @@ def _resolved(name: str, role: Role, args: dict[str, Any]) -> dict[str, Any]:
 def _create(
     name: str, role: Role, num_classes: int, img_size: int, args: dict[str, Any], pretrained: bool
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The network, and the arguments that rebuild it with `timm.create_model`."""
-    made = _resolved(name, role, {"num_classes": num_classes, "img_size": img_size, **args})
+    """The network, and the arguments that rebuild it with `timm.create_model` (or torchvision's `get_model`)."""
+    if name.startswith(TORCHVISION):
+        made = {"model_name": name, "num_classes": num_classes, **args}
+        create = _create_torchvision
+    else:
+        made = _resolved(name, role, {"num_classes": num_classes, "img_size": img_size, **args})
+        create = timm.create_model
     try:
-        module = timm.create_model(**made, pretrained=pretrained)
+        module = create(**made, pretrained=pretrained)
     except TypeError as error:
         raise ModelError(
             f"--{role} {name} with {args}",
@@ -323,52 +250,6 @@ def _create(
         raise ModelError(source, found=_first_line(error), hint=f"give a file with --{role}-weights") from error
     kept = {key: value for key, value in made.items() if key not in {"pretrained_cfg", "model_name"}}
     return module, {"architecture": made["model_name"], **kept}
-
-
-def _load_file(module: nn.Module, weights: str, role: Role) -> bool:
-    """Load a file of weights; True where its head is for other classes, and the new one was kept."""
-    given = f"--{role}-weights {weights}"
-    state = read_state(weights, given)
-    own = module.state_dict()
-    head = [name for name in _head_names(module) if name in state and name in own]
-    other = any(state[name].shape[0] != own[name].shape[0] for name in head)
-    if other:
-        state |= {name: own[name] for name in head}
-    _load_state(module, state, given)
-    return other
-
-
-def _head_names(module: nn.Module) -> list[str]:
-    """Tensors of the last layer."""
-    find: Any = getattr(module, "get_classifier", lambda: None)
-    classifier = find()
-    places = [name for name, part in module.named_modules() if part is classifier and name]
-    return [f"{place}.{kind}" for place in places for kind in ("weight", "bias")]
-
-
-def _load_state(module: nn.Module, state: Mapping[str, Tensor], given: str) -> None:
-    own = module.state_dict()
-    # Files of before torch 0.4.1 lack batch norm's counter, which counts and is not computed with.
-    counters = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
-    state = counters | dict(state)
-    problems = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - own.keys()),
-        "of wrong shape": [
-            f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-            for name in own.keys() & state.keys()
-            if own[name].shape != state[name].shape
-        ],
-    }
-    wrong = [f"{len(names)} {problem} ({listed(names)})" for problem, names in problems.items() if names]
-    if wrong:
-        raise ModelError(
-            given,
-            found=f"tensors that do not fit {type(module).__name__}: " + "; ".join(wrong),
-            valid=f"all {len(own)} tensors of the network, and no other",
-            hint="check that the weights are of this very network and of these constructor arguments",
-        )
-    module.load_state_dict(state)
 
 
 @torch.no_grad()
@@ -391,6 +272,19 @@ def _check_output(network: Network, role: Role, num_classes: int, img_size: int)
             valid=f"logits (2, {num_classes}): the data has {num_classes} classes, and every label needs its place",
             hint=f"give a network with {num_classes} outputs, or data with the network's classes",
         )
+
+
+def _create_torchvision(model_name: str, num_classes: int, pretrained: bool, **args: Any) -> nn.Module:
+    """torchvision's network; a head for other classes than its weights' is drawn anew."""
+    plain = model_name.removeprefix(TORCHVISION)
+    if not pretrained:
+        return torchvision.models.get_model(plain, weights=None, num_classes=num_classes, **args)  # type: ignore[no-any-return]
+    module: nn.Module = torchvision.models.get_model(plain, weights="DEFAULT", **args)
+    if num_classes != TORCHVISION_CLASSES:
+        (place,) = head_places(module)
+        old: Any = module.get_submodule(place)
+        module.set_submodule(place, nn.Linear(old.in_features, num_classes))
+    return module
 
 
 def _first_line(error: Exception) -> str:

@@ -17,7 +17,7 @@ def show(folder: Path, summary: Mapping[str, Any]) -> None:
     there = {role: summary[role] for role in LABELS if role in summary}
     rows = [
         (
-            f"{LABELS[role]} ({found['name']})",
+            LABELS[role],
             f"{found['top1']:.2f}",
             f"{found['parameters']:,}",
             f"{found['size_bytes'] / 1e6:.2f}",
@@ -26,8 +26,9 @@ def show(folder: Path, summary: Mapping[str, Any]) -> None:
         for role, found in there.items()
     ]
     header = ("", "top-1 %", "parameters", "MB", "ms / image")
-    images = summary["data"]["validation"]
-    table(f"{summary['data']['name']}: {images:,} validation images", header, rows)
+    networks = f"{summary['teacher']['name']} to {summary['student']['name']}"
+    images = f"{summary['data']['validation']:,} validation images"
+    table(f"{networks}, {summary['data']['name']}: {images}", header, rows)
     for line in verdict(summary):
         say(line)
     taken = summary["seconds"]

@@ -26,16 +26,14 @@ from factor_transfer.models import (
     Network,
     Role,
     count_parameters,
-    load_paraphraser,
-    load_weights,
     own_size,
-    paraphraser_metadata,
 )
 from factor_transfer.pairs import Modules, Pair, Side, load_side
 from factor_transfer.runs import Run
 from factor_transfer.seeds import part_seed, seeded
 from factor_transfer.tasks import DistillationTask, FactorTransfer, Labels, ParaphraserTask, TeacherSide, Term
 from factor_transfer.train import Plan, Trainer, evaluate
+from factor_transfer.weights import load_paraphraser, load_weights, paraphraser_metadata
 
 POOR_RECONSTRUCTION = 0.8
 """A paraphraser whose error is more than this share of a mean predictor's has learned little."""
