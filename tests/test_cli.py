@@ -207,6 +207,34 @@ def test_distill__names_what_is_wrong_in_a_file_of_settings(
     assert not (tmp_path / "canary").exists()
 
 
+def test_distill__runs_the_users_own_code_only_when_the_user_names_it(
+    told: Told, factor_transfer: Command, images: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mynets.py").write_text(
+        "import pathlib, torch\n"
+        "pathlib.Path('ran').write_text('')\n"
+        "def small(width=4):\n"
+        "    nn = torch.nn\n"
+        "    return nn.Sequential(nn.Conv2d(3, width, 3, 2), nn.BatchNorm2d(width), nn.ReLU(),\n"
+        "                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3))\n"
+    )
+    (tmp_path / "job.yaml").write_text("student: mynets:small\nstudent_args: {width: 8}\n")
+    arguments = flags(images, teacher_epochs=10, lr=0.05)
+    place = arguments.index("--student")
+    arguments = [*arguments[:place], *arguments[place + 4 :], "--config", "job.yaml"]
+    assert re.search(r"--config job.yaml\n.*mynets:small, which is code.*--trust-config", told(*arguments), re.DOTALL)
+    assert not (tmp_path / "ran").exists()
+    done = factor_transfer(*arguments, "--trust-config", "--threads", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ran").exists()
+    assert "student: mynets:small, layer 2, 8 channels" in done.stderr
+    assert re.search(r"config.json\n.*mynets:small", told("evaluate", "run"))
+    measured = factor_transfer("evaluate", "run", "--trust-config", cwd=tmp_path)
+    assert "student by Factor Transfer" in measured.stdout
+    for name, found in (("mynets:smal", "smal"), ("nowhere.at.all:x", "No module"), ("os:getcwd", "not a torch")):
+        assert found in told(*flags(images, student=name, student_args="{}", out="other"), "--overwrite")
+
+
 def test_evaluate__says_that_there_is_no_finished_run(told: Told, tmp_path: Path) -> None:
     assert "no run (no config.json)" in told("evaluate", tmp_path)
     assert "nowhere" in told("evaluate", "nowhere")

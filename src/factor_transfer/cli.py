@@ -13,7 +13,7 @@ from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
 from cyclopts.config import Dict
 
 from factor_transfer import __version__
-from factor_transfer.config import Config
+from factor_transfer.config import Config, is_callable_name
 from factor_transfer.errors import ConfigError, FactorTransferError, Interrupted
 
 RECIPES = resources.files("factor_transfer") / "recipes"
@@ -26,11 +26,25 @@ def settings_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
     for argument in arguments:
         if "--config" in argument.names and argument.tokens:
             path = argument.tokens[0].value
+            values = read_yaml(path)
+            _check_trust(
+                f"--config {path}", values, trusted=any("--trust-config" in a.names and a.tokens for a in arguments)
+            )
             # Mappings (constructor arguments) go as one JSON text: cyclopts would make strings of their values.
-            flat = {
-                key: json.dumps(value) if isinstance(value, dict) else value for key, value in read_yaml(path).items()
-            }
+            flat = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in values.items()}
             Dict(flat, source=path, use_commands_as_keys=False)(app, commands, arguments)
+
+
+def _check_trust(path: str, values: dict[str, Any], *, trusted: bool) -> None:
+    """A file of settings, or a run folder, may come from anywhere: it does not get to run code unless its user says so."""
+    code = [name for name in ("teacher", "student") if is_callable_name(str(values.get(name, "")))]
+    if code and not trusted:
+        raise ConfigError(
+            path,
+            found=f"{code[0]}: {values[code[0]]}, which is code that would be run",
+            valid="names of networks, or --trust-config",
+            hint="read that code, then add --trust-config",
+        )
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -60,6 +74,7 @@ def distill(
     settings: Annotated[Config, Flattened],
     *,
     config: Annotated[str | None, Parameter(group="Run")] = None,
+    trust_config: Annotated[bool, Parameter(group="Run", negative="")] = False,
 ) -> None:
     """Train a student by Factor Transfer from a teacher. The same command again continues an interrupted run.
 
@@ -67,6 +82,8 @@ def distill(
     ----------
     config
         YAML file of settings, named as the flags. Flags win over it.
+    trust_config
+        Let that file name a network by package.module:callable, whose code is then run.
     """
     from factor_transfer.distillation import run_distillation
     from factor_transfer.report import show
@@ -83,6 +100,7 @@ def evaluate(
     data_dir: str | None = None,
     device: str = "auto",
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    trust_config: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Measure the networks of a finished run again: top-1 on its validation images, in float32.
 
@@ -98,6 +116,8 @@ def evaluate(
         auto, cpu, cuda or mps.
     as_json
         Print JSON instead of a table.
+    trust_config
+        Run the code of a network that the run names by package.module:callable.
     """
     from dataclasses import replace
 
@@ -105,7 +125,9 @@ def evaluate(
     from factor_transfer.report import show_evaluation
     from factor_transfer.runs import saved_config
 
-    images = replace(saved_config(run), data=data, data_dir=data_dir) if data else None
+    saved = saved_config(run)
+    _check_trust(str(run / "config.json"), saved.to_dict(), trusted=trust_config)
+    images = replace(saved, data=data, data_dir=data_dir) if data else None
     found = evaluate_run(run, images, device)
     if as_json:
         print(json.dumps(found))  # noqa: T201 (the command's output)

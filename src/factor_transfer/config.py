@@ -100,7 +100,8 @@ class Config(DataConfig):
 
     # -- teacher
     teacher: Annotated[str, _in("Teacher")]
-    """The trained network: a timm name, local-dir:FOLDER, hf-hub:NAME or torchvision/NAME."""
+    """The trained network: a timm name, local-dir:FOLDER, hf-hub:NAME, torchvision/NAME or
+    package.module:callable."""
     teacher_weights: Annotated[str | None, _in("Teacher")] = None
     """Its weights: a safetensors or torch file, or `pretrained` for timm's or torchvision's own."""
     teacher_args: Annotated[ModelArgs | None, _in("Teacher", **MODEL_ARGS)] = None
@@ -118,7 +119,8 @@ class Config(DataConfig):
 
     # -- student
     student: Annotated[str, _in("Student")]
-    """The network to train: a timm name, local-dir:FOLDER, hf-hub:NAME or torchvision/NAME."""
+    """The network to train: a timm name, local-dir:FOLDER, hf-hub:NAME, torchvision/NAME or
+    package.module:callable."""
     student_weights: Annotated[str | None, _in("Student")] = None
     """Weights to start from. Default: fresh ones, drawn from --seed."""
     student_args: Annotated[ModelArgs | None, _in("Student", **MODEL_ARGS)] = None
@@ -232,6 +234,15 @@ class Config(DataConfig):
         """Plain values, as JSON and YAML hold them (tuples become lists)."""
         values: dict[str, Any] = plain(asdict(self))
         return values
+
+
+def is_callable_name(name: str) -> bool:
+    """True for `package.module:callable`, whose code is run to make a network; not for timm's `local-dir:FOLDER`.
+
+    >>> is_callable_name("nets.small:make"), is_callable_name("local-dir:nets"), is_callable_name("resnet18")
+    (True, False, False)
+    """
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name) is not None
 
 
 def plain(values: Any) -> Any:

@@ -1,14 +1,18 @@
 """A network from a name, an input normalisation, and a teacher that stays as it is.
 
 Names are timm's (its registry, `local-dir:FOLDER`, `hf-hub:NAME`; the paper's CIFAR families are in `zoo`), or
-`torchvision/NAME`.
+`torchvision/NAME`, or `package.module:callable` for a network of the user's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
@@ -19,7 +23,7 @@ from timm.models import parse_model_name, resolve_model_input_args
 from torch import Tensor, nn
 
 import factor_transfer.zoo  # noqa: F401 (registers the paper's families with timm)
-from factor_transfer.config import Rgb
+from factor_transfer.config import Rgb, is_callable_name
 from factor_transfer.errors import FactorTransferError, ModelError, listed, near
 from factor_transfer.files import state_fingerprint
 from factor_transfer.seeds import part_seed, seeded
@@ -172,7 +176,7 @@ def load_network(
 
 
 def parse_name(name: str, role: Role) -> tuple[str | None, str]:
-    """(source, name): `torchvision` and a name of its, or timm's, where a source is `local-dir`, `hf-hub` or None.
+    """(source, name): `callable`, `torchvision` and a name of its, or timm's: `local-dir`, `hf-hub` or None.
 
     Raises:
         ModelError: there is no such network; the message has near names.
@@ -183,6 +187,8 @@ def parse_name(name: str, role: Role) -> tuple[str | None, str]:
             valid = [TORCHVISION + other for other in near(plain, known) or known]
             raise ModelError(f"--{role} {name}", found="torchvision has no such network", valid=valid)
         return "torchvision", plain
+    if is_callable_name(name):
+        return "callable", name
     try:
         source, plain = parse_model_name(name)
     except ValueError as error:
@@ -203,7 +209,7 @@ def own_size(given: str | nn.Module, role: Role = "student") -> int:
     """Side of the square images that a network was made for, in pixels."""
     if isinstance(given, nn.Module):
         own = getattr(given, "pretrained_cfg", None) or {}
-    elif parse_name(given, role)[0] == "torchvision":
+    elif parse_name(given, role)[0] in {"torchvision", "callable"}:
         own = {}
     else:
         own = _resolved(given, role, {})["pretrained_cfg"]
@@ -230,9 +236,13 @@ def _create(
     name: str, role: Role, num_classes: int, img_size: int, args: dict[str, Any], pretrained: bool
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network, and the arguments that rebuild it with `timm.create_model` (or torchvision's `get_model`)."""
+    create: Callable[..., nn.Module]
     if name.startswith(TORCHVISION):
         made = {"model_name": name, "num_classes": num_classes, **args}
         create = _create_torchvision
+    elif is_callable_name(name):
+        made = {"model_name": name, **args}
+        create = _call
     else:
         made = _resolved(name, role, {"num_classes": num_classes, "img_size": img_size, **args})
         create = timm.create_model
@@ -285,6 +295,27 @@ def _create_torchvision(model_name: str, num_classes: int, pretrained: bool, **a
         old: Any = module.get_submodule(place)
         module.set_submodule(place, nn.Linear(old.in_features, num_classes))
     return module
+
+
+def _call(model_name: str, pretrained: bool, **args: Any) -> nn.Module:
+    """The user's own network, from `package.module:callable`; modules in the working folder are found too."""
+    if pretrained:
+        raise ValueError("`pretrained` is a word for timm's and torchvision's weights")
+    path, _, attribute = model_name.partition(":")
+    with _importable(Path.cwd()):
+        module = getattr(importlib.import_module(path), attribute)(**args)
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"it gave a {type(module).__name__}, not a torch.nn.Module")
+    return module
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
 
 
 def _first_line(error: Exception) -> str:
