@@ -36,7 +36,7 @@ def settings_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
 
 
 def _check_trust(path: str, values: dict[str, Any], *, trusted: bool) -> None:
-    """A file of settings, or a run folder, may come from anywhere: it does not get to run code unless its user says so."""
+    """Files come from anywhere: one does not get to run code unless its user says so."""
     code = [name for name in ("teacher", "student") if is_callable_name(str(values.get(name, "")))]
     if code and not trusted:
         raise ConfigError(
