@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test test-slow test-all lint types contracts check clean
 
-demo: .venv/installed  ## the whole job on the built-in digits, in about two minutes
+demo: .venv/installed  ## the whole job on the built-in digits, in about half a minute
 	$(BIN)/factor-transfer demo
 
 test: .venv/installed-dev  ## the tests that take seconds each

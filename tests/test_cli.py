@@ -181,10 +181,10 @@ def test_distill__leaves_a_foreign_folder_alone(told: Told, images: Path) -> Non
 
 def test_distill__an_error_leaves_the_run_as_it_was(told: Told, images: Path, tmp_path: Path) -> None:
     """A loss that is no longer finite keeps the last good state; the same folder goes on with what is mended."""
-    told(*flags(images, lr=1e30, teacher_epochs=1))
+    told(*flags(images, lr=1e30, teacher_epochs=1, teacher_lr=0.05))
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"config.json", "environment.json"}
     assert not list((tmp_path / "run").rglob("*.tmp"))
-    said = told(*flags(images, lr=0.05))
+    said = told(*flags(images, lr=0.05, teacher_lr=0.05))
     assert re.search(r"--out run\n.*--lr 1e\+30 there, 0\.05 here\n.*--overwrite", said)
 
 

@@ -32,8 +32,17 @@ def test_open_run__keeps_every_setting(tmp_path: Path) -> None:
     assert set(read_json(tmp_path / "run" / "config.json")) == set(FIELDS)
 
 
+def test_open_run__is_not_held_to_settings_before_anything_was_computed(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run", config(epochs=3), environment()) as run:
+        run.pin("data", "aa", "other data")
+    with open_run(tmp_path / "run", config(epochs=4), environment()) as run:
+        run.pin("data", "bb", "other data")
+    assert saved_config(tmp_path / "run").epochs == 4
+
+
 def test_open_run__refuses_other_settings_and_names_them(tmp_path: Path) -> None:
-    begin(tmp_path / "run", epochs=3, beta="auto")
+    with open_run(tmp_path / "run", config(epochs=3, beta="auto"), environment()) as run:
+        run.record("teacher", {"top1": 50.0})
     with pytest.raises(RunError, match="(?s)--epochs 3 there, 4 here.*--overwrite"):
         begin(tmp_path / "run", epochs=4, beta="auto")
     begin(tmp_path / "run", epochs=3, workers=7, checkpoint_minutes=1.0)  # these change no result

@@ -109,7 +109,8 @@ def evaluate(
     run
         The run folder.
     data
-        Other images of the same classes. Default: the run's own.
+        Other images of the same classes: class folders (all are measured), or a folder with train/ and validation/.
+        Default: the run's own.
     data_dir
         Where a timm dataset lies.
     device
@@ -137,7 +138,7 @@ def evaluate(
 
 @app.command
 def demo(*, out: str = "runs/demo", seed: int = 0, overwrite: bool = False) -> None:
-    """The whole job on the built-in digits in about two minutes: teacher, paraphraser, student alone, student by FT.
+    """The whole job on the built-in digits in about half a minute: teacher, paraphraser, student alone, student by FT.
 
     Parameters
     ----------

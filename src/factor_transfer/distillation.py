@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ class Distilled:
     """What `distill` returns: the run folder, its summary, and the trained student in eval mode on the CPU."""
 
     folder: Path
-    summary: dict[str, Any]
-    student: nn.Module
+    summary: dict[str, Any] = field(repr=False)
+    student: nn.Module = field(repr=False)
 
 
 def distill(teacher: str | nn.Module, student: str | nn.Module, data: str | Path, **settings: Any) -> Distilled:
@@ -39,7 +39,7 @@ def distill(teacher: str | nn.Module, student: str | nn.Module, data: str | Path
     The same call again continues an interrupted run, and returns the result of a finished one.
 
     Args:
-        teacher: a timm name, or a module that takes normalised float images (B, 3, H, W) and gives logits (B, N).
+        teacher: a timm name, or a trained module that takes normalised images (B, 3, H, W) and gives logits (B, N).
         student: likewise. Modules are copied; the ones given stay as they are.
         data: `digits`, a folder of images, or a timm dataset name.
         **settings: the fields of `factor_transfer.config.Config`: the command line's flags, underscored.
@@ -116,7 +116,7 @@ def rebuild(folder: Path, role: str, module: nn.Module | None = None) -> Network
         raise RunError(
             str(folder),
             found=f"its {side} was given in Python as a module, {own[side]}, which no command can build",
-            hint=f"call rebuild(folder, {role!r}, module) in Python, or use student.pt2",
+            hint=f"in Python: from factor_transfer.distillation import rebuild; rebuild(folder, {role!r}, module)",
         )
     trained_here = side == "student" or config.teacher_epochs > 0
     network = load_network(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from factor_transfer.errors import ModelError, near
+from factor_transfer.errors import ModelError, listed, near
 
 
 class Tapped(nn.Module):
@@ -44,7 +44,9 @@ class Tapped(nn.Module):
             raise ModelError(
                 f"{flag} {layer}",
                 found="no submodule of that name",
-                valid=near(layer, names) or [name for name in names if "." not in name],
+                valid=f"one of its {len(names)}, such as "
+                + listed(near(layer, names) or [name for name in names if "." not in name]),
+                hint=f"leave {flag} out to have it found; all: [name for name, _ in network.named_modules()]",
             )
         self.module, self.layer, self.flag = module, layer, flag
 

@@ -62,7 +62,8 @@ class Images(ABC):
         try:
             return to_rgb(self.open(index))
         except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
-            raise Unreadable(f"{self.where}/{self.names[index]}", str(error) or type(error).__name__) from error
+            reason = re.sub(r" <_io\S+ object at \w+>", "", str(error)) or type(error).__name__
+            raise Unreadable(f"{self.where}/{self.names[index]}", reason) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

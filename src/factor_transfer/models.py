@@ -142,7 +142,11 @@ def load_network(
         module, pretrained = deepcopy(given), True
     else:
         if "img_size" in (args or {}):
-            raise ModelError(f"--{role}-args img_size", found="set by the data", hint="give --img-size")
+            raise ModelError(
+                f"--{role}-args img_size",
+                found="set by the data",
+                hint="leave it out there; --img-size sets both networks' images",
+            )
         source, _ = parse_name(given, role)
         pretrained = weights == "pretrained" or (weights is None and source in {"local-dir", "hf-hub"})
         with seeded(part_seed(seed, role)):
@@ -184,7 +188,7 @@ def parse_name(name: str, role: Role) -> tuple[str | None, str]:
     if name.startswith(TORCHVISION):
         plain, known = name.removeprefix(TORCHVISION), torchvision.models.list_models(torchvision.models)
         if plain not in known:
-            valid = [TORCHVISION + other for other in near(plain, known) or known]
+            valid = f"a name such as {listed([TORCHVISION + other for other in near(plain, known) or known])}"
             raise ModelError(f"--{role} {name}", found="torchvision has no such network", valid=valid)
         return "torchvision", plain
     if is_callable_name(name):
@@ -199,7 +203,7 @@ def parse_name(name: str, role: Role) -> tuple[str | None, str]:
         raise ModelError(
             f"--{role} {name}",
             found="no such network",
-            valid=near(tag, known) or f"a name of timm's, such as {listed(timm.list_models('cifar_*'))}",
+            valid=f"a name of timm's, such as {listed(near(tag, known) or timm.list_models('cifar_*'))}",
             hint="list them with: python -c \"import timm, factor_transfer.zoo; print(timm.list_models('*net*'))\"",
         )
     return source, plain

@@ -53,7 +53,8 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
     """
     teacher, student = summary["teacher"], summary["student"]
     ratio = teacher["parameters"] / student["parameters"]
-    lines = [f"The student has 1/{ratio:.1f} of the teacher's parameters and {_than(student, teacher)} top-1."]
+    size = f"1/{ratio:.1f} of" if ratio > 1 else f"{1 / ratio:.2f} times"
+    lines = [f"The student has {size} the teacher's parameters and {_than(student, teacher)} top-1."]
     if "baseline" in summary:
         against = _than(student, summary["baseline"])
         lines.append(f"Factor Transfer gave it {against} than training alone did. One seed is no proof: try several.")

@@ -61,6 +61,11 @@ class Run:
         path = self.path("summary.json")
         return _mapping(path, "student", "teacher", "data", "settings") if path.exists() else None
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything was computed."""
+        return any(self.folder.glob("stages/*.json")) or any(self.folder.glob("checkpoints/*.pt"))
+
     # -- what must stay the same
 
     def pin(self, name: str, value: str, changed: str) -> None:
@@ -274,6 +279,9 @@ def _check_folder(folder: Path, *, overwrite: bool) -> None:
 
 
 def _continue_or_begin(run: Run, config: Config, now: Mapping[str, Any]) -> None:
+    if not run.begun:  # a mistake ended it before anything was computed: nothing holds it to those settings
+        for name in ("config.json", "environment.json", "fingerprints.json"):
+            run.path(name).unlink(missing_ok=True)
     if not run.path("config.json").exists():
         write_json(run.path("config.json"), config.to_dict())
     if not run.path("environment.json").exists():

@@ -149,7 +149,12 @@ def _folder(root: Path, given: str) -> Source:
     present = [name for name in VALIDATION if has(name)]
     if not has("train"):
         if present:
-            raise DataError(given, found=f"{present[0]} but no train", valid="train/ with class folders, or train.tar")
+            raise DataError(
+                given,
+                found=f"{present[0]} but no train",
+                valid="train/ with class folders, or train.tar",
+                hint=f"to measure on {present[0]} alone, give {root / present[0]} to `evaluate`",
+            )
         return Source(_class_folders(whole or folder_tree(root), str(root), given), None)
     notes = [f"validation images are {present[0]}; {listed(present[1:])} is not used"] if present[1:] else []
     return Source(part("train"), part(present[0]) if present else None, notes=tuple(notes))

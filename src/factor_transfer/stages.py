@@ -79,6 +79,8 @@ class Job:
             pooled = "" if tuple(size) == pair.size else f", pooled to {pair.size[0]}x{pair.size[1]}"
             feature = f"{channels} channels of {size[0]}x{size[1]}{pooled}"
             say(f"{side.role}: {side.network.name}, layer {side.layer}, {feature}")
+        if pair.size == (1, 1):
+            warn("the maps meet at 1x1: factors say what and not where (try --teacher-layer, or a larger --img-size)")
         paraphraser = self._paraphraser(pair, self.config.paraphraser)
         self.views = self._choose_views(paraphraser.factor_channels * pair.size[0] * pair.size[1])
         return pair
@@ -113,10 +115,8 @@ class Job:
         found = run.recorded("teacher")
         if found is None or "top1" not in found:
             found = run.record("teacher", {"seconds": 0.0, **(found or {}), **self._assess(side.network)})
-        say(
-            f"teacher: {side.network.name}, {found['top1']:.2f} % of the validation images right, "
-            f"{count_parameters(side.network.module):,} parameters"
-        )
+        size = f"{count_parameters(side.network.module):,} parameters"
+        say(f"teacher: {side.network.name}, {size}, {found['top1']:.2f} % of the validation images right in float32")
         self._check_teacher(found["top1"])
 
     def _train_teacher(self, side: Side) -> None:
@@ -134,12 +134,18 @@ class Job:
         chance = 100 / len(self.data.classes)
         if top1 > chance + NEAR_CHANCE * (100 - chance):
             return
+        hint = (
+            "check its normalisation (--teacher-mean, --teacher-std), the order of the classes (--class-map) "
+            "and its weights (--teacher-weights); or train it here (--teacher-epochs)"
+        )
+        if self.config.teacher_epochs:
+            file = self.run.path("teacher.safetensors")
+            hint = f"train on from --teacher-weights {file}, or longer (--teacher-epochs), with another --out"
         raise TrainingError(
             f"--teacher {self.config.teacher}",
             found=f"{top1:.2f} % of the validation images right, where chance is {chance:.2f} %",
             valid="a teacher that knows these images",
-            hint="check its normalisation (--teacher-mean, --teacher-std), the order of the classes (--class-map) "
-            "and its weights (--teacher-weights); or train it here (--teacher-epochs)",
+            hint=hint,
         )
 
     def _check_unchanged(self, stage: str) -> None:

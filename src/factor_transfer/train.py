@@ -198,7 +198,7 @@ class Trainer:
         if not all(map(math.isfinite, row.values())):
             raise self._not_finite(formatted(row))
         self.run.log(plan.stage, progress.epoch + 1, {**row, "seconds": round(progress.seconds, 3)})
-        shown = {name.replace("_", " "): value for name, value in row.items() if name != "lr"}
+        shown = {name: value for name, value in row.items() if name != "lr"}
         say(f"{plan.stage} {progress.epoch + 1}/{plan.epochs}  {formatted(shown)}  {progress.seconds:.0f} s")
         progress.next_pass()
         self.scheduler.step(progress.epoch)
