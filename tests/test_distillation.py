@@ -325,9 +325,16 @@ def test_evaluate__of_a_run_made_of_modules_says_why_it_cannot(tmp_path: Path, f
     assert "was given in Python as a module, Small" in done.stderr
 
 
-def test_distill__a_teacher_near_chance_is_an_error_with_likely_causes(tmp_path: Path) -> None:
+def test_distill__a_teacher_near_chance_is_an_error_with_likely_causes(finished: Path, tmp_path: Path) -> None:
+    state = load_file(finished / "teacher.safetensors")
+    for name in ("linear.weight", "linear.bias"):
+        state[name] = state[name].roll(3, 0)  # the classes in another order
+    save_file(state, tmp_path / "w.safetensors")
     with pytest.raises(TrainingError, match="(?s)chance is 10.00.*--teacher-mean.*--class-map"):
-        job(tmp_path / "run", lr=1e-6, teacher_epochs=1)
+        job(tmp_path / "run", teacher_epochs=0, teacher_weights=tmp_path / "w.safetensors")
+    with pytest.raises(TrainingError, match="(?s)train on from --teacher-weights .*teacher.safetensors"):
+        job(tmp_path / "trained", lr=1e-6, teacher_epochs=1)
+    assert (tmp_path / "trained" / "teacher.safetensors").exists()
 
 
 def test_distill__an_untrained_teacher_is_an_error(tmp_path: Path) -> None:
