@@ -190,8 +190,10 @@ def test_load_paraphraser__reads_what_was_written_and_what_the_authors_published
     paraphraser = Paraphraser(16, 8, batch_norm=True)
     path = tmp_path / "p.safetensors"
     save_file(paraphraser.state_dict(), path, paraphraser_metadata(paraphraser))
-    again = load_paraphraser(path, channels=16, k=0.5)
+    again = load_paraphraser(path, channels=16, k=0.5, batch_norm=True)
     assert state_fingerprint(again.state_dict()) == state_fingerprint(paraphraser.state_dict())
+    with pytest.raises(ModelError, match="(?s)--paraphraser .*made with batch norm.*--factor-batch-norm"):
+        load_paraphraser(path, channels=16, k=0.5)
     published = shared / "checkpoints" / "reference-paraphraser-cifar10.pth"
     assert load_paraphraser(published, channels=64, k=0.5).factor_channels == 32
     with pytest.raises(ModelError, match="(?s)--paraphraser .*64 teacher channels and 32 factor"):

@@ -23,6 +23,9 @@ from factor_transfer.stages import Job
 from factor_transfer.train import evaluate
 from factor_transfer.weights import load_weights
 
+ROLES = ("teacher", "baseline", "student")
+"""The networks of a run."""
+
 
 @dataclass(frozen=True)
 class Distilled:
@@ -109,7 +112,7 @@ def rebuild(folder: Path, role: str, module: nn.Module | None = None) -> Network
     """
     config, summary = saved_config(folder), saved_summary(folder)
     if role not in summary:
-        raise RunError(f"{folder}", found=f"no {role}", valid=[name for name in ROLES if name in summary])
+        raise RunError(str(folder), found=f"no {role}", valid=[name for name in ROLES if name in summary])
     side: Role = "teacher" if role == "teacher" else "student"
     own, there = vars(config), summary[role]
     if module is None and there.get("is_module"):
@@ -141,9 +144,6 @@ def rebuild(folder: Path, role: str, module: nn.Module | None = None) -> Network
     return network
 
 
-ROLES = ("teacher", "baseline", "student")
-
-
 def evaluate_run(folder: Path, data: DataConfig | None = None, device: str = "auto") -> dict[str, dict[str, float]]:
     """Top-1 (percent) and loss of every network of a finished run, in float32, by role.
 
@@ -153,8 +153,9 @@ def evaluate_run(folder: Path, data: DataConfig | None = None, device: str = "au
         device: auto, cpu, cuda or mps.
 
     Raises:
-        RunError: there is no finished run in `folder`.
-        DataError: the classes are not those of the run.
+        RunError: there is no finished run in `folder`, or its weights are not those that it measured.
+        DataError: the images are missing or unreadable.
+        ConfigError: the classes are not those of the run.
     """
     config, summary = saved_config(folder), saved_summary(folder)
     shown = data or config

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 import factor_transfer.zoo  # noqa: F401 (registers the paper's families with timm)
 from factor_transfer.config import Rgb, is_callable_name
 from factor_transfer.errors import FactorTransferError, ModelError, listed, near
-from factor_transfer.files import state_fingerprint
 from factor_transfer.seeds import part_seed, seeded
 from factor_transfer.weights import head_places, load_but_head
 
@@ -102,10 +101,6 @@ class FrozenTeacher(nn.Module):
     def forward(self, *inputs: Any) -> Any:
         """As the module's own."""
         return self.module(*inputs)
-
-    def fingerprint(self) -> str:
-        """SHA-256 of its weights and buffers."""
-        return state_fingerprint(self.module.state_dict())
 
 
 def load_network(

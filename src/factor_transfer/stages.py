@@ -195,7 +195,7 @@ class Job:
         """From a file, or with fresh weights, which belong to --data-seed."""
         channels, config = pair.teacher.shape[0], self.config
         if file is not None:
-            return load_paraphraser(file, channels=channels, k=config.k)
+            return load_paraphraser(file, channels=channels, k=config.k, batch_norm=config.factor_batch_norm)
         with seeded(part_seed(config.data_seed, "paraphraser")):
             return Paraphraser(channels, factor_channels(channels, config.k), config.factor_batch_norm)
 

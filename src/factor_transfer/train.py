@@ -166,8 +166,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         # Gradients are averaged over processes, and the parts of one batch can differ in size.
         (result["loss"] * (share * engine.processes)).backward()
-        limit = math.inf if self.config.clip_grad is None else self.config.clip_grad
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+        norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        if self.config.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(self.module.parameters(), self.config.clip_grad, norm)
         values = {name: value.detach() for name, value in result.items() if name != "output"}
         if result["output"] is not None:
             values["train_top1"] = 100 * (result["output"].detach().argmax(1) == labels).float().mean()

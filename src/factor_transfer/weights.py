@@ -61,13 +61,14 @@ def read_state(path: str | Path, given: str) -> dict[str, Tensor]:
     return state
 
 
-def load_paraphraser(path: str | Path, *, channels: int, k: float) -> Paraphraser:
+def load_paraphraser(path: str | Path, *, channels: int, k: float, batch_norm: bool = False) -> Paraphraser:
     """A trained paraphraser: `paraphraser.safetensors` of a run, or the authors' published `.pth`.
 
     Args:
         path: the file.
         channels: channels C of the teacher's map that it must fit.
         k: the paraphrase rate that it must have.
+        batch_norm: whether it must have batch norm.
 
     Raises:
         ModelError: it is missing, unreadable, or made for another size.
@@ -97,6 +98,9 @@ def load_paraphraser(path: str | Path, *, channels: int, k: float) -> Paraphrase
             valid=f"one for {wanted[0]} teacher channels and {wanted[1]} factor channels (--k {k:g})",
             hint="leave --paraphraser out to train one here, or give the --k and --teacher-layer it was made with",
         )
+    if paraphraser.batch_norm != batch_norm:
+        made, hint = ("with", "give") if paraphraser.batch_norm else ("without", "leave out")
+        raise ModelError(given, found=f"made {made} batch norm", hint=f"{hint} --factor-batch-norm")
     return paraphraser
 
 
