@@ -11,13 +11,14 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.task import TrainingTask
 from torch import nn
@@ -294,14 +295,19 @@ def optimizer_and_schedule(
     if config.opt not in list_optimizers():
         close = near(config.opt, list_optimizers())
         raise ConfigError(f"--opt {config.opt}", found="no such optimizer in timm", valid=close or list_optimizers())
-    optimizer = create_optimizer_v2(
-        module,
-        opt=config.opt,
-        lr=plan.lr,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        filter_bias_and_bn=config.filter_bias_and_bn,
-    )
+    try:
+        known = signature(get_optimizer_class(config.opt, bind_defaults=False)).parameters
+        optimizer = create_optimizer_v2(
+            module,
+            opt=config.opt,
+            lr=plan.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            filter_bias_and_bn=config.filter_bias_and_bn,
+            **({"fused": True} if "fused" in known else {}),  # one kernel for all weights
+        )
+    except (ImportError, AssertionError, RuntimeError) as error:  # of a package or device that is not here
+        raise ConfigError(f"--opt {config.opt}", found=f"it does not run here: {error}") from error
     if getattr(optimizer, "is_second_order", False):
         raise ConfigError(f"--opt {config.opt}", found="an optimizer of second order", valid="one of first order")
     try:
