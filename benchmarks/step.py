@@ -24,8 +24,8 @@ from factor_transfer.config import Config
 from factor_transfer.console import silence
 from factor_transfer.engine import Engine
 from factor_transfer.files import write_json
+from factor_transfer.frozen import FrozenTeacher
 from factor_transfer.method import Paraphraser, Translator
-from factor_transfer.models import FrozenTeacher
 from factor_transfer.pairs import Side
 from factor_transfer.runs import Run, environment
 from factor_transfer.stages import Job
@@ -50,7 +50,7 @@ def main(shared: Path, work: Path) -> None:
     teacher, paraphraser = job.load("teacher"), Paraphraser(64, 32)
     side = TeacherSide(teacher.tapped(), teacher.network.norm, (8, 8), paraphraser)
     live = engine.place(FrozenTeacher(side))
-    cache = FactorCache(work, {"benchmark": 1}, (32, 8, 8), len(job.data.train), views=1)
+    cache = FactorCache(work, {"benchmark": 1}, {"factor": (32, 8, 8)}, len(job.data.train), views=1)
 
     def trainer(name: str, terms: list[Term], from_teacher: nn.Module | None) -> Trainer:
         student: Side = job.load("student")

@@ -21,20 +21,23 @@ from torch import Tensor, nn
 
 from factor_transfer import distill
 from factor_transfer.cache import CachedTeacher, FactorCache, choose_views, say_what_changed
+from factor_transfer.frozen import FrozenTeacher
 from factor_transfer.runs import Run
 
 SHAPE = (3, 2, 2)
+SHAPES = {"factor": SHAPE, "logits": (5,)}
 N, V = 12, 2
 IDENTITY = {"teacher": "aa", "paraphraser": "bb"}
 
 
-def factor(sample: int, view: int) -> Tensor:
-    """The one right factor of a sample and view, (3, 2, 2)."""
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1000 * view + sample)).half()
+def right(index: np.ndarray, view: int) -> dict[str, Tensor]:
+    """The one right row of each sample and view, by output."""
+    made = [torch.Generator().manual_seed(1000 * view + sample) for sample in index.tolist()]
+    return {name: torch.stack([torch.randn(shape, generator=g).half() for g in made]) for name, shape in SHAPES.items()}
 
 
-def right(index: np.ndarray, view: int) -> Tensor:
-    return torch.stack([factor(sample, view) for sample in index.tolist()])
+def same(found: dict[str, Tensor] | None, expected: dict[str, Tensor]) -> bool:
+    return found is not None and all(torch.equal(found[name], expected[name]) for name in SHAPES)
 
 
 def fill(cache: FactorCache) -> None:
@@ -49,7 +52,7 @@ def check(cache: FactorCache) -> int:
         for sample in range(N):
             found = cache.read(np.array([sample]), view)
             if found is not None:
-                assert torch.equal(found[0], factor(sample, view)), (sample, view)
+                assert same(found, right(np.array([sample]), view)), (sample, view)
                 given_ += 1
     return given_
 
@@ -59,7 +62,7 @@ def check(cache: FactorCache) -> int:
 def test_cache__gives_what_was_written_and_nothing_else(
     tmp_path_factory: pytest.TempPathFactory, batches: list[tuple[int, list[int]]]
 ) -> None:
-    cache = FactorCache(tmp_path_factory.mktemp("c"), IDENTITY, SHAPE, N, V)
+    cache = FactorCache(tmp_path_factory.mktemp("c"), IDENTITY, SHAPES, N, V)
     there = set()
     for view, samples in batches:
         cache.write(np.array(samples), view, right(np.array(samples), view))
@@ -68,34 +71,35 @@ def test_cache__gives_what_was_written_and_nothing_else(
         for sample in range(N):
             found = cache.read(np.array([sample]), view)
             assert (found is not None) == ((view, sample) in there)
-            assert found is None or torch.equal(found[0], factor(sample, view))
+            assert found is None or same(found, right(np.array([sample]), view))
         assert cache.filled(view) == sum(1 for where, _ in there if where == view)
     cache.close()
 
 
 def test_cache__is_found_again_by_another_process(tmp_path: Path) -> None:
-    fill(FactorCache(tmp_path, IDENTITY, SHAPE, N, V))
-    assert check(FactorCache(tmp_path, IDENTITY, SHAPE, N, V)) == N * V
+    fill(FactorCache(tmp_path, IDENTITY, SHAPES, N, V))
+    assert check(FactorCache(tmp_path, IDENTITY, SHAPES, N, V)) == N * V
     script = (
         "import sys, numpy as np; from pathlib import Path; from factor_transfer.cache import FactorCache\n"
-        f"found = FactorCache(Path({str(tmp_path)!r}), {IDENTITY!r}, {SHAPE!r}, {N}, {V}).read(np.arange({N}), 1)\n"
-        "print(found.float().sum().item())"
+        f"found = FactorCache(Path({str(tmp_path)!r}), {IDENTITY!r}, {SHAPES!r}, {N}, {V}).read(np.arange({N}), 1)\n"
+        "print(found['logits'].float().sum().item())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
-    assert float(done.stdout) == pytest.approx(right(np.arange(N), 1).float().sum().item(), rel=1e-6), done.stderr
+    expected = right(np.arange(N), 1)["logits"].float().sum().item()
+    assert float(done.stdout) == pytest.approx(expected, rel=1e-6), done.stderr
 
 
 def test_cache__2000_kill_points_give_no_wrong_factor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A crash may leave any part of the writes, in any order, the last of them cut anywhere."""
     writes: list[tuple[str, bytes, int]] = []
-    cache = FactorCache(tmp_path / "recorded", IDENTITY, SHAPE, N, V)
+    cache = FactorCache(tmp_path / "recorded", IDENTITY, SHAPES, N, V)
     name_of = {handle: Path(f"/proc/self/fd/{handle}").readlink().name for handle in cache._handles}
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda handle, data, place: writes.append((name_of[handle], data, place)))
     fill(cache)
     monkeypatch.setattr(os, "pwrite", real)
 
-    torn = FactorCache(tmp_path / "torn", IDENTITY, SHAPE, N, V)
+    torn = FactorCache(tmp_path / "torn", IDENTITY, SHAPES, N, V)
     paths = {name: torn.folder / name for name in name_of.values()}
     empty = {name: path.read_bytes() for name, path in paths.items()}
     chance, seen = random.Random(0), 0
@@ -114,7 +118,7 @@ def test_cache__2000_kill_points_give_no_wrong_factor(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("damage", ["bit", "swap", "other view", "zeros"])
 def test_cache__damaged_rows_are_not_given(tmp_path: Path, damage: str) -> None:
-    cache = FactorCache(tmp_path, IDENTITY, SHAPE, N, V)
+    cache = FactorCache(tmp_path, IDENTITY, SHAPES, N, V)
     fill(cache)
     rows, sums = (cache.folder / f"view-000.{kind}" for kind in ("f16", "crc"))
     data, size = bytearray(rows.read_bytes()), cache.row_bytes
@@ -131,13 +135,13 @@ def test_cache__damaged_rows_are_not_given(tmp_path: Path, damage: str) -> None:
     else:
         data[: 2 * size] = bytes(2 * size)
     rows.write_bytes(data)
-    again = FactorCache(tmp_path, IDENTITY, SHAPE, N, V)
+    again = FactorCache(tmp_path, IDENTITY, SHAPES, N, V)
     assert again.read(np.array([1]), 0) is None
     assert check(again) < N * V
 
 
 def write_for_ever(folder: Path, begun: int) -> None:
-    cache = FactorCache(folder, IDENTITY, SHAPE, N, V)
+    cache = FactorCache(folder, IDENTITY, SHAPES, N, V)
     os.write(begun, b".")
     while True:
         fill(cache)
@@ -158,7 +162,7 @@ def test_cache__real_kills_give_no_wrong_factor(tmp_path: Path) -> None:
         time.sleep(chance.uniform(0, 0.02))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        seen += check(FactorCache(tmp_path / str(number // 4), IDENTITY, SHAPE, N, V))
+        seen += check(FactorCache(tmp_path / str(number // 4), IDENTITY, SHAPES, N, V))
     assert seen > 0
 
 
@@ -166,12 +170,12 @@ def test_cache__real_kills_give_no_wrong_factor(tmp_path: Path) -> None:
 def test_cache__anything_else_is_another_cache_and_it_says_what_changed(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fill(FactorCache(tmp_path, IDENTITY, SHAPE, N, V))
-    other = FactorCache(tmp_path, {**IDENTITY, name: "zz"}, SHAPE, N, V)
+    fill(FactorCache(tmp_path, IDENTITY, SHAPES, N, V))
+    other = FactorCache(tmp_path, {**IDENTITY, name: "zz"}, SHAPES, N, V)
     assert check(other) == 0
     say_what_changed(other)
     assert f"differs in: {name}\n" in capsys.readouterr().err
-    more = FactorCache(tmp_path, IDENTITY, SHAPE, N, V + 1)
+    more = FactorCache(tmp_path, IDENTITY, SHAPES, N, V + 1)
     say_what_changed(more)
     assert f"holds {N * V} of {N * (V + 1)} factors" in capsys.readouterr().err
 
@@ -185,12 +189,12 @@ class Counting(nn.Module):
 
     def forward(self, images: Tensor, index: Tensor, view: int) -> dict[str, Tensor]:
         self.asked += 1
-        return {"factor": self.scale * right(index.numpy(), view).float()}
+        return {name: self.scale * output.float() for name, output in right(index.numpy(), view).items()}
 
 
 def test_cached_teacher__asks_once_for_each_view(tmp_path: Path) -> None:
     live = Counting()
-    teacher = CachedTeacher(live, FactorCache(tmp_path, IDENTITY, SHAPE, N, V))
+    teacher = CachedTeacher(FrozenTeacher(live), FactorCache(tmp_path, IDENTITY, SHAPES, N, V))
     images, index = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([7, 1, 3, 0])
     first = teacher(images, index, 1)["factor"]
     assert torch.equal(teacher(images, index, 1)["factor"], first)
@@ -201,7 +205,7 @@ def test_cached_teacher__asks_once_for_each_view(tmp_path: Path) -> None:
 
 def test_cached_teacher__factors_beyond_fp16_stay_live(tmp_path: Path) -> None:
     live = Counting(scale=1e6)
-    teacher = CachedTeacher(live, FactorCache(tmp_path, IDENTITY, SHAPE, N, V))
+    teacher = CachedTeacher(FrozenTeacher(live), FactorCache(tmp_path, IDENTITY, SHAPES, N, V))
     for _ in range(2):
         found = teacher(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), 0)["factor"]
         assert found.isfinite().all()
@@ -218,14 +222,14 @@ def test_cached_teacher__a_full_disk_is_no_end(tmp_path: Path, capsys: pytest.Ca
         pytest.skip("needs the right to mount a small file system")
     try:
         with pytest.raises(OSError, match="No space left"):
-            FactorCache(mount, IDENTITY, SHAPE, 10_000, V)
+            FactorCache(mount, IDENTITY, SHAPES, 10_000, V)
         live = Counting()
-        teacher = CachedTeacher(live, FactorCache(tmp_path / "wide", IDENTITY, SHAPE, N, V))
+        teacher = CachedTeacher(FrozenTeacher(live), FactorCache(tmp_path / "wide", IDENTITY, SHAPES, N, V))
         for handle in teacher.cache._handles:
             os.dup2(os.open("/dev/full", os.O_RDWR), handle)
         for _ in range(2):
             found = teacher(torch.zeros(2, 3, 8, 8), torch.tensor([4, 5]), 0)["factor"]
-            assert torch.equal(found, right(np.array([4, 5]), 0))
+            assert torch.equal(found, right(np.array([4, 5]), 0)["factor"])
         assert live.asked == 2
         assert capsys.readouterr().err.count("the teacher goes on live") == 1
     finally:

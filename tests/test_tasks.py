@@ -14,8 +14,8 @@ import factor_transfer.zoo  # noqa: F401
 from factor_transfer.config import Config
 from factor_transfer.features import Tapped
 from factor_transfer.files import state_fingerprint
+from factor_transfer.frozen import FrozenTeacher
 from factor_transfer.method import Paraphraser, Translator, load_reference_paraphraser
-from factor_transfer.models import FrozenTeacher
 from factor_transfer.tasks import DistillationTask, FactorTransfer, Labels, ParaphraserTask, TeacherSide
 from factor_transfer.train import Plan, optimizer_and_schedule
 

@@ -1,6 +1,7 @@
-"""The factor cache: the frozen teacher's factors on disk, so that the teacher runs once for each sample and view.
+"""The factor cache: the frozen teacher's outputs on disk, so that the teacher runs once for each sample and view.
 
-A view is replayable (see `views`), so its factor is too. A factor is used only if it is provably the right one:
+A view is replayable (see `views`), so its factor is too; and so is whatever else of the teacher's the terms read. It is
+used only if it is provably the right one:
 
 * the folder's name is a fingerprint of all that a factor depends on (teacher, layer, paraphraser, images, views,
   precision); with any other value the cache is another one;
@@ -8,19 +9,21 @@ A view is replayable (see `views`), so its factor is too. A factor is used only 
   crash, lies at another's place or has lost a bit fails it, and is computed again.
 
 CACHE/FINGERPRINT/meta.json      what the fingerprint is of, and the shape of a row
-                  view-000.f16   a row for each sample, fp16, preallocated: a full disk is met before it can kill
+                  view-000.f16   a row for each sample, its outputs one after the other in fp16; preallocated: a full
+                                 disk is met before it can kill
                   view-000.crc   a uint64 for each sample: 2**32 + CRC-32; 0 where there is no row yet
 
-Shapes: N samples, V views, factors (K, H, W).
+Shapes: N samples, V views, B samples of one batch, factors (K, H, W).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,10 @@ from torch import Tensor, nn
 
 from factor_transfer.console import say, warn
 from factor_transfer.files import fingerprint, read_json, write_json
+from factor_transfer.frozen import FrozenTeacher
 
-VERSION = 1
-"""Raise it when the layout of a row or a file changes."""
+VERSION = 2
+"""Raise it when the layout of a row or a file changes, or how the teacher computes."""
 
 PRESENT = 1 << 32
 """Set in the checksum of every row that was written, so that it is never the 0 of an empty place."""
@@ -45,12 +49,12 @@ SHARE = 0.5
 
 
 class FactorCache:
-    """The factors of `samples` x `views`, read and written by row; safe under kill -9 and under several processes.
+    """Teacher outputs of `samples` x `views`, read and written by row; safe under kill -9 and several processes.
 
     Args:
         folder: where caches are kept.
-        identity: all that a factor depends on, as plain values; see the module's docstring.
-        shape: (K, H, W) of a factor.
+        identity: all that an output depends on, as plain values; see the module's docstring.
+        shapes: of each output for one sample, by its name: `factor` (K, H, W).
         samples: N.
         views: V.
 
@@ -58,19 +62,22 @@ class FactorCache:
         OSError: the folder cannot be written to, or the disk is too full.
 
     >>> import tempfile
-    >>> cache = FactorCache(Path(tempfile.mkdtemp()), {"teacher": "ab"}, (2, 1, 1), samples=10, views=1)
-    >>> cache.write(np.array([3]), 0, torch.ones(1, 2, 1, 1))
-    >>> cache.read(np.array([3]), 0).flatten().tolist(), cache.read(np.array([3, 4]), 0)
+    >>> cache = FactorCache(Path(tempfile.mkdtemp()), {"teacher": "ab"}, {"factor": (2, 1, 1)}, samples=10, views=1)
+    >>> cache.write(np.array([3]), 0, {"factor": torch.ones(1, 2, 1, 1)})
+    >>> cache.read(np.array([3]), 0)["factor"].flatten().tolist(), cache.read(np.array([3, 4]), 0)
     ([1.0, 1.0], None)
     """
 
     def __init__(
-        self, folder: Path, identity: Mapping[str, Any], shape: tuple[int, int, int], samples: int, views: int
+        self, folder: Path, identity: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], samples: int, views: int
     ) -> None:
-        self.shape, self.samples, self.views = shape, samples, views
-        self.meta = {"version": VERSION, "shape": list(shape), "samples": samples, "identity": dict(identity)}
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self.samples, self.views = samples, views
+        outputs = {name: list(shape) for name, shape in shapes.items()}
+        self.meta = {"version": VERSION, "outputs": outputs, "samples": samples, "identity": dict(identity)}
         self.folder = folder / fingerprint(self.meta)[:32]
-        self.row_bytes = 2 * int(np.prod(shape))
+        self._elements = [math.prod(shape) for shape in self.shapes.values()]
+        self.row_bytes = 2 * sum(self._elements)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "meta.json", self.meta)
         self._handles: list[int] = []
@@ -80,8 +87,8 @@ class FactorCache:
             self.close()
             raise
 
-    def read(self, index: np.ndarray, view: int) -> Tensor | None:
-        """The factors (B, K, H, W) in fp16 of samples `index` (B,), or None unless each is there and whole."""
+    def read(self, index: np.ndarray, view: int) -> dict[str, Tensor] | None:
+        """Outputs (B, ...) in fp16 of samples `index` (B,) by name, or None unless each is there and whole."""
         rows, sums, _ = self._files[view]
         marks = sums[index]
         if not marks.all():
@@ -89,17 +96,20 @@ class FactorCache:
         found = np.ascontiguousarray(rows[index])  # a copy: what is checked is what is used
         if any(_mark(row, sample, view) != mark for row, sample, mark in zip(found, index, marks, strict=True)):
             return None
-        return torch.from_numpy(found.view(np.float16)).view(-1, *self.shape)
+        parts = torch.split(torch.from_numpy(found.view(np.float16)), self._elements, dim=1)
+        return {name: part.reshape(-1, *shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
-    def write(self, index: np.ndarray, view: int, factors: Tensor) -> None:
-        """Store the factors (B, K, H, W) of samples `index` (B,), which must be finite in fp16.
+    def write(self, index: np.ndarray, view: int, outputs: Mapping[str, Tensor]) -> None:
+        """Store outputs (B, ...) of samples `index` (B,), by name, which must be finite in fp16.
 
         Raises:
             OSError: the disk is full or failing; what was there stays readable.
         """
         _, _, handles = self._files[view]
-        halves = factors.detach().to("cpu", torch.float16).contiguous().view(len(index), -1).numpy()
-        for sample, values in zip(index.tolist(), halves, strict=True):
+        parts = [
+            outputs[name].detach().to("cpu", torch.float16).reshape(len(index), -1).numpy() for name in self.shapes
+        ]
+        for sample, values in zip(index.tolist(), np.concatenate(parts, axis=1), strict=True):
             row = values.view(np.uint8)
             os.pwrite(handles[0], row.tobytes(), sample * self.row_bytes)
             os.pwrite(handles[1], np.uint64(_mark(row, sample, view)).tobytes(), sample * 8)
@@ -132,39 +142,43 @@ class FactorCache:
 
 
 class CachedTeacher(nn.Module):
-    """A frozen teacher that is asked only for factors which the cache does not hold.
+    """A frozen teacher that is asked only for what the cache does not hold.
 
     Args:
-        live: a frozen `TeacherSide`.
-        cache: its factors.
+        live: a `FrozenTeacher` around a `TeacherSide`.
+        cache: its outputs.
     """
 
-    def __init__(self, live: nn.Module, cache: FactorCache) -> None:
+    def __init__(self, live: FrozenTeacher, cache: FactorCache) -> None:
         super().__init__()
         self.live, self.cache = live, cache
         self.writes = True
         """False once the disk was full: from then on the cache is only read."""
 
     def forward(self, images: Tensor, index: Tensor, view: int) -> dict[str, Tensor]:
-        """uint8 images (B, 3, H, W), their sample indices (B,) and view -> `factor` (B, K, H, W).
+        """uint8 images (B, 3, H, W), their sample indices (B,) and view -> the cache's outputs, `factor` (B, K, H, W).
 
         The first time, too, a factor is as it will be read back, in fp16: a resumed run sees the same numbers.
         """
         place = index.numpy()
-        factor = self.cache.read(place, view)
-        if factor is None:
-            made: Tensor = self.live(images, index, view)["factor"]
-            factor = made.to(torch.float16)
-            if not factor.isfinite().all():
-                return {"factor": made}
-            self._store(place, view, factor)
-        return {"factor": factor.to(images.device, non_blocking=True)}
+        found = self.cache.read(place, view)
+        if found is None:
+            made = self.live(images, index, view)
+            found = {name: made[name].to(torch.float16) for name in self.cache.shapes}
+            if not all(output.isfinite().all() for output in found.values()):
+                return {name: made[name] for name in found}
+            self._store(place, view, found)
+        return {name: output.to(images.device, non_blocking=True) for name, output in found.items()}
 
-    def _store(self, index: np.ndarray, view: int, factor: Tensor) -> None:
+    def unchanged(self) -> bool:
+        """Whether the live teacher's weights and buffers are those that it was frozen with."""
+        return self.live.unchanged()
+
+    def _store(self, index: np.ndarray, view: int, outputs: Mapping[str, Tensor]) -> None:
         if not self.writes:
             return
         try:
-            self.cache.write(index, view, factor)
+            self.cache.write(index, view, outputs)
         except OSError as error:
             self.writes = False
             warn(f"the factor cache cannot be written ({error.strerror}); the teacher goes on live")

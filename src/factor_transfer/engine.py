@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from factor_transfer.errors import ConfigError, Interrupted
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Engine:
@@ -65,7 +67,7 @@ class Engine:
         """The precision of training."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def place(self, module: nn.Module) -> nn.Module:
+    def place(self, module: M) -> M:
         """Onto the device, in channels-last memory format."""
         return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 

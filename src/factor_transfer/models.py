@@ -81,28 +81,6 @@ class Network:
         return InputNorm(self.mean, self.std)
 
 
-class FrozenTeacher(nn.Module):
-    """A module that is in eval mode and without gradient, whatever mode the modules around it are put in.
-
-    `no_grad`, not inference mode: losses save the teacher's outputs for their backward pass.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module.requires_grad_(False)
-        self.train(False)
-
-    def train(self, mode: bool = True) -> FrozenTeacher:
-        """Stay in eval mode: in train mode its batch-norm statistics would drift."""
-        super().train(False)
-        return self
-
-    @torch.no_grad()
-    def forward(self, *inputs: Any) -> Any:
-        """As the module's own."""
-        return self.module(*inputs)
-
-
 def load_network(
     given: str | nn.Module,
     *,

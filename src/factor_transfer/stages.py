@@ -20,14 +20,9 @@ from factor_transfer.engine import Engine
 from factor_transfer.errors import ModelError, TrainingError
 from factor_transfer.export import export_pt2, latency_ms
 from factor_transfer.files import state_fingerprint, write_json
+from factor_transfer.frozen import FrozenTeacher, folded
 from factor_transfer.method import Paraphraser, Translator, factor_channels, factor_loss_bound, portable_beta
-from factor_transfer.models import (
-    FrozenTeacher,
-    Network,
-    Role,
-    count_parameters,
-    own_size,
-)
+from factor_transfer.models import Network, Role, count_parameters, own_size
 from factor_transfer.pairs import Modules, Pair, Side, load_side
 from factor_transfer.runs import Run
 from factor_transfer.seeds import part_seed, seeded
@@ -118,6 +113,13 @@ class Job:
         size = f"{count_parameters(side.network.module):,} parameters"
         say(f"teacher: {side.network.name}, {size}, {found['top1']:.2f} % of the validation images right in float32")
         self._check_teacher(found["top1"])
+        (batch,) = self.data.validation.batches([np.arange(2) % len(self.data.validation)], view=None)
+        self._folding = folded(side.tapped(), side.network.norm.cpu()(batch.image))
+        if self._folding.count:
+            say(
+                f"teacher: {self._folding.count} batch norms folded into their convolutions "
+                f"(its outputs differ by {self._folding.difference:.0e}, relatively)"
+            )
 
     def _train_teacher(self, side: Side) -> None:
         config, network = self.config, side.network
@@ -148,14 +150,14 @@ class Job:
             hint=hint,
         )
 
-    def _check_unchanged(self, stage: str) -> None:
+    def _check_unchanged(self, stage: str, teacher: FrozenTeacher | CachedTeacher) -> None:
         """Prove that the teacher is as it was; what a changing one has taught is not kept.
 
         Raises:
             TrainingError: its weights or buffers have another hash than when the run began.
         """
         now = state_fingerprint(self._teacher.network.module.state_dict())
-        if now == self.run.pins()["teacher"]:
+        if now == self.run.pins()["teacher"] and teacher.unchanged():
             return
         self.run.forget(stage)
         raise TrainingError(
@@ -183,7 +185,7 @@ class Job:
             teacher = self._teacher_side(pair)
             seconds = self._train_paraphraser(paraphraser, teacher) if file is None else 0.0
             error = self._relative_error(paraphraser, teacher)
-            self._check_unchanged("paraphraser")
+            self._check_unchanged("paraphraser", teacher)
             run.save_weights("paraphraser", paraphraser.state_dict(), paraphraser_metadata(paraphraser))
             found = run.record("paraphraser", {"relative_error": error, "seconds": seconds})
         say(f"paraphraser: its reconstruction error is {found['relative_error']:.3f} of a mean predictor's")
@@ -206,6 +208,7 @@ class Job:
             epochs=config.paraphraser_epochs,
             lr=config.paraphraser_lr,
             seed=config.data_seed,
+            views=self.views,
             constant=True,
         )
         task = ParaphraserTask(paraphraser, teacher, config.reconstruction)
@@ -257,11 +260,10 @@ class Job:
             "views": self.views,
         }
         teacher = self._teacher_side(pair, paraphraser)
-        if self.views:
-            teacher = self._cached(teacher, pair, paraphraser)
-        return self._student("student", pair.student, terms, teacher, found)
+        shown = self._cached(teacher, pair, paraphraser) if self.views else teacher
+        return self._student("student", pair.student, terms, shown, found)
 
-    def _cached(self, live: nn.Module, pair: Pair, paraphraser: Paraphraser) -> nn.Module:
+    def _cached(self, live: FrozenTeacher, pair: Pair, paraphraser: Paraphraser) -> FrozenTeacher | CachedTeacher:
         """The live teacher behind the factor cache; alone where the cache's folder cannot be written."""
         network = pair.teacher.network
         identity = {
@@ -273,9 +275,9 @@ class Job:
             "images": self.data.fingerprint,
             "precision": self.engine.describe()["precision"],
         }
-        shape = (paraphraser.factor_channels, *pair.size)
+        shapes = {"factor": (paraphraser.factor_channels, *pair.size)}
         try:
-            cache = FactorCache(cache_folder(self.config.cache_dir), identity, shape, len(self.data.train), self.views)
+            cache = FactorCache(cache_folder(self.config.cache_dir), identity, shapes, len(self.data.train), self.views)
         except OSError as error:
             warn(f"no factor cache ({error.strerror}: {error.filename}); the teacher stays live")
             return live
@@ -291,7 +293,7 @@ class Job:
         stage: Literal["student", "baseline"],
         side: Side,
         terms: Sequence[Term],
-        teacher: nn.Module | None,
+        teacher: FrozenTeacher | CachedTeacher | None,
         found: dict[str, Any],
     ) -> Side:
         """Train and evaluate one student, or fetch it from the run folder."""
@@ -302,7 +304,7 @@ class Job:
         plan = Plan(stage=stage, epochs=epochs, lr=lr, seed=self.config.seed, views=self.views, average=average)
         seconds = self._train(side, terms, teacher, plan)
         if teacher is not None:
-            self._check_unchanged(stage)
+            self._check_unchanged(stage, teacher)
         self.run.record(stage, {**self._assess(side.network), "seconds": seconds, **found})
         return side
 
@@ -392,7 +394,6 @@ class Job:
         classifier = nn.Sequential(network.norm, network.module)
         return evaluate(classifier, self.data.validation, self.engine, batch_size=self.config.batch_size, precise=True)
 
-    def _teacher_side(self, pair: Pair, paraphraser: Paraphraser | None = None) -> nn.Module:
-        norm = pair.teacher.network.norm
-        side = TeacherSide(pair.teacher.tapped(), norm, pair.size, paraphraser)
+    def _teacher_side(self, pair: Pair, paraphraser: Paraphraser | None = None) -> FrozenTeacher:
+        side = TeacherSide(self._folding.network, pair.teacher.network.norm, pair.size, paraphraser)
         return self.engine.place(FrozenTeacher(side))
