@@ -15,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 
-from factor_transfer import data as data_module
 from factor_transfer.config import DataConfig
 from factor_transfer.data import FileSplit, PixelSplit, open_data
 from factor_transfer.errors import DataError
@@ -217,13 +216,12 @@ def test_tar__is_the_folder_it_was_made_of(tmp_path):
 
 
 @needs_shared
-def test_tar__real_images_are_the_same_with_and_without_workers(monkeypatch):
+def test_tar__real_images_are_the_same_with_and_without_workers():
     # Handles opened before workers fork gave timm 41 wrong images of 2,000.
-    monkeypatch.setattr(data_module, "STORE_BYTES", 0)
     path = Path(SHARED) / "cifar10-jpeg"
     wanted = np.random.default_rng(0).permutation(10_000)[:2000]
     chunks = np.array_split(wanted, 20)
-    data = [opened(path, workers=workers) for workers in (0, 2)]
+    data = [opened(path, workers=workers, pixel_cache_gb=0) for workers in (0, 2)]
     shown = [list(each.validation.batches(chunks, None)) for each in data]
     assert isinstance(data[0].validation, FileSplit)
     with tarfile.open(path / "validation.tar") as tar:
@@ -247,12 +245,12 @@ def large(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["pixels", "files", "large"])
-def test_batches__have_the_same_bits_for_any_size_order_and_workers(kind, tmp_path, monkeypatch, large):
+def test_batches__have_the_same_bits_for_any_size_order_and_workers(kind, tmp_path, large):
     root, settings = large, {"default_size": lambda: 112, "color_jitter": 0.3}
     if kind != "large":
         root, settings = write(write(tmp_path, "train", ["a", "b"], n=6), "val", ["a"]), {}
     if kind == "files":
-        monkeypatch.setattr(data_module, "STORE_BYTES", 0)
+        settings = {"pixel_cache_gb": 0}
     data = [opened(root, workers=workers, **settings) for workers in (0, 2)]
     assert isinstance(data[0].train, PixelSplit if kind == "pixels" else FileSplit)
     whole = everything(data[0].train, size=12, view=3)
@@ -268,12 +266,11 @@ def test_batches__have_the_same_bits_for_any_size_order_and_workers(kind, tmp_pa
     assert not torch.equal(everything(data[0].train, view=4)[0], whole[0])
 
 
-def test_batches__small_images_are_the_same_from_memory_and_from_files(tmp_path, monkeypatch):
+def test_batches__small_images_are_the_same_from_memory_and_from_files(tmp_path):
     root = write(write(tmp_path, "train", ["a", "b"], n=6, size=(14, 12)), "val", ["a"])
     stored = opened(root)
     assert stored.img_size == 14
-    monkeypatch.setattr(data_module, "STORE_BYTES", 0)
-    read = opened(root, workers=0)
+    read = opened(root, workers=0, pixel_cache_gb=0)
     for view in (None, 2):
         assert torch.equal(everything(stored.train, view=view)[0], everything(read.train, view=view)[0])
 

@@ -184,11 +184,6 @@ class CachedTeacher(nn.Module):
             warn(f"the factor cache cannot be written ({error.strerror}); the teacher goes on live")
 
 
-def cache_folder(given: str | None) -> Path:
-    """Where caches are kept: `given`, or factor-transfer in the user's cache folder."""
-    return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "factor-transfer").expanduser()
-
-
 def choose_views(row_bytes: int, samples: int, epochs: int, folder: Path) -> int:
     """`--views auto`: as many views as fit into half of the free disk and half of the memory, and pay.
 

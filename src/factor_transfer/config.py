@@ -92,6 +92,10 @@ class DataConfig:
     workers: int | None = None
     """Processes that decode large images. Default: one a core, at most 8. Small images are decoded once and need
     none."""
+    pixel_cache_gb: float = 4.0
+    """Small images (up to 96 pixels) are decoded once, and kept for later runs, up to this size."""
+    cache_dir: str | None = None
+    """Where decoded images and the teacher's factors are kept for later runs. Default: ~/.cache/factor-transfer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,9 +154,6 @@ class Config(DataConfig):
     views: Annotated[int | Literal["auto"], _in("Factor transfer")] = 0
     """Views of each image that are shown in turn, so that their factors can be kept on disk and the teacher leaves
     most passes. 0: a new view each pass and a live teacher. auto: as many as disk, memory and --epochs allow."""
-    cache_dir: Annotated[str | None, _in("Factor transfer")] = None
-    """Where factors are kept, for later runs with the same teacher, paraphraser and images too. Default:
-    ~/.cache/factor-transfer."""
 
     # -- training
     epochs: Annotated[int, _in("Training")] = 30
@@ -289,7 +290,7 @@ def _check_numbers(config: Config) -> None:
     positive = ("k", "batch_size", "lr", "paraphraser_lr", "teacher_lr", "img_size", "threads", "clip_grad",
                 "checkpoint_minutes", "epochs", "decay_epochs")  # fmt: skip
     not_negative = ("teacher_epochs", "paraphraser_epochs", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr",
-                    "crop_padding", "color_jitter", "views", "workers", "seed", "data_seed", "beta",
+                    "crop_padding", "color_jitter", "views", "workers", "pixel_cache_gb", "seed", "data_seed", "beta",
                     "momentum")  # fmt: skip
     for name in (*positive, *not_negative):
         value = getattr(config, name)

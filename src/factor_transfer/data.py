@@ -9,11 +9,9 @@ Shapes: B images, H = W = S pixels, N images in all.
 from __future__ import annotations
 
 import hashlib
-import os
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -23,22 +21,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from factor_transfer.config import DataConfig
-from factor_transfer.console import pass_bar
 from factor_transfer.errors import DataError, listed
-from factor_transfer.files import fingerprint
+from factor_transfer.files import cache_folder, fingerprint
 from factor_transfer.images import Images, Unreadable, natural
+from factor_transfer.pixels import Pixels, cores, decode_once, unreadable
 from factor_transfer.seeds import part_seed
 from factor_transfer.sources import WRITTEN, number_classes, open_source
 from factor_transfer.views import SMALL, VERSION, center, crop_and_flip, held_out, random_resized_crop
 
-STORE_BYTES = 4 * 2**30
-"""Small images are decoded once and kept in memory up to this size."""
-
 SIZE_SAMPLE = 256
 """Images whose headers are read to find their size."""
-
-BLOCK = 128
-"""Images a thread decodes at a time."""
 
 
 class Batch(NamedTuple):
@@ -121,7 +113,7 @@ class FileSplit(Split):
     def __init__(self, images: Images, rows: np.ndarray, labels: np.ndarray, shown: Shown, config: DataConfig) -> None:
         super().__init__(rows, labels, shown)
         self._images, self._data = images, config.data
-        self._workers = _cores() if config.workers is None else config.workers
+        self._workers = cores() if config.workers is None else config.workers
 
     def batches(self, chunks: Iterable[np.ndarray], view: int | None) -> Iterator[Batch]:
         """See `Split`."""
@@ -271,14 +263,13 @@ class _Loaded:
     images: Images
     rows: np.ndarray  # indices of the readable ones
     labels: np.ndarray  # their classes
-    pixels: np.ndarray | None  # (N, S, S, 3), of all; None: decoded when shown
+    pixels: Pixels | None  # of all; None: decoded when shown
 
     def digest(self) -> str:
         """Covers pixels where they are known, else names and sizes of files; and labels."""
-        found = hashlib.sha256(self.labels.tobytes())
+        found = hashlib.sha256(self.labels.tobytes() + self.rows.tobytes())
         if self.pixels is not None:
-            for row in self.rows:
-                found.update(self.pixels[row].data)
+            found.update(self.pixels.digest.encode())
         else:
             for row in self.rows:
                 found.update(f"{self.images.names[row]}\0{self.images.sizes[row]}\n".encode())
@@ -288,7 +279,7 @@ class _Loaded:
         """The chosen of the readable images."""
         rows, labels = self.rows[chosen], self.labels[chosen]
         if self.pixels is not None:
-            return PixelSplit(self.pixels, rows, labels, shown)
+            return PixelSplit(self.pixels.array, rows, labels, shown)
         return FileSplit(self.images, rows, labels, shown, config)
 
 
@@ -297,13 +288,13 @@ def _load(
 ) -> list[_Loaded]:
     """Decode small images; of large ones only make sure that they are readable, and only for `--skip-corrupt`."""
     bytes_needed = sum(map(len, parts)) * shown.size**2 * 3
-    store = shown.size <= SMALL and bytes_needed <= STORE_BYTES
+    store = shown.size <= SMALL and bytes_needed <= config.pixel_cache_gb * 1e9
     number = {name: index for index, name in enumerate(classes)}
     loaded: list[_Loaded] = []
     corrupt: list[Unreadable] = []
     for images in parts:
-        pixels = np.empty((len(images), shown.size, shown.size, 3), np.uint8) if store else None
-        bad = _decode(images, pixels) if store or config.skip_corrupt else {}
+        pixels = decode_once(images, shown.size, cache_folder(config.cache_dir) / "pixels") if store else None
+        bad = pixels.unreadable if pixels else unreadable(images) if config.skip_corrupt else {}
         rows = np.array([row for row in range(len(images)) if row not in bad], dtype=np.int64)
         labels = np.array([number[images.labels[row]] for row in rows], dtype=np.int64)
         loaded.append(_Loaded(images, rows, labels, pixels))
@@ -320,30 +311,6 @@ def _load(
                 valid="at least one readable image in each class",
             )
     return loaded
-
-
-def _decode(images: Images, pixels: np.ndarray | None) -> dict[int, Unreadable]:
-    """Decode all images, into `pixels` where given; returns those that cannot be."""
-
-    def block(start: int) -> dict[int, Unreadable]:
-        bad = {}
-        for row in range(start, min(start + BLOCK, len(images))):
-            try:
-                image = images.rgb(row)
-                if pixels is not None:
-                    pixels[row] = center(image, pixels.shape[1]).permute(1, 2, 0).numpy()
-            except Unreadable as error:
-                bad[row] = error
-        return bad
-
-    found: dict[int, Unreadable] = {}
-    starts = range(0, len(images), BLOCK)
-    # Threads suffice: PIL decodes outside the interpreter's lock.
-    with ThreadPoolExecutor(_cores()) as pool, pass_bar("reading images", len(images)) as bar:
-        for start, bad in zip(starts, pool.map(block, starts), strict=True):
-            found |= bad
-            bar(min(BLOCK, len(images) - start), {})
-    return found
 
 
 def _own_size(images: Images) -> int | None:
@@ -373,10 +340,6 @@ def _corrupt(data: str, corrupt: Sequence[Unreadable]) -> DataError:
 
 
 # -- worker processes
-
-
-def _cores() -> int:
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _unchanged(found: Any) -> Any:

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def cache_folder(given: str | None) -> Path:
+    """Where decoded images and teacher outputs are kept: `given`, or factor-transfer in the user's cache folder."""
+    return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "factor-transfer").expanduser()
+
+
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write `content` so that a reader, or a crash at any moment, finds the old file or the new one, never a part."""
     data = content.encode() if isinstance(content, str) else content

@@ -63,7 +63,11 @@ class Images(ABC):
             return to_rgb(self.open(index))
         except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
             reason = re.sub(r" <_io\S+ object at \w+>", "", str(error)) or type(error).__name__
-            raise Unreadable(f"{self.where}/{self.names[index]}", reason) from error
+            raise self.unreadable(index, reason) from error
+
+    def unreadable(self, index: int, reason: str) -> Unreadable:
+        """The finding that image `index` cannot be decoded."""
+        return Unreadable(f"{self.where}/{self.names[index]}", reason)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -33,7 +33,9 @@ from factor_transfer.console import warn
 from factor_transfer.errors import ConfigError, RunError
 from factor_transfer.files import locked, read_json, sha256_file, write_atomic, write_json
 
-FREE = frozenset({"out", "overwrite", "workers", "checkpoint_minutes", "cache_dir", "data", "data_dir"})
+FREE = frozenset(
+    {"out", "overwrite", "workers", "checkpoint_minutes", "cache_dir", "pixel_cache_gb", "data", "data_dir"}
+)
 """Settings that may differ when a run is continued: they change no result, or what they name is fingerprinted."""
 
 KEPT = 2

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from factor_transfer.cache import CachedTeacher, FactorCache, cache_folder, choose_views, say_what_changed
+from factor_transfer.cache import CachedTeacher, FactorCache, choose_views, say_what_changed
 from factor_transfer.config import Config, plain
 from factor_transfer.console import say, warn
 from factor_transfer.data import open_data
 from factor_transfer.engine import Engine
 from factor_transfer.errors import ModelError, TrainingError
 from factor_transfer.export import export_pt2, latency_ms
-from factor_transfer.files import state_fingerprint, write_json
+from factor_transfer.files import cache_folder, state_fingerprint, write_json
 from factor_transfer.frozen import FrozenTeacher, folded
 from factor_transfer.method import Paraphraser, Translator, factor_channels, factor_loss_bound, portable_beta
 from factor_transfer.models import Network, Role, count_parameters, own_size

@@ -1,0 +1,180 @@
+"""Small images, decoded once: into a memory-mapped store that later runs and other processes share.
+
+A store is found by what it was made of: a hash over every file's name and bytes, the size of the images, and the
+decoder. So a copied folder finds it, and a changed image does not. It is written under another name, synced and then
+renamed: it is whole or absent. Its pixels are hashed again whenever it is opened.
+
+CACHE/pixels/FINGERPRINT.u8      uint8 (N, S, S, 3)
+                         .json   its hash, and the images that could not be decoded
+
+Shapes: N images of S x S pixels.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import PIL
+
+from factor_transfer.console import pass_bar, say, warn
+from factor_transfer.errors import RunError
+from factor_transfer.files import fingerprint, read_json, write_json
+from factor_transfer.images import Files, Images, Unreadable
+from factor_transfer.views import VERSION, center
+
+BLOCK = 128
+"""Images a thread reads or decodes at a time."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """All images of one part of a dataset."""
+
+    array: np.ndarray  # (N, S, S, 3) uint8; of an unreadable image, zeros
+    unreadable: dict[int, Unreadable]
+    digest: str
+    """SHA-256 of `array`."""
+
+
+def decode_once(images: Images, size: int, folder: Path) -> Pixels:
+    """All images at `size`, from the store in `folder` where it has them, else decoded now and stored there.
+
+    Images that lie in memory or in another library's files are decoded into memory each time, and so are all where
+    the folder cannot be written to.
+
+    Args:
+        images: small images.
+        size: side S in pixels.
+        folder: where stores are kept.
+    """
+    if not isinstance(images, Files):
+        return _in_memory(images, size)
+    what = {"version": VERSION, "decoder": PIL.__version__, "size": size, "images": _contents(images)}
+    path = folder / f"{fingerprint(what)[:32]}.u8"
+    found = _opened(path, images, size)
+    if found is not None:
+        return found
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(path.with_suffix(".lock")):
+            return _opened(path, images, size) or _kept(path, _in_memory(images, size))
+    except OSError as error:
+        _warn_not_kept(error, path)
+    return _in_memory(images, size)
+
+
+def blocks(label: str, count: int, work: Callable[[range], T]) -> Iterator[T]:
+    """`work` over ranges of 0..count-1, in order, by one thread a core: decoding leaves the interpreter's lock."""
+    parts = [range(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
+    with ThreadPoolExecutor(cores()) as pool, pass_bar(label, count) as bar:
+        for part, found in zip(parts, pool.map(work, parts), strict=True):
+            bar(len(part), {})
+            yield found
+
+
+def unreadable(images: Images, array: np.ndarray | None = None) -> dict[int, Unreadable]:
+    """Decode all images, into `array` (N, S, S, 3) where given; returns those that cannot be decoded."""
+
+    def work(rows: range) -> dict[int, Unreadable]:
+        bad = {}
+        for row in rows:
+            try:
+                image = images.rgb(row)
+                if array is not None:
+                    array[row] = center(image, array.shape[1]).permute(1, 2, 0).numpy()
+            except Unreadable as error:
+                bad[row] = error
+        return bad
+
+    return {row: error for found in blocks("reading images", len(images), work) for row, error in found.items()}
+
+
+def cores() -> int:
+    """Processes or threads that decode: one a core, at most 8."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _in_memory(images: Images, size: int) -> Pixels:
+    array = np.zeros((len(images), size, size, 3), np.uint8)
+    return Pixels(array, unreadable(images, array), _digest(array))
+
+
+def _contents(images: Files) -> str:
+    """SHA-256 over names and bytes of all files."""
+
+    def work(rows: range) -> bytes:
+        found = hashlib.sha256()
+        for row in rows:
+            try:
+                data = images.ranges[row].read()
+            except OSError as error:
+                data = repr(error).encode()
+            found.update(f"{images.names[row]}\0{len(data)}\0".encode() + data)
+        return found.digest()
+
+    return hashlib.sha256(b"".join(blocks("looking at images", len(images), work))).hexdigest()
+
+
+def _kept(path: Path, pixels: Pixels) -> Pixels:
+    """Publish decoded images as a store; where the disk is too full they stay in memory."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(pixels.array.data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        reasons = {str(row): error.reason for row, error in pixels.unreadable.items()}
+        write_json(path.with_suffix(".json"), {"sha256": pixels.digest, "unreadable": reasons})
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        _warn_not_kept(error, path)
+    else:
+        say(f"data: decoded images are kept for later runs: {path} ({pixels.array.nbytes / 1e6:,.0f} MB)")
+    return pixels
+
+
+def _opened(path: Path, images: Images, size: int) -> Pixels | None:
+    """The store at `path`; None if there is none, or if it is not what was written."""
+    try:
+        meta: Any = read_json(path.with_suffix(".json"))
+        array = np.memmap(path, np.uint8, "r", shape=(len(images), size, size, 3))
+        bad = {int(row): images.unreadable(int(row), reason) for row, reason in meta["unreadable"].items()}
+        if path.stat().st_size == array.nbytes and _digest(array) == meta["sha256"]:
+            return Pixels(array, bad, meta["sha256"])
+    except (FileNotFoundError, PermissionError):
+        return None
+    except (OSError, RunError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    warn(f"{path} is damaged; the images are decoded again")
+    with suppress(OSError):
+        path.with_suffix(".json").unlink()
+    return None
+
+
+def _warn_not_kept(error: OSError, path: Path) -> None:
+    place = error.filename or path
+    warn(f"decoded images are not kept for later runs ({error.strerror}: {place}); --cache-dir names their place")
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(array.data).hexdigest()
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold a lock file, after waiting for the process that has it: one decodes, the others read what it made."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
