@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 
 from factor_transfer.config import DataConfig
-from factor_transfer.data import FileSplit, PixelSplit, open_data
-from factor_transfer.errors import DataError
+from factor_transfer.data import open_data
+from factor_transfer.errors import ConfigError, DataError
 from factor_transfer.images import to_rgb
+from factor_transfer.splits import FileSplit, PixelSplit
 from factor_transfer.views import crop_and_flip, random_resized_crop
 
 SHARED = os.environ.get("FACTOR_TRANSFER_SHARED")
@@ -692,3 +693,62 @@ def test_error__a_worker_that_is_killed_is_no_traceback(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert re.search(r"--workers 2\n.*killed.*\n.*fewer --workers", done.stdout), done.stderr
+
+
+# -- the user's own augmentation
+
+
+def own(picture):
+    """Draws from all three generators that augmentations use."""
+    values = np.asarray(picture).astype(int)
+    values += random.randrange(9) + np.random.randint(9) + int(torch.randint(9, ()))
+    return Image.fromarray((values % 256).astype(np.uint8))
+
+
+def test_transform__is_replayed_in_any_order_and_any_process(tmp_path):
+    root = write(write(tmp_path, "train", ["a", "b"], n=6), "val", ["a"])
+    alone, together = (
+        open_data(DataConfig(data=str(root), workers=workers), lambda: 0, own).train for workers in (0, 2)
+    )
+    whole = everything(alone, view=3)[0]
+    order = random.Random(0).sample(range(12), 12)
+    for split in (alone, together):
+        for chunk, batch in zip(np.array_split(order, 4), split.batches(np.array_split(order, 4), 3), strict=True):
+            assert torch.equal(batch.image, whole[chunk])
+    assert not torch.equal(everything(alone, view=4)[0], whole)
+    plain = everything(alone, view=None)[0]
+    assert len({tuple((whole[i].int() - plain[i].int() + 256).remainder(256).unique().tolist()) for i in range(12)}) > 3
+
+
+def test_transform__another_one_is_another_dataset_and_the_same_one_is_not(tmp_path, monkeypatch):
+    root = write(write(tmp_path / "data", "train", ["a", "b"]), "val", ["a"])
+    (tmp_path / "mine.py").write_text(
+        "from PIL import ImageOps\nmirror = ImageOps.mirror\ndef upside(i): return ImageOps.flip(i)\n"
+        "def wide(i): return i.resize((20, 12))\ndef fails(i): raise RuntimeError('no such luck')\nnumber = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    prints = {name: opened(root, transform=name).fingerprint for name in (None, "mine:mirror", "mine:upside")}
+    assert len(set(prints.values())) == 3
+    assert opened(root, transform="mine:mirror").fingerprint == prints["mine:mirror"]
+    train = opened(root, transform="mine:mirror", workers=0).train
+    assert torch.equal(everything(train, view=0)[0], everything(train, view=None)[0].flip(-1))
+    wrong = {"mine:wide": "(3, 12, 20)", "mine:fails": "no such luck", "mine:number": "a int",
+             "mine:absent": "no attribute", "nowhere:f": "No module", "mirror": "package.module"}  # fmt: skip
+    for name, found in wrong.items():
+        with pytest.raises(ConfigError, match="--transform") as error:
+            opened(root, transform=name)
+        assert found in str(error.value)
+
+
+def test_transform__that_fails_on_one_image_names_it(tmp_path):
+    root = write(write(tmp_path, "train", ["a", "b"], n=20), "val", ["a"])
+    bad = np.asarray(Image.open(root / "train" / "b" / "0019.png"))
+
+    def picky(picture):
+        if np.array_equal(np.asarray(picture), bad):
+            raise RuntimeError("not this one")
+        return picture
+
+    split = open_data(DataConfig(data=str(root), workers=2), lambda: 0, picky).train
+    with pytest.raises(DataError, match=r"b/0019.png \(--transform: not this one\)"):
+        everything(split, view=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -403,3 +405,20 @@ def test_distill__runs_under_torchrun(finished: Path, tmp_path: Path) -> None:
     assert two["teacher"]["top1"] == pytest.approx(one["teacher"]["top1"])
     assert len(Run(tmp_path / "run").metrics()) == 2 + 3 + 3
     assert set(bits(tmp_path / "run")) == {"paraphraser.safetensors", "student.safetensors", "baseline.safetensors"}
+
+
+def test_distill__takes_the_users_own_augmentation_and_knows_it_again(tmp_path: Path) -> None:
+    def lighter(image: Image.Image) -> Image.Image:
+        return image.point(lambda value: min(255, value + random.randrange(32)))
+
+    settings = {"epochs": 1, "teacher_epochs": 2, "paraphraser_epochs": 1, "baseline": False, "workers": 0}
+    first = job(tmp_path / "run", transform=lighter, **settings)
+    assert first.summary["settings"]["transform"] == "lighter"
+    assert job(tmp_path / "run", transform=lighter, **settings).summary == first.summary
+    (tmp_path / "run" / "summary.json").unlink()
+
+    def lighter(image: Image.Image) -> Image.Image:  # type: ignore[no-redef]
+        return image
+
+    with pytest.raises(RunError, match="--data holds other images"):
+        job(tmp_path / "run", transform=lighter, **settings)

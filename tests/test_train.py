@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from factor_transfer.config import Config, DataConfig
@@ -265,3 +267,20 @@ def test_seeds__are_addressed_and_give_the_state_back() -> None:
     with seeded(1):
         torch.rand(100)
     assert torch.equal(torch.rand(3), wanted)
+
+
+@given(st.integers(2, 4), st.integers(1, 3), st.integers(8, 300), st.integers(0, 99))
+def test_shard__by_host_gives_each_sample_to_one_process_and_keeps_it_at_home(
+    hosts: int, each: int, size: int, seed: int
+) -> None:
+    chunk = np.random.default_rng(seed).permutation(1000)[:size]
+    engine = Engine("cpu")
+    engine.hosts, engine.processes = hosts, hosts * each
+    parts = []
+    for rank in range(engine.processes):
+        engine.rank = rank
+        parts.append(engine.shard(chunk, by_host=True))
+    assert sorted(np.concatenate(parts).tolist()) == sorted(chunk.tolist())
+    counts = np.bincount(chunk % hosts, minlength=hosts)
+    if counts.min() >= 2 * each:
+        assert all(sample % hosts == rank // each for rank, part in enumerate(parts) for sample in part)

@@ -37,7 +37,7 @@ def settings_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
 
 def _check_trust(path: str, values: dict[str, Any], *, trusted: bool) -> None:
     """Files come from anywhere: one does not get to run code unless its user says so."""
-    code = [name for name in ("teacher", "student") if is_callable_name(str(values.get(name, "")))]
+    code = [name for name in ("teacher", "student", "transform") if is_callable_name(str(values.get(name, "")))]
     if code and not trusted:
         raise ConfigError(
             path,
@@ -83,7 +83,7 @@ def distill(
     config
         YAML file of settings, named as the flags. Flags win over it.
     trust_config
-        Let that file name a network by package.module:callable, whose code is then run.
+        Let that file name a network or transform by package.module:callable, whose code is then run.
     """
     from factor_transfer.distillation import run_distillation
     from factor_transfer.report import show
@@ -127,7 +127,8 @@ def evaluate(
     from factor_transfer.runs import saved_config
 
     saved = saved_config(run)
-    _check_trust(str(run / "config.json"), saved.to_dict(), trusted=trust_config)
+    networks = {"teacher": saved.teacher, "student": saved.student}
+    _check_trust(str(run / "config.json"), networks, trusted=trust_config)
     images = replace(saved, data=data, data_dir=data_dir) if data else None
     found = evaluate_run(run, images, device)
     if as_json:

@@ -7,11 +7,14 @@ so that `--help` answers at once.
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter, Token
@@ -86,6 +89,9 @@ class DataConfig:
     """Share of a large image's area that a random resized crop keeps."""
     color_jitter: float = 0.0
     """Strength of the colour jitter of large images."""
+    transform: str | None = None
+    """Your own augmentation instead of all these: package.module:callable, from one PIL image (RGB) to an image, or
+    uint8 tensor (3, H, W), of the size that the networks see."""
     data_seed: int = 0
     """Owns the split, the order, the views and the paraphraser. Another --seed with the same --data-seed sees the
     same images."""
@@ -238,12 +244,26 @@ class Config(DataConfig):
 
 
 def is_callable_name(name: str) -> bool:
-    """True for `package.module:callable`, whose code is run to make a network; not for timm's `local-dir:FOLDER`.
+    """True for `package.module:callable`, whose code is run; not for timm's `local-dir:FOLDER`.
 
     >>> is_callable_name("nets.small:make"), is_callable_name("local-dir:nets"), is_callable_name("resnet18")
     (True, False, False)
     """
     return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name) is not None
+
+
+def imported(name: str) -> Any:
+    """What `package.module:attribute` names; modules in the working folder are found too.
+
+    >>> imported("math:sqrt")(16)
+    4.0
+    """
+    path, _, attribute = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(path), attribute)
+    finally:
+        sys.path.remove(str(Path.cwd()))
 
 
 def plain(values: Any) -> Any:

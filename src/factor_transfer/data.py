@@ -1,180 +1,33 @@
 """One indexed source of images: our own splits and class numbers, decoded once where they are small.
 
-A split is random access: any chunk of sample indices becomes a batch, augmented as `views` says. So order, batch size,
-workers and processes are the caller's choice and change no pixel.
-
-Shapes: B images, H = W = S pixels, N images in all.
+Shapes: N images, S x S pixels.
 """
 
 from __future__ import annotations
 
 import hashlib
-import signal
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import cast
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
 
-from factor_transfer.config import DataConfig
-from factor_transfer.errors import DataError, listed
+from factor_transfer.config import DataConfig, imported, is_callable_name
+from factor_transfer.errors import ConfigError, DataError, listed
 from factor_transfer.files import cache_folder, fingerprint
-from factor_transfer.images import Images, Unreadable, natural
-from factor_transfer.pixels import Pixels, cores, decode_once, unreadable
+from factor_transfer.images import Images, Unreadable, corrupted, named, natural
+from factor_transfer.pixels import Pixels, decode_once, unreadable
 from factor_transfer.seeds import part_seed
 from factor_transfer.sources import WRITTEN, number_classes, open_source
-from factor_transfer.views import SMALL, VERSION, center, crop_and_flip, held_out, random_resized_crop
+from factor_transfer.splits import FileSplit, PixelSplit, Shown, Split
+from factor_transfer.views import SMALL, VERSION, Transform, held_out
+
+TRANSFORM = "a function from an RGB image to an image, or uint8 pixels (3, S, S), of the size that the networks see"
+TRACES = 8
+"""Images on which an augmentation of the user's is tried, and known again."""
 
 SIZE_SAMPLE = 256
 """Images whose headers are read to find their size."""
-
-
-class Batch(NamedTuple):
-    """Images with their labels."""
-
-    image: Tensor  # (B, 3, S, S) uint8, channels-last
-    label: Tensor  # (B,) int64
-    index: Tensor  # type: ignore[assignment]  # (B,) int64, sample index within its split; hides tuple.index
-
-
-@dataclass(frozen=True)
-class Shown:
-    """How a dataset's images are shown: whatever decides a pixel besides the file."""
-
-    size: int
-    padding: int
-    hflip: float
-    scale: tuple[float, float]
-    color_jitter: float
-    seed: int
-
-
-class Split(ABC):
-    """Images in a fixed order, any of which can be shown at any time.
-
-    >>> split = open_data(DataConfig(data="digits"), default_size=lambda: 224).train
-    >>> [batch.image.shape for batch in split.batches([np.array([5, 0]), np.array([7])], view=0)]
-    [torch.Size([2, 3, 8, 8]), torch.Size([1, 3, 8, 8])]
-    """
-
-    def __init__(self, rows: np.ndarray, labels: np.ndarray, shown: Shown) -> None:
-        self.labels = labels  # (n,) int64
-        self._rows = rows  # where sample i lies in what was read: (n,) int64
-        self._shown = shown
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @abstractmethod
-    def batches(self, chunks: Iterable[np.ndarray], view: int | None) -> Iterator[Batch]:
-        """One batch for each chunk of sample indices, in order.
-
-        Args:
-            chunks: arrays of indices into this split.
-            view: which augmented view; None shows the images as evaluation does.
-
-        Raises:
-            DataError: an image cannot be read; the message names it.
-        """
-
-    def _batch(self, images: np.ndarray, chunk: np.ndarray) -> Batch:
-        """A batch of `images`, uint8 (B, S, S, 3)."""
-        image = torch.from_numpy(images).permute(0, 3, 1, 2)  # (B, 3, S, S)
-        return Batch(image, torch.from_numpy(self.labels[chunk]), torch.from_numpy(chunk))
-
-    def _crop(self, batch: Batch, chunk: np.ndarray, view: int) -> Batch:
-        shown = self._shown
-        image = crop_and_flip(batch.image, chunk, view, shown.seed, shown.padding, shown.hflip)
-        return batch._replace(image=image)
-
-
-class PixelSplit(Split):
-    """Small images, decoded once into `pixels`, uint8 (N, S, S, 3)."""
-
-    def __init__(self, pixels: np.ndarray, rows: np.ndarray, labels: np.ndarray, shown: Shown) -> None:
-        super().__init__(rows, labels, shown)
-        self._pixels = pixels
-
-    def batches(self, chunks: Iterable[np.ndarray], view: int | None) -> Iterator[Batch]:
-        """See `Split`."""
-        for each in chunks:
-            chunk = np.array(each, dtype=np.int64)
-            batch = self._batch(self._pixels[self._rows[chunk]], chunk)
-            yield batch if view is None else self._crop(batch, chunk, view)
-
-
-class FileSplit(Split):
-    """Images that are decoded whenever they are shown, by worker processes."""
-
-    def __init__(self, images: Images, rows: np.ndarray, labels: np.ndarray, shown: Shown, config: DataConfig) -> None:
-        super().__init__(rows, labels, shown)
-        self._images, self._data = images, config.data
-        self._workers = cores() if config.workers is None else config.workers
-
-    def batches(self, chunks: Iterable[np.ndarray], view: int | None) -> Iterator[Batch]:
-        """See `Split`."""
-        wanted = [np.array(chunk, dtype=np.int64) for chunk in chunks]
-        loader = DataLoader(
-            _Chunks(self, view),
-            batch_size=None,
-            sampler=wanted,
-            num_workers=min(self._workers, len(wanted)),
-            collate_fn=_unchanged,
-            worker_init_fn=_begin_worker,
-            generator=torch.Generator(),  # or the loader would draw from the global one
-        )
-        try:
-            for found in loader:
-                # A finding comes as a value: raised in a worker it would reach the user as a traceback.
-                if isinstance(found, Unreadable):
-                    raise _corrupt(self._data, [found])
-                yield found
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(
-                f"--workers {self._workers}",
-                found="a process that reads images was killed, most often because memory ran out",
-                hint="give fewer --workers, or a smaller --batch-size; the same command continues",
-            ) from error
-
-    def show(self, chunk: np.ndarray, view: int | None) -> Batch:
-        """The batch of one chunk, in this process.
-
-        Raises:
-            Unreadable: an image cannot be decoded.
-        """
-        shown = self._shown
-        pixels = np.empty((len(chunk), shown.size, shown.size, 3), np.uint8)
-        for place, index in enumerate(chunk.tolist()):
-            image = self._images.rgb(self._rows[index])
-            if view is None or shown.size <= SMALL:
-                pixel = center(image, shown.size)
-            else:
-                pixel = random_resized_crop(
-                    image, shown.size, shown.scale, shown.hflip, shown.color_jitter, shown.seed, index, view
-                )
-            pixels[place] = pixel.permute(1, 2, 0).numpy()
-        batch = self._batch(pixels, chunk)
-        return self._crop(batch, chunk, view) if view is not None and shown.size <= SMALL else batch
-
-
-@dataclass(frozen=True)
-class _Chunks(torch.utils.data.Dataset["Batch | Unreadable"]):
-    """What the loader's processes hold: a chunk of indices is one item."""
-
-    split: FileSplit
-    view: int | None
-
-    def __getitem__(self, chunk: np.ndarray) -> Batch | Unreadable:
-        try:
-            return self.split.show(chunk, self.view)
-        except Unreadable as error:
-            return error
 
 
 @dataclass(frozen=True)
@@ -195,14 +48,16 @@ class Dataset:
     """Changes with any image, label, class order, split or augmentation."""
 
 
-def open_data(config: DataConfig, default_size: Callable[[], int]) -> Dataset:
+def open_data(config: DataConfig, default_size: Callable[[], int], transform: Transform | None = None) -> Dataset:
     """Find, check, number and split the images that `config` names; small ones are decoded here.
 
     Args:
         config: `--data` and its companions.
         default_size: the side to use for images above 96 pixels without `--img-size`; called only for those.
+        transform: the user's own augmentation, where it is given as an object.
 
     Raises:
+        ConfigError: the user's augmentation cannot be loaded, or does not give images of the right size.
         DataError: images or classes are missing, unreadable or contradictory.
 
     >>> found = open_data(DataConfig(data="digits"), default_size=lambda: 224)
@@ -225,6 +80,12 @@ def open_data(config: DataConfig, default_size: Callable[[], int]) -> Dataset:
         raise DataError(f"--crop-padding {shown.padding}", found=f"images of {size}x{size}", valid=f"below {size}")
     parts = [source.train] if source.validation is None else [source.train, source.validation]
     loaded = _load(parts, classes, shown, config, notes)
+    transform = transform or _imported(config)
+    if source.validation is None:
+        chosen = _held_out(loaded[0], config, notes)
+        train, validation = loaded[0].split(shown, config, ~chosen, transform), loaded[0].split(shown, config, chosen)
+    else:
+        train, validation = loaded[0].split(shown, config, transform=transform), loaded[1].split(shown, config)
     digest = fingerprint(
         {
             "views": VERSION,
@@ -232,25 +93,54 @@ def open_data(config: DataConfig, default_size: Callable[[], int]) -> Dataset:
             "classes": classes,
             "share": config.validation_share if source.validation is None else None,
             "images": [part.digest() for part in loaded],
+            "transform": _shown_by(train, config) if isinstance(train, FileSplit) and transform else None,
         }
     )
-    train = loaded[0]
-    if source.validation is None:
-        chosen = held_out(train.labels, config.validation_share, part_seed(config.data_seed, "split"))
-        notes.append(
-            f"no validation set: {chosen.sum():,} of {len(chosen):,} training images are held out "
-            f"({config.validation_share:.0%} of each class, by --data-seed {config.data_seed})"
+    return Dataset(config.data, train, validation, classes, size, tuple(notes), source.validation is None, digest)
+
+
+def _held_out(train: _Loaded, config: DataConfig, notes: list[str]) -> np.ndarray:
+    """Which training images are set aside for validation, (n,) bool."""
+    chosen = held_out(train.labels, config.validation_share, part_seed(config.data_seed, "split"))
+    notes.append(
+        f"no validation set: {chosen.sum():,} of {len(chosen):,} training images are held out "
+        f"({config.validation_share:.0%} of each class, by --data-seed {config.data_seed})"
+    )
+    if not chosen.any():
+        raise DataError(
+            f"--data {config.data}",
+            found="one training image in each class, and no validation set",
+            valid="two images or more in a class",
         )
-        if not chosen.any():
-            raise DataError(
-                f"--data {config.data}",
-                found="one training image in each class, and no validation set",
-                valid="two images or more in a class",
-            )
-        splits = train.split(shown, config, ~chosen), train.split(shown, config, chosen)
-    else:
-        splits = train.split(shown, config), loaded[1].split(shown, config)
-    return Dataset(config.data, *splits, classes, size, tuple(notes), source.validation is None, digest)
+    return chosen
+
+
+# -- the user's own augmentation
+
+
+def _imported(config: DataConfig) -> Transform | None:
+    if config.transform is None:
+        return None
+    try:
+        if not is_callable_name(config.transform):
+            raise ValueError("no package.module:callable; one that is given in Python is given there again")
+        found = imported(config.transform)
+        if not callable(found):
+            raise ValueError(f"a {type(found).__name__}, which cannot be called")
+    except Exception as error:  # whatever importing code of the user's raises
+        raise ConfigError(f"--transform {config.transform}", found=str(error), valid=TRANSFORM) from error
+    return cast(Transform, found)
+
+
+def _shown_by(train: FileSplit, config: DataConfig) -> str:
+    """A hash of what the augmentation makes of a few images: code has no fingerprint, but its results have."""
+    found = hashlib.sha256()
+    for view in range(2):
+        try:
+            found.update(train.show(np.arange(min(len(train), TRACES)), view).image.numpy().tobytes())
+        except Unreadable as error:
+            raise ConfigError(f"--transform {config.transform}", found=error.reason, valid=TRANSFORM) from error
+    return found.hexdigest()
 
 
 # -- pixels
@@ -275,12 +165,18 @@ class _Loaded:
                 found.update(f"{self.images.names[row]}\0{self.images.sizes[row]}\n".encode())
         return found.hexdigest()
 
-    def split(self, shown: Shown, config: DataConfig, chosen: np.ndarray | slice = slice(None)) -> Split:
-        """The chosen of the readable images."""
+    def split(
+        self,
+        shown: Shown,
+        config: DataConfig,
+        chosen: np.ndarray | slice = slice(None),
+        transform: Transform | None = None,
+    ) -> Split:
+        """The chosen of the readable images; an augmentation of the user's works on images one by one, in workers."""
         rows, labels = self.rows[chosen], self.labels[chosen]
-        if self.pixels is not None:
+        if self.pixels is not None and transform is None:
             return PixelSplit(self.pixels.array, rows, labels, shown)
-        return FileSplit(self.images, rows, labels, shown, config)
+        return FileSplit(self.images, rows, labels, shown, config, transform)
 
 
 def _load(
@@ -300,14 +196,14 @@ def _load(
         loaded.append(_Loaded(images, rows, labels, pixels))
         corrupt += bad.values()
     if corrupt and not config.skip_corrupt:
-        raise _corrupt(config.data, corrupt)
+        raise corrupted(config.data, corrupt)
     if corrupt:
-        notes.append(f"{_named(corrupt)} left out (--skip-corrupt)")
+        notes.append(f"{named(corrupt)} left out (--skip-corrupt)")
         gone = sorted(set(parts[0].labels) - {classes[label] for label in set(loaded[0].labels)}, key=natural)
         if gone or not all(len(part.rows) for part in loaded):
             raise DataError(
                 f"--data {config.data}",
-                found=f"after leaving out {_named(corrupt)} nothing is left of {listed(gone) or 'the validation set'}",
+                found=f"after leaving out {named(corrupt)} nothing is left of {listed(gone) or 'the validation set'}",
                 valid="at least one readable image in each class",
             )
     return loaded
@@ -323,30 +219,3 @@ def _own_size(images: Images) -> int | None:
             continue
     side = sorted(sides)[len(sides) // 2] if sides else SMALL
     return side if side <= SMALL else None
-
-
-def _named(corrupt: Sequence[Unreadable]) -> str:
-    shown = listed([f"{found.name} ({found.reason})" for found in corrupt])
-    return f"{len(corrupt)} unreadable image{'s' if len(corrupt) > 1 else ''}: {shown}"
-
-
-def _corrupt(data: str, corrupt: Sequence[Unreadable]) -> DataError:
-    return DataError(
-        f"--data {data}",
-        found=_named(corrupt),
-        valid="images that PIL can decode",
-        hint="repair or remove them, or give --skip-corrupt",
-    )
-
-
-# -- worker processes
-
-
-def _unchanged(found: Any) -> Any:
-    return found
-
-
-def _begin_worker(_: int) -> None:
-    """The main process decides what a signal means; its handlers must not run in a worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -18,9 +18,10 @@ from factor_transfer.errors import ConfigError, RunError, near
 from factor_transfer.files import state_fingerprint
 from factor_transfer.models import Network, Role, load_network
 from factor_transfer.pairs import Modules
-from factor_transfer.runs import Run, environment, open_run, saved_config, saved_summary
+from factor_transfer.runs import environment, open_run, saved_config, saved_summary
 from factor_transfer.stages import Job
 from factor_transfer.train import evaluate
+from factor_transfer.views import Transform
 from factor_transfer.weights import load_weights
 
 ROLES = ("teacher", "baseline", "student")
@@ -45,7 +46,8 @@ def distill(teacher: str | nn.Module, student: str | nn.Module, data: str | Path
         teacher: a timm name, or a trained module that takes normalised images (B, 3, H, W) and gives logits (B, N).
         student: likewise. Modules are copied; the ones given stay as they are.
         data: `digits`, a folder of images, or a timm dataset name.
-        **settings: the fields of `factor_transfer.config.Config`: the command line's flags, underscored.
+        **settings: the fields of `factor_transfer.config.Config`: the command line's flags, underscored. `transform`
+            may be the function itself.
 
     Returns:
         The run folder, its `summary.json` as a dict, and the trained student.
@@ -67,12 +69,17 @@ def distill(teacher: str | nn.Module, student: str | nn.Module, data: str | Path
         modules, teacher = {**modules, "teacher": teacher}, type(teacher).__name__
     if isinstance(student, nn.Module):
         modules, student = {**modules, "student": student}, type(student).__name__
+    transform: Transform | None = None
+    if callable(settings.get("transform")):
+        transform = settings["transform"]
+        settings["transform"] = getattr(transform, "__name__", type(transform).__name__)
     plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in settings.items()}
-    return run_distillation(Config(teacher=teacher, student=student, data=os.fspath(data), **plain), modules)
+    config = Config(teacher=teacher, student=student, data=os.fspath(data), **plain)
+    return run_distillation(config, modules, transform)
 
 
-def run_distillation(config: Config, modules: Modules | None = None) -> Distilled:
-    """`distill`, from settings; `modules` gives networks that are modules instead of names, by role."""
+def run_distillation(config: Config, modules: Modules | None = None, transform: Transform | None = None) -> Distilled:
+    """`distill`, from settings; `modules` and `transform` are what was given as an object instead of by name."""
     engine = Engine(config.device, config.precision, config.threads)
     if not engine.main:
         silence()
@@ -80,7 +87,7 @@ def run_distillation(config: Config, modules: Modules | None = None) -> Distille
     with open_run(folder, config, environment(**engine.describe()), writes=engine.main) as run:
         engine.wait()  # for the one that opens, and perhaps empties, the folder
         if run.summary is None:
-            _work(config, engine, run, modules or {})
+            _work(Job(config, engine, run, modules or {}, transform))
         else:
             say(f"{folder} is finished; nothing was changed (--overwrite starts it anew)")
     engine.wait()
@@ -88,13 +95,12 @@ def run_distillation(config: Config, modules: Modules | None = None) -> Distille
     return Distilled(folder, saved_summary(folder), student.module.eval())
 
 
-def _work(config: Config, engine: Engine, run: Run, modules: Modules) -> None:
-    job = Job(config, engine, run, modules)
+def _work(job: Job) -> None:
     pair = job.pair()
     job.teacher(pair.teacher)
     paraphraser = job.paraphraser(pair)
     student = job.student(pair, paraphraser)
-    baseline = job.baseline() if config.baseline else None
+    baseline = job.baseline() if job.config.baseline else None
     job.finish(pair, student, baseline)
 
 
@@ -160,7 +166,7 @@ def evaluate_run(folder: Path, data: DataConfig | None = None, device: str = "au
     config, summary = saved_config(folder), saved_summary(folder)
     shown = data or config
     images = open_data(
-        DataConfig(**{**part_of(shown, DataConfig), "img_size": summary["data"]["img_size"]}),
+        DataConfig(**{**part_of(shown, DataConfig), "img_size": summary["data"]["img_size"], "transform": None}),
         default_size=lambda: int(summary["data"]["img_size"]),
     )
     if list(images.classes) != summary["data"]["classes"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,6 +16,9 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from factor_transfer.errors import ConfigError, Interrupted
+
+LEAST = 2
+"""Samples that batch norm needs of a process's part."""
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -44,6 +48,8 @@ class Engine:
         self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
         self.device = self.accelerator.device
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+        # Of torchrun, which numbers processes host by host.
+        self.hosts = self.processes // int(os.environ.get("LOCAL_WORLD_SIZE", self.processes))
         self.bf16 = precision == "bf16" or (precision == "auto" and _has_bf16(self.device))
 
     def describe(self) -> dict[str, Any]:
@@ -78,9 +84,21 @@ class Engine:
             return module
         return self.accelerator.prepare_model(module)  # type: ignore[no-any-return]
 
-    def shard(self, chunk: np.ndarray) -> np.ndarray:
-        """This process's part of a batch: every sample goes to exactly one process."""
-        part: np.ndarray = np.array_split(chunk, self.processes)[self.rank]
+    def shard(self, chunk: np.ndarray, *, by_host: bool = False) -> np.ndarray:
+        """This process's part of a batch: every sample goes to exactly one process.
+
+        Args:
+            chunk: sample indices.
+            by_host: a sample goes to the same host whenever it can, where its teacher outputs are cached.
+        """
+        parts = np.array_split(chunk, self.processes)
+        if by_host and self.hosts > 1:
+            each = self.processes // self.hosts
+            at_home = [chunk[chunk % self.hosts == host] for host in range(self.hosts)]
+            homely = [part for samples in at_home for part in np.array_split(samples, each)]
+            if min(map(len, homely)) >= LEAST:
+                parts = homely
+        part: np.ndarray = parts[self.rank]
         return part
 
     def average_buffers(self, module: nn.Module) -> None:

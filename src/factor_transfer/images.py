@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from factor_transfer.errors import DataError
+from factor_transfer.errors import DataError, listed
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -90,6 +90,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def named(corrupt: Sequence[Unreadable]) -> str:
+    """How many images are unreadable, which, and why."""
+    shown = listed([f"{found.name} ({found.reason})" for found in corrupt])
+    return f"{len(corrupt)} unreadable image{'s' if len(corrupt) > 1 else ''}: {shown}"
+
+
+def corrupted(data: str, corrupt: Sequence[Unreadable]) -> DataError:
+    """What is said of unreadable images in `--data`."""
+    return DataError(
+        f"--data {data}",
+        found=named(corrupt),
+        valid="images that PIL can decode",
+        hint="repair or remove them, or give --skip-corrupt",
+    )
 
 
 def natural(name: str) -> tuple[list[Any], str]:

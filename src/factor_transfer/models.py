@@ -6,13 +6,9 @@ Names are timm's (its registry, `local-dir:FOLDER`, `hf-hub:NAME`; the paper's C
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import timm
@@ -23,7 +19,7 @@ from timm.models import parse_model_name, resolve_model_input_args
 from torch import Tensor, nn
 
 import factor_transfer.zoo  # noqa: F401 (registers the paper's families with timm)
-from factor_transfer.config import Rgb, is_callable_name
+from factor_transfer.config import Rgb, imported, is_callable_name
 from factor_transfer.errors import FactorTransferError, ModelError, listed, near
 from factor_transfer.seeds import part_seed, seeded
 from factor_transfer.weights import head_places, load_but_head
@@ -275,24 +271,13 @@ def _create_torchvision(model_name: str, num_classes: int, pretrained: bool, **a
 
 
 def _call(model_name: str, pretrained: bool, **args: Any) -> nn.Module:
-    """The user's own network, from `package.module:callable`; modules in the working folder are found too."""
+    """The user's own network, from `package.module:callable`."""
     if pretrained:
         raise ValueError("`pretrained` is a word for timm's and torchvision's weights")
-    path, _, attribute = model_name.partition(":")
-    with _importable(Path.cwd()):
-        module = getattr(importlib.import_module(path), attribute)(**args)
+    module = imported(model_name)(**args)
     if not isinstance(module, nn.Module):
         raise ValueError(f"it gave a {type(module).__name__}, not a torch.nn.Module")
     return module
-
-
-@contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
 
 
 def _first_line(error: Exception) -> str:

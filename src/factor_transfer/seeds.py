@@ -6,6 +6,7 @@ So the same choice is made for any batch size, number of workers or processes, a
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,9 +25,17 @@ def part_seed(*parts: int | str) -> int:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run the block with torch's CPU generator at `seed`, and give its state back afterwards."""
+    """Run the block with the generators of torch (CPU), numpy and `random` at `seed`; they get their states back."""
+    import numpy as np
     import torch
 
+    before, numpy_before = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        yield
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(before)
+            np.random.set_state(numpy_before)

@@ -28,6 +28,7 @@ from factor_transfer.runs import Run
 from factor_transfer.seeds import part_seed, seeded
 from factor_transfer.tasks import DistillationTask, FactorTransfer, Labels, ParaphraserTask, TeacherSide, Term
 from factor_transfer.train import Plan, Trainer, evaluate
+from factor_transfer.views import Transform
 from factor_transfer.weights import load_paraphraser, load_weights, paraphraser_metadata
 
 POOR_RECONSTRUCTION = 0.8
@@ -48,11 +49,14 @@ class Job:
         engine: device, processes and precision.
         run: the open run folder.
         modules: networks given as modules, by role.
+        transform: the user's own augmentation, where it is given as an object.
     """
 
-    def __init__(self, config: Config, engine: Engine, run: Run, modules: Modules) -> None:
+    def __init__(
+        self, config: Config, engine: Engine, run: Run, modules: Modules, transform: Transform | None = None
+    ) -> None:
         self.config, self.engine, self.run, self.modules = config, engine, run, modules
-        self.data = open_data(config, default_size=lambda: own_size(modules.get("student", config.student)))
+        self.data = open_data(config, lambda: own_size(modules.get("student", config.student)), transform)
         for note in self.data.notes:
             say(f"data: {note}")
         counts = f"{len(self.data.train):,} training and {len(self.data.validation):,} validation images"

@@ -25,11 +25,11 @@ from torch import nn
 
 from factor_transfer.config import Config
 from factor_transfer.console import PassBar, formatted, pass_bar, say
-from factor_transfer.data import Batch, Split
 from factor_transfer.engine import Engine, StopRequest, stop_signals
 from factor_transfer.errors import ConfigError, TrainingError, near
 from factor_transfer.runs import Run
 from factor_transfer.seeds import part_seed
+from factor_transfer.splits import Batch, Split
 from factor_transfer.views import permutation
 
 BY_PASSES = ("multistep", "step")
@@ -143,7 +143,8 @@ class Trainer:
         self.task.train()
         with pass_bar(f"{plan.stage} {progress.epoch + 1}/{plan.epochs}", len(self.train)) as bar:
             self._show(bar, round(progress.sums.get("images", 0)))
-            batches = self.train.batches([self.engine.shard(chunk) for chunk in chunks], view=view)
+            parts = [self.engine.shard(chunk, by_host=bool(plan.views)) for chunk in chunks]
+            batches = self.train.batches(parts, view=view)
             for chunk, batch in zip(chunks, batches, strict=True):
                 values = self._step(batch, len(chunk), view)
                 progress.add(len(chunk), values)

@@ -9,7 +9,8 @@ Shapes: B images, C = 3 channels, H x W pixels, S = side of a square image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ VERSION = 1
 
 SMALL = 96
 """Up to this side images are resized whole, padded and cropped; above it, cropped at random and resized."""
+
+Transform = Callable[[Image.Image], Any]
+"""A user's own augmentation: from an RGB image to an image or to uint8 pixels (3, H, W)."""
 
 CROP_PCT = 0.875
 """timm's convention for evaluating large images: the centre's share of the resized side."""
@@ -152,6 +156,38 @@ def random_resized_crop(
         if color_jitter:
             shown = ColorJitter(color_jitter, color_jitter, color_jitter)(shown)
     return _pixels(shown)
+
+
+def own_view(transform: Transform, image: Image.Image, size: int, seed: int, index: int, view: int) -> Tensor:
+    """The user's own augmentation of an image, replayed by seeding torch, numpy and `random` for this view.
+
+    Args:
+        transform: from an RGB image to an image or a uint8 tensor (3, size, size).
+        image: RGB.
+        size: side of the result.
+        seed: the data seed.
+        index: the sample's index in its split.
+        view: which view of it.
+
+    Returns:
+        uint8 (3, size, size).
+
+    Raises:
+        ValueError: `transform` gives something else.
+
+    >>> noise = lambda image: torch.randint(0, 256, (3, 2, 2), dtype=torch.uint8)
+    >>> first, again = (own_view(noise, Image.new("RGB", (2, 2)), 2, seed=0, index=5, view=1) for _ in range(2))
+    >>> torch.equal(first, again)
+    True
+    """
+    with seeded(part_seed(seed, "view", view, "own", index)):
+        made = transform(image)
+    if isinstance(made, Image.Image):
+        made = _pixels(made.convert("RGB"))
+    if not isinstance(made, Tensor) or made.dtype != torch.uint8 or tuple(made.shape) != (3, size, size):
+        found = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+        raise ValueError(f"it gave {found}, not an image or uint8 pixels of (3, {size}, {size})")
+    return made
 
 
 def center(image: Image.Image, size: int) -> Tensor:
