@@ -1,0 +1,144 @@
+"""The pair that all benchmarks of speed measure: ResNet-56 -> ResNet-20, batch 128, CIFAR-10 as JPEG files."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from reference import Cifar, Reference
+from torch import nn
+
+from factor_transfer.cache import CachedTeacher, FactorCache
+from factor_transfer.config import Config
+from factor_transfer.console import silence
+from factor_transfer.engine import Engine
+from factor_transfer.files import write_json
+from factor_transfer.frozen import FrozenTeacher, folded
+from factor_transfer.method import Paraphraser, Translator
+from factor_transfer.runs import Run, environment
+from factor_transfer.seeds import seeded
+from factor_transfer.splits import PixelSplit
+from factor_transfer.stages import Job
+from factor_transfer.tasks import DistillationTask, FactorTransfer, Labels, ParaphraserTask, TeacherSide, Term
+from factor_transfer.train import Plan, Trainer
+
+RESULTS = Path(__file__).parent.parent / "results"
+FACTOR = {"factor": (32, 8, 8)}
+
+
+class Measured:
+    """Everything that takes part, built once.
+
+    Args:
+        shared: folder of cifar10-jpeg and checkpoints.
+        work: an empty folder.
+        images: training images to use; all by default.
+        threads: of torch.
+    """
+
+    def __init__(self, shared: Path, work: Path, images: int | None = None, threads: int = 2) -> None:
+        self.config = Config(
+            data=str(shared / "cifar10-jpeg"),
+            teacher="cifar_resnet56",
+            teacher_weights=str(shared / "checkpoints" / "resnet56-cifar10-jpeg.safetensors"),
+            student="cifar_resnet20",
+            cache_dir=str(work),
+            threads=threads,
+        )
+        self.work, self.engine = work, Engine("cpu", self.config.precision, threads)
+        self.job = Job(self.config, self.engine, Run(work), {})
+        split = self.job.data.train
+        assert isinstance(split, PixelSplit)
+        self.train = PixelSplit(split._pixels, split._rows[:images], split.labels[:images], split._shown)
+        self.teacher = self.job.load("teacher")
+        with seeded(0):
+            self.paraphraser = Paraphraser(64, 32)
+        norm = self.teacher.network.norm
+        (batch,) = self.train.batches([np.arange(2)], view=None)
+        self.folded = folded(self.teacher.tapped(), norm(batch.image)).network
+        self.live = self.frozen(self.paraphraser)
+        self.cache = FactorCache(work, {"benchmark": 1}, FACTOR, len(self.train), views=1)
+
+    def frozen(self, paraphraser: Paraphraser | None) -> FrozenTeacher:
+        """Our teacher, with a paraphraser or without."""
+        return self.engine.place(
+            FrozenTeacher(TeacherSide(self.folded, self.teacher.network.norm, (8, 8), paraphraser))
+        )
+
+    def trainer(self, name: str) -> Trainer:
+        """Our engine: `live`, `cached`, `alone` or `paraphraser`."""
+        plan = Plan(stage=name, epochs=1000, lr=0.01, seed=0, views=1)
+        if name == "paraphraser":
+            with seeded(0):
+                task: Any = ParaphraserTask(Paraphraser(64, 32), self.frozen(None))
+        else:
+            teachers: dict[str, nn.Module | None] = {
+                "live": self.live,
+                "cached": CachedTeacher(self.live, self.cache),
+                "alone": None,
+            }
+            terms: list[Term] = [Labels()]
+            if name != "alone":
+                terms.append(FactorTransfer(Translator(64, 32), 500))
+            student = self.job.load("student")
+            task = DistillationTask(student.tapped(), student.network.norm, terms, teachers[name])
+        return Trainer(task, plan, self.train, self.engine, self.config, Run(self.work))
+
+    def reference(self, *, graph: bool) -> Reference:
+        """The published procedure on the same images and networks."""
+        rows = self.train._rows
+        teacher, student = self.job.load("teacher"), self.job.load("student")
+        images = Cifar(
+            np.ascontiguousarray(self.train._pixels[rows]),
+            self.train.labels,
+            list(teacher.network.mean),
+            list(teacher.network.std),
+        )
+        with seeded(0):
+            return Reference(teacher.tapped(), student.tapped(), Paraphraser(64, 32), images, graph=graph)
+
+
+@contextmanager
+def measured(shared: Path, images: int | None = None, threads: int = 2) -> Iterator[Measured]:
+    """`Measured` in a temporary folder, without any output but the benchmark's own."""
+    silence()
+    with tempfile.TemporaryDirectory() as folder:
+        yield Measured(shared, Path(folder), images, threads)
+
+
+def take_turns(works: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
+    """Seconds of each, taking turns, so that a disturbance meets all; a first turn, not counted, warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(turns + 1):
+        for name, work in works.items():
+            time.sleep(1)  # for processes that still load images for the one before
+            start = time.perf_counter()
+            work()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+        if turn:
+            print({name: round(times[-1], 3) for name, times in seconds.items()}, flush=True)
+    return seconds
+
+
+def summed_up(seconds: dict[str, list[float]], unit: float, engine: Engine, base: str = "alone") -> dict[str, Any]:
+    """Medians in `unit`s (steps or passes), how many times the time of `base` each takes, and the raw times."""
+    medians = {name: statistics.median(times) / unit for name, times in seconds.items()}
+    return {
+        "median_seconds": medians,
+        f"times_{base}": {name: value / medians[base] for name, value in medians.items()},
+        "raw_seconds": seconds,
+        "environment": environment(**engine.describe()),
+    }
+
+
+def keep(name: str, found: dict[str, Any]) -> None:
+    """Write results/NAME.json."""
+    write_json(RESULTS / f"{name}.json", found)
+    print({key: value for key, value in found.items() if key not in {"raw_seconds", "environment"}})
