@@ -216,6 +216,9 @@ class Config(DataConfig):
     """Run folder. Default: runs/DATA-TEACHER-STUDENT-sSEED. The same command again continues it."""
     overwrite: Annotated[bool, _in("Run")] = False
     """Delete the run that is there and start anew."""
+    log_with: Annotated[str, _in("Run")] = "auto"
+    """Trackers that are told of every pass: tensorboard, wandb, mlflow, ... (Accelerate's), with commas between
+    several; `none`. auto: TensorBoard, in the run folder, where it is installed."""
     checkpoint_minutes: Annotated[float, _in("Run")] = 5.0
     """Longest time between checkpoints inside a pass; one is always written at its end."""
 

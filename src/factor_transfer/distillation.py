@@ -20,6 +20,7 @@ from factor_transfer.models import Network, Role, load_network
 from factor_transfer.pairs import Modules
 from factor_transfer.runs import environment, open_run, saved_config, saved_summary
 from factor_transfer.stages import Job
+from factor_transfer.trackers import watched
 from factor_transfer.train import evaluate
 from factor_transfer.views import Transform
 from factor_transfer.weights import load_weights
@@ -87,7 +88,8 @@ def run_distillation(config: Config, modules: Modules | None = None, transform: 
     with open_run(folder, config, environment(**engine.describe()), writes=engine.main) as run:
         engine.wait()  # for the one that opens, and perhaps empties, the folder
         if run.summary is None:
-            _work(Job(config, engine, run, modules or {}, transform))
+            with watched(run, config):
+                _work(Job(config, engine, run, modules or {}, transform))
         else:
             say(f"{folder} is finished; nothing was changed (--overwrite starts it anew)")
     engine.wait()

@@ -18,7 +18,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +34,7 @@ from factor_transfer.errors import ConfigError, RunError
 from factor_transfer.files import locked, read_json, sha256_file, write_atomic, write_json
 
 FREE = frozenset(
-    {"out", "overwrite", "workers", "checkpoint_minutes", "cache_dir", "pixel_cache_gb", "data", "data_dir"}
+    {"out", "overwrite", "workers", "checkpoint_minutes", "cache_dir", "pixel_cache_gb", "data", "data_dir", "log_with"}
 )
 """Settings that may differ when a run is continued: they change no result, or what they name is fingerprinted."""
 
@@ -52,6 +52,7 @@ class Run:
 
     def __init__(self, folder: Path, *, writes: bool = True) -> None:
         self.folder, self.writes = folder, writes
+        self.watchers: list[Callable[[Any, Mapping[str, float]], None]] = []  # told of every pass; see `trackers`
 
     def path(self, name: str) -> Path:
         """A file in the folder."""

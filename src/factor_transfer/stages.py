@@ -384,7 +384,11 @@ class Job:
         task = DistillationTask(side.tapped(), network.norm, terms, teacher)
         trainer = Trainer(task, plan, self.data.train, self.engine, self.config, self.run, self.data.validation)
         seconds = trainer.fit().seconds
-        network.module.load_state_dict(task.trained().student.module.state_dict())
+        trained = task.trained()
+        network.module.load_state_dict(trained.student.module.state_dict())
+        for term in trained.terms.values():
+            if isinstance(term, FactorTransfer):  # no part of the student, but the report shows its factors
+                self.run.save_weights("translator", term.translator.state_dict(), {"format": "pt"})
         self.run.save_weights(plan.stage, network.module.state_dict(), {"format": "pt"})
         return seconds
 

@@ -171,7 +171,7 @@ class Trainer:
         norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
         if self.config.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(self.module.parameters(), self.config.clip_grad, norm)
-        values = {name: value.detach() for name, value in result.items() if name != "output"}
+        values = {name: value.detach() for name, value in result.items() if name != "output"} | {"gradient_norm": norm}
         if result["output"] is not None:
             values["train_top1"] = 100 * (result["output"].detach().argmax(1) == labels).float().mean()
         totals = engine.total(torch.stack([value.float() for value in values.values()]) * share)
@@ -201,7 +201,9 @@ class Trainer:
         if not all(map(math.isfinite, row.values())):
             raise self._not_finite(formatted(row))
         self.run.log(plan.stage, progress.epoch + 1, {**row, "seconds": round(progress.seconds, 3)})
-        shown = {name: value for name, value in row.items() if name != "lr"}
+        for watcher in self.run.watchers:
+            watcher(self, row)
+        shown = {name: value for name, value in row.items() if name not in {"lr", "gradient_norm"}}
         say(f"{plan.stage} {progress.epoch + 1}/{plan.epochs}  {formatted(shown)}  {progress.seconds:.0f} s")
         progress.next_pass()
         self.scheduler.step(progress.epoch)
