@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
+import itertools
 import json
 import math
 import re
@@ -281,6 +283,22 @@ def plain(values: Any) -> Any:
 def flag(name: str) -> str:
     """The flag of a field: `flag("teacher_lr")` is `--teacher-lr`."""
     return "--" + name.replace("_", "-")
+
+
+def described() -> dict[str, str]:
+    """The help of every setting: the docstring under its field.
+
+    >>> described()["lr"]
+    'Learning rate.'
+    """
+    found = {}
+    for kind in (DataConfig, Config):
+        (tree,) = ast.parse(inspect.getsource(kind)).body
+        assert isinstance(tree, ast.ClassDef)
+        for line, below in itertools.pairwise(tree.body):
+            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(below, ast.Expr):
+                found[line.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
+    return found
 
 
 CHOICES: dict[str, tuple[str, ...]] = {

@@ -10,23 +10,17 @@ from typing import Any
 
 from torch import nn
 
-from factor_transfer.config import FIELDS, Config, DataConfig, part_of
+from factor_transfer.config import FIELDS, Config, DataConfig
 from factor_transfer.console import say, silence
-from factor_transfer.data import open_data
 from factor_transfer.engine import Engine
-from factor_transfer.errors import ConfigError, RunError, near
-from factor_transfer.files import state_fingerprint
-from factor_transfer.models import Network, Role, load_network
+from factor_transfer.errors import ConfigError, near
+from factor_transfer.finished import ROLES, open_images, rebuild
 from factor_transfer.pairs import Modules
 from factor_transfer.runs import environment, open_run, saved_config, saved_summary
 from factor_transfer.stages import Job
 from factor_transfer.trackers import watched
 from factor_transfer.train import evaluate
 from factor_transfer.views import Transform
-from factor_transfer.weights import load_weights
-
-ROLES = ("teacher", "baseline", "student")
-"""The networks of a run."""
 
 
 @dataclass(frozen=True)
@@ -106,52 +100,6 @@ def _work(job: Job) -> None:
     job.finish(pair, student, baseline)
 
 
-def rebuild(folder: Path, role: str, module: nn.Module | None = None) -> Network:
-    """A network of a finished run (`teacher`, `student` or `baseline`), with its weights.
-
-    Args:
-        folder: the run.
-        role: which network.
-        module: the network itself, where it was given to `distill` as a module.
-
-    Raises:
-        RunError: the run is not finished, or has no such network.
-        ModelError: its weights are missing or do not fit.
-    """
-    config, summary = saved_config(folder), saved_summary(folder)
-    if role not in summary:
-        raise RunError(str(folder), found=f"no {role}", valid=[name for name in ROLES if name in summary])
-    side: Role = "teacher" if role == "teacher" else "student"
-    own, there = vars(config), summary[role]
-    if module is None and there.get("is_module"):
-        raise RunError(
-            str(folder),
-            found=f"its {side} was given in Python as a module, {own[side]}, which no command can build",
-            hint=f"in Python: from factor_transfer.distillation import rebuild; rebuild(folder, {role!r}, module)",
-        )
-    trained_here = side == "student" or config.teacher_epochs > 0
-    network = load_network(
-        own[side] if module is None else module,
-        role=side,
-        num_classes=len(summary["data"]["classes"]),
-        img_size=summary["data"]["img_size"],
-        args=own[f"{side}_args"],
-        weights=None if trained_here else own[f"{side}_weights"],
-        mean=tuple(there["mean"]),
-        std=tuple(there["std"]),
-    )
-    if trained_here:
-        file = folder / f"{role}.safetensors"
-        load_weights(network.module, file, str(file))
-    if state_fingerprint(network.module.state_dict()) != there["fingerprint"]:
-        raise RunError(
-            str(folder),
-            found=f"a {role} with other weights than those that were trained and measured here",
-            hint="put the file of weights back, or distil again with another --out",
-        )
-    return network
-
-
 def evaluate_run(folder: Path, data: DataConfig | None = None, device: str = "auto") -> dict[str, dict[str, float]]:
     """Top-1 (percent) and loss of every network of a finished run, in float32, by role.
 
@@ -167,16 +115,7 @@ def evaluate_run(folder: Path, data: DataConfig | None = None, device: str = "au
     """
     config, summary = saved_config(folder), saved_summary(folder)
     shown = data or config
-    images = open_data(
-        DataConfig(**{**part_of(shown, DataConfig), "img_size": summary["data"]["img_size"], "transform": None}),
-        default_size=lambda: int(summary["data"]["img_size"]),
-    )
-    if list(images.classes) != summary["data"]["classes"]:
-        raise ConfigError(
-            f"--data {images.name}",
-            found=f"classes {', '.join(images.classes[:8])}",
-            valid=f"those of the run: {', '.join(summary['data']['classes'][:8])}",
-        )
+    images = open_images(shown, summary)
     # Other images that are not divided into training and validation are all there to measure on.
     splits = [images.train, images.validation] if data is not None and images.held_out else [images.validation]
     say(f"data: {images.name}, {sum(map(len, splits)):,} images")

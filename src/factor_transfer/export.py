@@ -1,31 +1,48 @@
-"""The student leaves alone: `student.pt2` needs only torch, `student.safetensors` only a reader of tensors."""
+"""The student leaves alone: writers of each kind of file, and nothing about runs.
+
+`student.pt2` needs only torch, ONNX only onnxruntime, a timm folder only timm, safetensors only a reader of tensors.
+"""
 
 from __future__ import annotations
 
 import io
+import json
+import logging
 import statistics
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from factor_transfer.errors import RunError
 from factor_transfer.files import write_atomic
+from factor_transfer.runtimes import properties
 
 TOLERANCE = 1e-4
 """Largest difference of a logit between the trained student and its export, relative to the largest logit."""
 
+READABLE = 0o644
+"""safetensors makes files that only their owner can read; these are made to leave."""
 
-def export_pt2(module: nn.Module, images: Tensor, path: Path) -> float:
+Metadata = Mapping[str, Any]
+"""What a file says of itself: architecture, model_args, img_size, mean, std, classes, resize."""
+
+
+def export_pt2(module: nn.Module, images: Tensor, path: Path, metadata: Metadata | None = None) -> float:
     """Write `module` as a `torch.export` program with a dynamic batch; read it back and compare.
 
     Args:
         module: normalised float images (B, 3, H, W) -> logits (B, N).
         images: normalised images to compare on, at least two.
         path: the `.pt2` file; written only if the comparison passes.
+        metadata: kept in the file as `metadata.json`.
 
     Returns:
         The largest difference of a logit, relative to the largest logit.
@@ -36,9 +53,10 @@ def export_pt2(module: nn.Module, images: Tensor, path: Path) -> float:
     plain = plain_copy(module)
     images = images.cpu().float().contiguous()
     batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(plain, (images[:2],), dynamic_shapes=({0: batch},))
+    # The program keeps its example: a copy of two images, where a view would drag all of them along.
+    program = torch.export.export(plain, (images[:2].clone(),), dynamic_shapes=({0: batch},))
     buffer = io.BytesIO()
-    torch.export.save(program, buffer)
+    torch.export.save(program, buffer, extra_files={"metadata.json": json.dumps(dict(metadata or {}))})
     buffer.seek(0)
     with torch.no_grad():
         wanted, got = plain(images), torch.export.load(buffer).module()(images)
@@ -47,6 +65,94 @@ def export_pt2(module: nn.Module, images: Tensor, path: Path) -> float:
         raise RunError(str(path), found=f"logits off by {difference:.2g} after export", valid=f"at most {TOLERANCE:g}")
     write_atomic(path, buffer.getvalue())
     return difference
+
+
+def export_onnx(module: nn.Module, images: Tensor, path: Path, metadata: Metadata) -> None:
+    """Write `module` as ONNX: `images` (B, 3, H, W), normalised -> `logits` (B, N), any B; metadata as properties."""
+    import onnx
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("onnxscript").setLevel(logging.ERROR)
+        torch.onnx.export(
+            plain_copy(module),
+            (images[:2].cpu().float().contiguous().clone(),),
+            path,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    _set_properties(onnx.load(path), path, metadata)
+
+
+def export_int8(source: Path, images: Iterable[np.ndarray], path: Path, metadata: Metadata) -> None:
+    """Quantise an ONNX file to 8 bits: weights by channel, activations in ranges that `images` show.
+
+    Args:
+        source: the float32 ONNX file.
+        images: batches of normalised training images, float32 (B, 3, H, W).
+        path: the int8 ONNX file (QDQ: int8 weights and activations).
+        metadata: as for `export_onnx`.
+    """
+    import onnx
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Calibration(quantization.CalibrationDataReader):  # type: ignore[misc] # no types
+        """The training images, once."""
+
+        def __init__(self) -> None:
+            self.batches = iter(images)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {"images": batch}
+
+    prepared = path.with_name(f"{path.name}.prepared")
+    quiet = logging.getLogger()
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        quantization.quantize_static(prepared, path, Calibration(), per_channel=True)
+    finally:
+        quiet.setLevel(level)
+        prepared.unlink(missing_ok=True)
+    _set_properties(onnx.load(path), path, metadata)
+
+
+def export_safetensors(module: nn.Module, path: Path, metadata: Metadata) -> None:
+    """Write the weights as a plain state dict, with metadata in the header."""
+    save_file(_state(module), path, {"format": "pt"} | properties(dict(metadata)))
+    path.chmod(READABLE)
+
+
+def export_timm(module: nn.Module, folder: Path, metadata: Metadata) -> None:
+    """Write the folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads."""
+    import timm
+
+    size = metadata["img_size"]
+    shown = {
+        "input_size": (3, size, size),
+        "mean": tuple(metadata["mean"]),
+        "std": tuple(metadata["std"]),
+        "interpolation": metadata["resize"]["interpolation"],
+        "crop_pct": metadata["resize"]["crop_pct"],
+        "crop_mode": metadata["resize"]["crop_mode"],
+    }
+    arguments = {name: value for name, value in metadata["model_args"].items() if name not in {"num_classes"}}
+    timm.models.save_for_hf(
+        plain_copy(module),
+        folder,
+        model_config={"label_names": list(metadata["classes"])},
+        model_args=arguments or None,
+        safe_serialization=True,
+        data_config=shown,
+    )
+    (folder / "model.safetensors").chmod(READABLE)
 
 
 def latency_ms(modules: Sequence[nn.Module], size: int, repeats: int = 30) -> list[float]:
@@ -70,3 +176,14 @@ def latency_ms(modules: Sequence[nn.Module], size: int, repeats: int = 30) -> li
 def plain_copy(module: nn.Module) -> nn.Module:
     """A copy for inference: on the CPU, float32, contiguous, in eval mode."""
     return deepcopy(module).cpu().float().to(memory_format=torch.contiguous_format).eval()
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone().contiguous() for name, value in plain_copy(module).state_dict().items()}
+
+
+def _set_properties(model: Any, path: Path, metadata: Metadata) -> None:
+    import onnx
+
+    onnx.helper.set_model_props(model, properties(dict(metadata)))
+    onnx.save(model, path)

@@ -1,0 +1,87 @@
+"""A finished run, read back: its networks with their weights, and its images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from factor_transfer.config import DataConfig, part_of
+from factor_transfer.data import Dataset, open_data
+from factor_transfer.errors import ConfigError, RunError
+from factor_transfer.files import state_fingerprint
+from factor_transfer.models import Network, Role, load_network
+from factor_transfer.runs import saved_config, saved_summary
+from factor_transfer.weights import load_weights
+
+ROLES = ("teacher", "baseline", "student")
+"""The networks of a run."""
+
+
+def rebuild(folder: Path, role: str, module: nn.Module | None = None) -> Network:
+    """A network of a finished run (`teacher`, `student` or `baseline`), with its weights.
+
+    Args:
+        folder: the run.
+        role: which network.
+        module: the network itself, where it was given to `distill` as a module.
+
+    Raises:
+        RunError: the run is not finished, or has no such network.
+        ModelError: its weights are missing or do not fit.
+    """
+    config, summary = saved_config(folder), saved_summary(folder)
+    if role not in summary:
+        raise RunError(str(folder), found=f"no {role}", valid=[name for name in ROLES if name in summary])
+    side: Role = "teacher" if role == "teacher" else "student"
+    own, there = vars(config), summary[role]
+    if module is None and there.get("is_module"):
+        raise RunError(
+            str(folder),
+            found=f"its {side} was given in Python as a module, {own[side]}, which no command can build",
+            hint=f"in Python: from factor_transfer.finished import rebuild; rebuild(folder, {role!r}, module)",
+        )
+    trained_here = side == "student" or config.teacher_epochs > 0
+    network = load_network(
+        own[side] if module is None else module,
+        role=side,
+        num_classes=len(summary["data"]["classes"]),
+        img_size=summary["data"]["img_size"],
+        args=own[f"{side}_args"],
+        weights=None if trained_here else own[f"{side}_weights"],
+        mean=tuple(there["mean"]),
+        std=tuple(there["std"]),
+    )
+    if trained_here:
+        file = folder / f"{role}.safetensors"
+        load_weights(network.module, file, str(file))
+    # Runs of early versions wrote down the teacher's alone.
+    wanted = there.get("fingerprint") or (summary["fingerprints"].get("teacher") if role == "teacher" else None)
+    if wanted is not None and state_fingerprint(network.module.state_dict()) != wanted:
+        raise RunError(
+            str(folder),
+            found=f"a {role} with other weights than those that were trained and measured here",
+            hint="put the file of weights back, or distil again with another --out",
+        )
+    return network
+
+
+def open_images(shown: DataConfig, summary: dict[str, Any]) -> Dataset:
+    """The images that `shown` names, as the networks of a finished run see them.
+
+    Raises:
+        DataError: the images are missing or unreadable.
+        ConfigError: their classes are not those of the run.
+    """
+    images = open_data(
+        DataConfig(**{**part_of(shown, DataConfig), "img_size": summary["data"]["img_size"], "transform": None}),
+        default_size=lambda: int(summary["data"]["img_size"]),
+    )
+    if list(images.classes) != summary["data"]["classes"]:
+        raise ConfigError(
+            f"--data {images.name}",
+            found=f"classes {', '.join(images.classes[:8])}",
+            valid=f"those of the run: {', '.join(summary['data']['classes'][:8])}",
+        )
+    return images
