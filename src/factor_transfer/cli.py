@@ -138,6 +138,122 @@ def evaluate(
 
 
 @app.command
+def report(
+    runs: Annotated[list[Path], Parameter(negative="")],
+    *,
+    out: Path | None = None,
+    trust_config: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Make report.html of a finished run again; of several runs, or a folder of runs, a page that compares them.
+
+    Parameters
+    ----------
+    runs
+        Run folders, or one folder of run folders.
+    out
+        The comparison's file. Default: comparison.html in the working folder.
+    trust_config
+        Run the code of a network that a run names by package.module:callable.
+    """
+    from factor_transfer.comparison import runs_in, write_comparison
+    from factor_transfer.page import write_report
+    from factor_transfer.runs import saved_config
+
+    folders = runs_in(runs)
+    for folder in folders:
+        _check_trust(str(folder / "config.json"), saved_config(folder).to_dict(), trusted=trust_config)
+    if len(folders) == 1:
+        print(write_report(folders[0]))  # noqa: T201 (the command's output)
+    else:
+        print(write_comparison(folders, out or Path("comparison.html")))  # noqa: T201
+
+
+@app.command
+def export(
+    run: Path,
+    *,
+    formats: str = "pt2,onnx,onnx-int8,safetensors,timm",
+    out: Path | None = None,
+    images: int = 2000,
+    int8_loss: float = 1.0,
+    latency: bool = True,
+    license: str | None = None,
+    data_license: str | None = None,
+    teacher_license: str | None = None,
+    intended: str | None = None,
+    trust_config: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Write a finished run's student in every format, check each in a fresh process, and measure its latency.
+
+    Parameters
+    ----------
+    run
+        The run folder.
+    formats
+        pt2, onnx, onnx-int8, safetensors, timm; with commas between.
+    out
+        Where to. Default: export/ in the run folder.
+    images
+        Validation images on which each is compared with the trained student, at most.
+    int8_loss
+        Points of top-1 that int8 may lose; with more it is not written.
+    latency
+        Measure p50 and p95 of teacher and student: batch 1 and 32, one thread and all.
+    license
+        The student's licence, for the model card.
+    data_license
+        Licence of the training images, for the model card.
+    teacher_license
+        Licence of the teacher's weights, for the model card.
+    intended
+        What the student is meant for, for the model card.
+    trust_config
+        Run the code of a network that the run names by package.module:callable.
+    """
+    from factor_transfer.page import write_report
+    from factor_transfer.report import show_exports
+    from factor_transfer.runs import saved_config
+    from factor_transfer.shipping import Choices, export_run
+
+    _check_trust(str(run / "config.json"), saved_config(run).to_dict(), trusted=trust_config)
+    said = {"license": license, "data_license": data_license, "teacher_license": teacher_license, "intended": intended}
+    wanted = [name.strip() for name in formats.split(",") if name.strip()]
+    choices = Choices(formats=wanted, out=out, images=images, int8_loss=int8_loss, latency=latency, **said)
+    show_exports(out or run / "export", export_run(run, choices))
+    if out is None:
+        write_report(run)  # with what has been measured
+
+
+@app.command
+def predict(
+    student: Path,
+    images: Annotated[list[str], Parameter(negative="")],
+    *,
+    top: int = 5,
+    threads: int | None = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Name what is on images, with an exported student, through onnxruntime or torch.
+
+    Parameters
+    ----------
+    student
+        A run folder, a folder of exports, or one exported file.
+    images
+        Files, folders, or - for one image on standard input.
+    top
+        Classes to print for each image.
+    threads
+        CPU threads. Default: the runtime's choice.
+    as_json
+        Print a JSON list instead of lines.
+    """
+    from factor_transfer.predict import predict_images
+
+    sys.exit(predict_images(student, images, top=top, threads=threads, as_json=as_json))
+
+
+@app.command
 def demo(*, out: str = "runs/demo", seed: int = 0, overwrite: bool = False) -> None:
     """The whole job on the built-in digits in about half a minute: teacher, paraphraser, student alone, student by FT.
 

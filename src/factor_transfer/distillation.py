@@ -11,10 +11,11 @@ from typing import Any
 from torch import nn
 
 from factor_transfer.config import FIELDS, Config, DataConfig
-from factor_transfer.console import say, silence
+from factor_transfer.console import say, silence, warn
 from factor_transfer.engine import Engine
 from factor_transfer.errors import ConfigError, near
 from factor_transfer.finished import ROLES, open_images, rebuild
+from factor_transfer.page import write_report
 from factor_transfer.pairs import Modules
 from factor_transfer.runs import environment, open_run, saved_config, saved_summary
 from factor_transfer.stages import Job
@@ -86,6 +87,8 @@ def run_distillation(config: Config, modules: Modules | None = None, transform: 
                 _work(Job(config, engine, run, modules or {}, transform))
         else:
             say(f"{folder} is finished; nothing was changed (--overwrite starts it anew)")
+        if engine.main and not run.path("report.html").exists():
+            _report(folder, modules or {}, engine)
     engine.wait()
     student = rebuild(folder, "student", (modules or {}).get("student"))
     return Distilled(folder, saved_summary(folder), student.module.eval())
@@ -98,6 +101,14 @@ def _work(job: Job) -> None:
     student = job.student(pair, paraphraser)
     baseline = job.baseline() if job.config.baseline else None
     job.finish(pair, student, baseline)
+
+
+def _report(folder: Path, modules: Modules, engine: Engine) -> None:
+    """A report that cannot be made loses no run: it can be made later."""
+    try:
+        write_report(folder, modules, engine)
+    except Exception as error:  # foreign code in a forward pass, a full disk
+        warn(f"no report.html ({error}); make it with: factor-transfer report {folder}")
 
 
 def evaluate_run(folder: Path, data: DataConfig | None = None, device: str = "auto") -> dict[str, dict[str, float]]:

@@ -9,13 +9,13 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from factor_transfer import __version__
 from factor_transfer.config import Config, described, flag
 from factor_transfer.engine import Engine
 from factor_transfer.files import read_json, write_atomic
@@ -47,7 +47,7 @@ def write_report(folder: Path, modules: Modules | None = None, engine: Engine | 
         RunError: the run is not finished.
     """
     path = folder / "report.html"
-    write_atomic(path, _rendered("report.html.jinja", report_values(folder, findings(folder, modules, engine))))
+    write_atomic(path, rendered("report.html.jinja", report_values(folder, findings(folder, modules, engine))))
     return path
 
 
@@ -141,7 +141,7 @@ def _tiles(summary: Mapping[str, Any], intervals: Sequence[Mapping[str, Any]]) -
 
 
 def _times(ratio: float, more: str, less: str) -> str:
-    return f"{ratio:.1f}× {more}" if ratio >= 1 else f"{1 / ratio:.1f}× {less}"
+    return f"{ratio:.1f}x {more}" if ratio >= 1 else f"{1 / ratio:.1f}x {less}"
 
 
 def _trade_offs(summary: Mapping[str, Any], roles: Sequence[str], exports: Mapping[str, Any] | None) -> list[Markup]:
@@ -217,15 +217,14 @@ def _curves(run: Run, summary: Mapping[str, Any]) -> list[Markup]:
         ("lr", "Learning rate at the end of each pass", "learning rate"),
         ("gradient_norm", "Norm of the gradient, mean of a pass", "L2 norm"),
     ):
-        there = {SHORT[role]: (KINDS[role], column(role, name)) for role in shown_roles(rows, name)}
+        there = {
+            SHORT[role]: (KINDS[role], column(role, name))
+            for role in ("student", "baseline")
+            if rows[role] and name in rows[role][-1] and not (name == "lr" and role == "baseline")  # it is the same
+        }
         if there:
             found.append(lines(title, there, unit))
     return found
-
-
-def shown_roles(rows: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> list[str]:
-    """Students whose passes wrote `name` down."""
-    return [role for role in ("student", "baseline") if rows[role] and name in rows[role][-1]]
 
 
 def _reconstruction(found: Mapping[str, Any] | None) -> list[Markup]:
@@ -309,7 +308,8 @@ def _settings(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _rendered(template: str, values: Mapping[str, Any]) -> str:
+def rendered(template: str, values: Mapping[str, Any]) -> str:
+    """A page; every value is escaped but the plots, which escape their own."""
     made = Environment(
         loader=PackageLoader("factor_transfer"),
         autoescape=True,
@@ -317,4 +317,4 @@ def _rendered(template: str, values: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return made.get_template(template).render(version=__version__, **values)
+    return made.get_template(template).render(version=version("factor-transfer"), **values)

@@ -36,6 +36,8 @@ def show(folder: Path, summary: Mapping[str, Any]) -> None:
     say(f"trained in: {seconds}")
     program = f"{folder / 'student.pt2'} (needs only torch), " if "pt2_difference" in summary["student"] else ""
     say(f"student: {program}{folder / 'student.safetensors'}")
+    if (folder / "report.html").exists():
+        say(f"report: {folder / 'report.html'}")
     say(f"all of it: {folder / 'summary.json'}")
 
 
@@ -43,6 +45,32 @@ def show_evaluation(folder: Path, found: Mapping[str, Mapping[str, float]]) -> N
     """Print what `evaluate` measured."""
     rows = [(LABELS[role], f"{values['top1']:.2f}", f"{values['loss']:.4f}") for role, values in found.items()]
     table(str(folder), ("", "top-1 %", "loss"), rows)
+
+
+def show_exports(folder: Path, found: Mapping[str, Any]) -> None:
+    """Print what `export` wrote and measured."""
+    rows = [
+        (
+            row["file"],
+            row["needs"],
+            f"{row['bytes'] / 1e6:.2f}",
+            "the weights" if row["top1"] is None else f"{row['top1']:.2f}",
+            "0" if row["max_difference"] is None else f"{row['max_difference']:.1e}",
+        )
+        for row in found["formats"]
+    ]
+    title = f"{folder}: against the trained student, {found['reference_top1']:.2f} % on {found['images']:,} images"
+    table(title, ("file", "needs", "MB", "top-1 %", "largest difference"), rows)
+    timed = [
+        (f"{row['network']}, {row['format']}", str(row["threads"]), str(row["batch"]), *_milliseconds(row))
+        for row in found["latency"]
+    ]
+    if timed:
+        table("latency on this machine", ("", "threads", "batch", "p50 ms", "p95 ms"), timed)
+
+
+def _milliseconds(row: Mapping[str, float]) -> tuple[str, str]:
+    return f"{row['p50_ms']:.2f}", f"{row['p95_ms']:.2f}"
 
 
 def verdict(summary: Mapping[str, Any]) -> list[str]:

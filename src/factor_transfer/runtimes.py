@@ -9,6 +9,7 @@ Shapes: B images, S pixels a side, N classes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -198,12 +199,28 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         sys.modules[name] = None  # type: ignore[assignment] # an import of it raises ImportError
     if request["task"] == "latency":
         return {"latency": _latency(**request["arguments"])}
+    if request["task"] == "tensors":
+        return {"digest": _digest(Path(request["path"]))}
     runtime = load(Path(request["path"]), threads=request["threads"])
     size, batch = 3 * runtime.metadata["img_size"] ** 2, request["batch"]
     with open(request["pixels"], "rb") as pixels, open(request["logits"], "wb") as logits:  # noqa: PTH123
         while block := pixels.read(batch * size):
             logits.write(runtime.logits(block, len(block) // size))
     return {"metadata": runtime.metadata, "modules": sorted({name.partition(".")[0] for name in sys.modules})}
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 over names, types, shapes and values of a file's tensors: the package's `state_fingerprint`."""
+    import torch
+    from safetensors import safe_open
+
+    digest = hashlib.sha256()
+    with safe_open(path, "pt") as opened:
+        for name in sorted(opened.keys()):
+            tensor = opened.get_tensor(name)
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _latency(

@@ -1,0 +1,91 @@
+"""The model card: `README.md` in Hugging Face's form, beside the exports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from factor_transfer.files import write_atomic
+from factor_transfer.finished import ROLES
+from factor_transfer.page import repeat_command
+from factor_transfer.report import LABELS
+
+USE = """import numpy as np, onnxruntime
+
+session = onnxruntime.InferenceSession("student.onnx")
+logits = session.run(None, {"images": images})[0]  # images: float32 (B, 3, S, S), as above"""
+
+TORCH_USE = """import torch
+
+student = torch.export.load("student.pt2").module()
+logits = student(images)  # images: float32 (B, 3, S, S), as above"""
+
+TIMM_USE = """import timm
+%s
+student = timm.create_model("local-dir:timm", pretrained=True).eval()"""
+
+ZOO = "import factor_transfer.zoo  # the architecture is this package's: pip install factor-transfer"
+
+
+def write_card(path: Path, summary: Mapping[str, Any], exports: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+    """Write the card of a run's student.
+
+    Args:
+        path: where.
+        summary: of the run.
+        exports: what `exports.json` holds.
+        said: what the user states: `license`, `data_license`, `teacher_license`, `intended`.
+    """
+    forms = {row["format"] for row in exports["formats"]}
+    student = summary["student"]
+    zoo = student["model_args"].get("architecture", "").startswith("cifar_")
+    values = {
+        **summary,
+        "networks": [{**summary[role], "label": LABELS[role]} for role in ROLES if role in summary],
+        "exports": exports,
+        "classes": ", ".join(f"{place} {name}" for place, name in enumerate(summary["data"]["classes"])),
+        "use": USE if "onnx" in forms else TORCH_USE,
+        "timm_use": TIMM_USE % (ZOO if zoo else "") if "timm" in forms else None,
+        "command": repeat_command(summary["settings"]),
+        "front": yaml.safe_dump(_front(summary, said), sort_keys=False, allow_unicode=True),
+        **{name: said.get(name) for name in ("license", "data_license", "teacher_license", "intended")},
+    }
+    made = Environment(
+        loader=PackageLoader("factor_transfer"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    text = made.get_template("card.md.jinja").render(values)
+    write_atomic(path, text)
+    if "timm" in forms:
+        write_atomic(path.parent / "timm" / "README.md", text.replace('"local-dir:timm"', '"local-dir:FOLDER"'))
+
+
+def _front(summary: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """What the hub reads."""
+    measured = {"type": "accuracy", "name": "top-1, %", "value": round(summary["student"]["top1"], 4)}
+    name = Path(summary["data"]["name"]).name
+    front: dict[str, Any] = {
+        "library_name": "timm",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "knowledge-distillation", "factor-transfer"],
+        "model-index": [
+            {
+                "name": summary["student"]["name"],
+                "results": [
+                    {
+                        "task": {"type": "image-classification"},
+                        "dataset": {"name": name, "type": name, "split": "validation"},
+                        "metrics": [measured],
+                    }
+                ],
+            }
+        ],
+    }
+    return front | ({"license": said["license"]} if said.get("license") else {})

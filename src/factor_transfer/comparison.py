@@ -1,0 +1,149 @@
+"""Several runs on one page: what differs, what each gained, and mean and spread where only seeds differ."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from factor_transfer.config import flag
+from factor_transfer.errors import RunError
+from factor_transfer.files import write_atomic
+from factor_transfer.page import rendered
+from factor_transfer.plots import Point, lines, scatter
+from factor_transfer.runs import FREE, Run, saved_summary
+
+SEEDS = frozenset({"seed", "data_seed"})
+NOT_COMPARED = (FREE - {"data"}) | {"threads"}
+"""Settings that change no result."""
+
+MARKS = 6
+"""Colours there are; more runs begin again with the first."""
+
+
+def runs_in(given: Sequence[Path]) -> list[Path]:
+    """The run folders that are given; of a folder that holds runs, the finished ones in it.
+
+    Raises:
+        RunError: a folder that is no run and holds none.
+    """
+    found: list[Path] = []
+    for folder in given:
+        inside = sorted(path.parent for path in folder.glob("*/summary.json"))
+        if (folder / "config.json").exists() or not inside:
+            saved_summary(folder)  # or it says what is wrong
+            found.append(folder)
+        else:
+            found += inside
+    if not found:
+        raise RunError("no runs", valid="run folders, or a folder of them")
+    return found
+
+
+def write_comparison(folders: Sequence[Path], out: Path) -> Path:
+    """Write the page that compares finished runs.
+
+    Args:
+        folders: the runs, two or more.
+        out: the file.
+
+    Returns:
+        The file.
+    """
+    write_atomic(out, rendered("comparison.html.jinja", comparison_values(folders)))
+    return out
+
+
+def comparison_values(folders: Sequence[Path]) -> dict[str, Any]:
+    """What the template shows."""
+    names = _short_names(folders)
+    summaries = [saved_summary(folder) for folder in folders]
+    settings = [summary["settings"] for summary in summaries]
+    keys = [key for key in settings[-1] if key not in NOT_COMPARED]
+    differing = [key for key in keys if len({json.dumps(each.get(key)) for each in settings}) > 1]
+    rows, points = [], []
+    for place, (name, summary) in enumerate(zip(names, summaries, strict=True)):
+        student, alone = summary["student"], summary.get("baseline", {}).get("top1")
+        rows.append(
+            {
+                "name": name,
+                "kind": f"c{place % MARKS}",
+                "values": [_shown(summary["settings"].get(key)) for key in differing],
+                "teacher": summary["teacher"]["top1"],
+                "alone": alone,
+                "student": student["top1"],
+                "gain": None if alone is None else student["top1"] - alone,
+                "parameters": student["parameters"],
+                "megabytes": student["size_bytes"] / 1e6,
+                "latency": student["latency_ms"],
+                "minutes": sum(summary["seconds"].values()) / 60,
+            }
+        )
+        tip = f"{name}: {student['top1']:.2f} %"
+        points.append((name, f"student c{place % MARKS}", student, tip))
+    time_points = [Point(n, k, s["latency_ms"], s["top1"], f"{t}, {s['latency_ms']:.2f} ms") for n, k, s, t in points]
+    size_points = [
+        Point(n, k, s["size_bytes"] / 1e6, s["top1"], f"{t}, {s['size_bytes'] / 1e6:.2f} MB") for n, k, s, t in points
+    ]
+    curves = {}
+    for place, (name, folder) in enumerate(zip(names, folders, strict=True)):
+        values = [row.get("validation_top1") for row in Run(folder).metrics("student")]
+        if values:
+            curves[name] = (f"c{place % MARKS}", values)
+    plots = [
+        scatter("Accuracy against latency", time_points, "one image, ms (torch)", "top-1, %"),
+        scatter("Accuracy against size", size_points, "weights, MB", "top-1, %"),
+    ]
+    if curves:
+        plots.append(lines("Validation top-1 of the students", curves, "top-1, %", digits=4, from_zero=False))
+    return {
+        "title": f"{len(folders)} runs of Factor Transfer",
+        "rows": rows,
+        "differing": [flag(key) for key in differing],
+        "groups": _groups(summaries),
+        "plots": plots,
+        "data_differs": len({summary["fingerprints"].get("data") for summary in summaries}) > 1,
+        "networks": sorted({f"{each['teacher']['name']} to {each['student']['name']}" for each in summaries}),
+    }
+
+
+def _groups(summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs whose settings differ in nothing but seeds, two or more: mean and standard deviation."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for summary in summaries:
+        same = {key: value for key, value in summary["settings"].items() if key not in NOT_COMPARED | SEEDS}
+        found.setdefault(json.dumps(same, sort_keys=True), []).append(summary)
+    groups = []
+    for members in found.values():
+        if len(members) < 2:
+            continue
+        student = [each["student"]["top1"] for each in members]
+        alone = [each["baseline"]["top1"] for each in members if "baseline" in each]
+        gains = [each["student"]["top1"] - each["baseline"]["top1"] for each in members if "baseline" in each]
+        groups.append(
+            {
+                "name": f"{members[0]['teacher']['name']} to {members[0]['student']['name']}, "
+                f"{members[0]['settings']['epochs']} passes",
+                "n": len(members),
+                "columns": [_spread(values) for values in (student, alone, gains)],
+            }
+        )
+    return groups
+
+
+def _spread(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return ""
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def _short_names(folders: Sequence[Path]) -> list[str]:
+    """The last part of each path; the whole path where two would be the same."""
+    last = [folder.resolve().name for folder in folders]
+    return [name if last.count(name) == 1 else str(folder) for name, folder in zip(last, folders, strict=True)]
+
+
+def _shown(value: Any) -> str:
+    return "default" if value is None else value if isinstance(value, str) else json.dumps(value)
