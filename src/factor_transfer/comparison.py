@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from factor_transfer.config import flag
+from factor_transfer.config import Config, flag, plain
 from factor_transfer.errors import RunError
 from factor_transfer.files import write_atomic
 from factor_transfer.page import rendered
 from factor_transfer.plots import Point, lines, scatter
-from factor_transfer.runs import FREE, Run, saved_summary
+from factor_transfer.runs import FREE, Run, saved_config, saved_summary
 
 SEEDS = frozenset({"seed", "data_seed"})
 NOT_COMPARED = (FREE - {"data"}) | {"threads"}
 """Settings that change no result."""
+
+DEFAULTS = {each.name: plain(each.default) for each in fields(Config) if each.default is not MISSING}
 
 MARKS = 6
 """Colours there are; more runs begin again with the first."""
@@ -33,7 +36,7 @@ def runs_in(given: Sequence[Path]) -> list[Path]:
     for folder in given:
         inside = sorted(path.parent for path in folder.glob("*/summary.json"))
         if (folder / "config.json").exists() or not inside:
-            saved_summary(folder)  # or it says what is wrong
+            saved_config(folder), saved_summary(folder)  # or they say what is wrong
             found.append(folder)
         else:
             found += inside
@@ -60,8 +63,8 @@ def comparison_values(folders: Sequence[Path]) -> dict[str, Any]:
     """What the template shows."""
     names = _short_names(folders)
     summaries = [saved_summary(folder) for folder in folders]
-    settings = [summary["settings"] for summary in summaries]
-    keys = [key for key in settings[-1] if key not in NOT_COMPARED]
+    settings = [DEFAULTS | summary["settings"] for summary in summaries]  # early versions had fewer
+    keys = [key for key in settings[0] if key not in NOT_COMPARED]
     differing = [key for key in keys if len({json.dumps(each.get(key)) for each in settings}) > 1]
     rows, points = [], []
     for place, (name, summary) in enumerate(zip(names, summaries, strict=True)):
@@ -70,7 +73,7 @@ def comparison_values(folders: Sequence[Path]) -> dict[str, Any]:
             {
                 "name": name,
                 "kind": f"c{place % MARKS}",
-                "values": [_shown(summary["settings"].get(key)) for key in differing],
+                "values": [_shown(settings[place].get(key)) for key in differing],
                 "teacher": summary["teacher"]["top1"],
                 "alone": alone,
                 "student": student["top1"],
@@ -113,7 +116,9 @@ def _groups(summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Runs whose settings differ in nothing but seeds, two or more: mean and standard deviation."""
     found: dict[str, list[dict[str, Any]]] = {}
     for summary in summaries:
-        same = {key: value for key, value in summary["settings"].items() if key not in NOT_COMPARED | SEEDS}
+        same = {
+            key: value for key, value in (DEFAULTS | summary["settings"]).items() if key not in NOT_COMPARED | SEEDS
+        }
         found.setdefault(json.dumps(same, sort_keys=True), []).append(summary)
     groups = []
     for members in found.values():

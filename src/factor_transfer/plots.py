@@ -92,7 +92,8 @@ def scatter(title: str, points: Sequence[Point], x_label: str, y_label: str) -> 
     places = _apart([y_axis(point.y) for point in ordered], TOP + 6, HEIGHT - BOTTOM - 6)
     for point, label_y in zip(ordered, places, strict=True):
         x, y = x_axis(point.x), y_axis(point.y)
-        left = x > 0.62 * WIDTH
+        right_of_it = [x_axis(other.x) - x for other in points if abs(y_axis(other.y) - y) < LABEL_HEIGHT]
+        left = x > 0.62 * WIDTH or (x > 0.3 * WIDTH and any(4 < gap < 70 for gap in right_of_it))
         text_x, anchor = (x - 11, "end") if left else (x + 11, "start")
         if abs(label_y - y) > 3:
             parts.append(f'<line class="lead" x1="{x:.1f}" y1="{y:.1f}" x2="{text_x:.1f}" y2="{label_y:.1f}"/>')
@@ -149,7 +150,7 @@ def lines(
         f"{label}: {_number(values[0], digits)} after the first pass, {_number(values[-1], digits)} after the last"
         for label, (_, values) in series.items()
     )
-    ends = f"{y_label} over {passes} passes. {last}" + (f"; {level[0]}: {level[2]:.{digits}g}" if level else "")
+    ends = f"{y_label} over {passes} pass(es). {last}" + (f"; {level[0]}: {level[2]:.{digits}g}" if level else "")
     return _figure(title, ends, parts)
 
 

@@ -37,6 +37,7 @@ from factor_transfer.export import (
     export_pt2,
     export_safetensors,
     export_timm,
+    metadata_of,
     plain_copy,
 )
 from factor_transfer.files import read_json, state_fingerprint, write_json
@@ -44,7 +45,6 @@ from factor_transfer.finished import open_images, rebuild
 from factor_transfer.models import Network
 from factor_transfer.pairs import Modules
 from factor_transfer.runs import cpu_name, saved_config, saved_summary
-from factor_transfer.views import CROP_PCT, SMALL
 
 FILES = {
     "pt2": "student.pt2",
@@ -209,22 +209,7 @@ class _Export:
 
     def metadata(self, network: Network | None = None) -> dict[str, Any]:
         """What a file says of itself."""
-        network = network or self.student
-        arguments = {**network.model_args}
-        small = self.data.img_size <= SMALL
-        return {
-            "architecture": arguments.pop("architecture", network.name),
-            "model_args": json.loads(json.dumps(arguments, default=str)),
-            "img_size": self.data.img_size,
-            "mean": list(network.mean),
-            "std": list(network.std),
-            "classes": list(self.data.classes),
-            "resize": {
-                "interpolation": "bilinear" if small else "bicubic",
-                "crop_pct": 1.0 if small else CROP_PCT,
-                "crop_mode": "squash" if small else "center",
-            },
-        }
+        return metadata_of(network or self.student, self.data.img_size, self.data.classes)
 
     def _shown(self, network: Network, split: Split, chosen: np.ndarray | None = None) -> Iterator[Any]:
         """Normalised images and uint8 pixels (B, S, S, 3), as evaluation shows them."""

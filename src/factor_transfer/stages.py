@@ -18,7 +18,7 @@ from factor_transfer.console import say, warn
 from factor_transfer.data import open_data
 from factor_transfer.engine import Engine
 from factor_transfer.errors import ModelError, TrainingError
-from factor_transfer.export import export_pt2, latency_ms
+from factor_transfer.export import EXPORT_IMAGES, export_pt2, latency_ms, metadata_of
 from factor_transfer.files import cache_folder, state_fingerprint, write_json
 from factor_transfer.frozen import FrozenTeacher, folded
 from factor_transfer.method import Paraphraser, Translator, factor_channels, factor_loss_bound, portable_beta
@@ -36,9 +36,6 @@ POOR_RECONSTRUCTION = 0.8
 
 NEAR_CHANCE = 0.1
 """A teacher that covers less than this share of the way from chance to perfection teaches nothing."""
-
-EXPORT_IMAGES = 64
-"""Validation images on which an export is compared with the trained student."""
 
 
 class Job:
@@ -347,8 +344,8 @@ class Job:
         chunk = np.arange(max(EXPORT_IMAGES, 2)) % len(self.data.validation)
         (batch,) = self.data.validation.batches([chunk], view=None)
         try:
-            images = network.norm(batch.image)
-            return {"pt2_difference": export_pt2(network.module, images, self.run.path("student.pt2"))}
+            images, about = network.norm(batch.image), metadata_of(network, self.data.img_size, self.data.classes)
+            return {"pt2_difference": export_pt2(network.module, images, self.run.path("student.pt2"), about)}
         except Exception as error:  # torch.export raises whatever it meets in foreign code
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             warn(f"student.pt2 was not written ({reason}); student.safetensors is whole")
