@@ -47,6 +47,16 @@ def _check_trust(path: str, values: dict[str, Any], *, trusted: bool) -> None:
         )
 
 
+def _trusted(run: Path, *, trust_config: bool) -> Config:
+    """The settings of a run whose networks are to be built. (Its transform is not run again.)"""
+    from factor_transfer.runs import saved_config
+
+    saved = saved_config(run)
+    networks = {name: getattr(saved, name) for name in ("teacher", "student")}
+    _check_trust(str(run / "config.json"), networks, trusted=trust_config)
+    return saved
+
+
 def read_yaml(path: str) -> dict[str, Any]:
     """The settings in a YAML file."""
     import yaml
@@ -124,11 +134,8 @@ def evaluate(
 
     from factor_transfer.distillation import evaluate_run
     from factor_transfer.report import show_evaluation
-    from factor_transfer.runs import saved_config
 
-    saved = saved_config(run)
-    networks = {"teacher": saved.teacher, "student": saved.student}
-    _check_trust(str(run / "config.json"), networks, trusted=trust_config)
+    saved = _trusted(run, trust_config=trust_config)
     images = replace(saved, data=data, data_dir=data_dir) if data else None
     found = evaluate_run(run, images, device)
     if as_json:
@@ -157,11 +164,10 @@ def report(
     """
     from factor_transfer.comparison import runs_in, write_comparison
     from factor_transfer.page import write_report
-    from factor_transfer.runs import saved_config
 
     folders = runs_in(runs)
     for folder in folders:
-        _check_trust(str(folder / "config.json"), saved_config(folder).to_dict(), trusted=trust_config)
+        _trusted(folder, trust_config=trust_config)
     if len(folders) == 1:
         print(write_report(folders[0]))  # noqa: T201 (the command's output)
     else:
@@ -212,10 +218,9 @@ def export(
     """
     from factor_transfer.page import write_report
     from factor_transfer.report import show_exports
-    from factor_transfer.runs import saved_config
     from factor_transfer.shipping import Choices, export_run
 
-    _check_trust(str(run / "config.json"), saved_config(run).to_dict(), trusted=trust_config)
+    _trusted(run, trust_config=trust_config)
     said = {"license": license, "data_license": data_license, "teacher_license": teacher_license, "intended": intended}
     wanted = [name.strip() for name in formats.split(",") if name.strip()]
     choices = Choices(formats=wanted, out=out, images=images, int8_loss=int8_loss, latency=latency, **said)

@@ -28,7 +28,7 @@ from factor_transfer import runtimes
 from factor_transfer.card import write_card
 from factor_transfer.config import is_callable_name
 from factor_transfer.console import say, warn
-from factor_transfer.data import Dataset, Split
+from factor_transfer.data import Dataset
 from factor_transfer.errors import ConfigError, FactorTransferError, RunError
 from factor_transfer.export import (
     TOLERANCE,
@@ -45,6 +45,7 @@ from factor_transfer.finished import open_images, rebuild
 from factor_transfer.models import Network
 from factor_transfer.pairs import Modules
 from factor_transfer.runs import cpu_name, saved_config, saved_summary
+from factor_transfer.splits import Split
 
 FILES = {
     "pt2": "student.pt2",
