@@ -105,7 +105,7 @@ def factor_pictures(trainer: Trainer) -> np.ndarray | None:
     """The normalised factors of the first training images: teacher above student; None where there are none.
 
     Returns:
-        uint8 pictures (images, height, width, 3).
+        One uint8 picture (1, height, width, 3), the images below each other.
     """
     task = trainer.task
     if not isinstance(task, DistillationTask) or task.teacher is None:
@@ -131,4 +131,5 @@ def factor_pictures(trainer: Trainer) -> np.ndarray | None:
         channels, largest = strongest(theirs, 2 * PICTURED), float(theirs.abs().max())
         above, below = tiles(theirs, channels, largest), tiles(ours, channels, largest)
         found.append(np.concatenate([above, np.full((1, above.shape[1], 3), 128, np.uint8), below]))
-    return np.stack(found).repeat(ENLARGED, axis=1).repeat(ENLARGED, axis=2)
+    rows = [np.pad(picture, ((0, 1), (0, 0), (0, 0)), constant_values=255) for picture in found]
+    return np.concatenate(rows)[None].repeat(ENLARGED, axis=1).repeat(ENLARGED, axis=2)
