@@ -114,7 +114,10 @@ def test_report__tips_and_sorting_work(run: Path, page: Page) -> None:
         " return [b.x + b.width / 2, b.y + b.height / 2]; })(document.querySelector('svg g.teacher .mark'))"
     )
     page.send("Input.dispatchMouseEvent", type="mouseMoved", x=place[0], y=place[1])
-    assert page.run("document.getElementById('tip').textContent").startswith("teacher: ")
+    # Marks may lie on each other: networks of this size are measured alike.
+    there = page.run(f"document.elementFromPoint({place[0]}, {place[1]}).closest('[data-tip]').dataset.tip")
+    assert page.run("document.getElementById('tip').textContent") == there
+    assert there.split(":")[0] in {"teacher", "student alone", "student"}
     assert page.run("!document.getElementById('tip').hidden")
     column = (
         "(t => [...t.tBodies[0].rows].map(row => Number(row.cells[2].textContent)))"
