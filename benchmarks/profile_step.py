@@ -1,6 +1,6 @@
 """The cached step by operator.
 
-    python benchmarks/profile_step.py ../shared    # two threads; a minute; results/profile.txt
+python benchmarks/profile_step.py ../shared    # two threads; a minute; results/profile.txt
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from torch.profiler import ProfilerActivity, profile
-
 from pair import RESULTS, measured
+from torch.profiler import ProfilerActivity, profile
 
 STEPS, WARM = 20, 10
 
