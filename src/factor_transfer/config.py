@@ -198,6 +198,8 @@ class Config(DataConfig):
     """Factor of each drop."""
     clip_grad: Annotated[float | None, _in("Training")] = None
     """Largest norm of the whole gradient. Default: no clipping."""
+    max_skipped: Annotated[int, _in("Training")] = 10
+    """Steps in a row that are skipped, and counted, because loss or gradient is not finite; one more stops the run."""
     model_ema: Annotated[bool, _in("Training")] = False
     """Average the student's weights over steps; the average is evaluated and exported."""
     model_ema_decay: Annotated[float, _in("Training")] = 0.998
@@ -210,6 +212,10 @@ class Config(DataConfig):
     """fp32, or bf16 autocast. auto: bf16 where the hardware has it."""
     threads: Annotated[int | None, _in("Machine")] = None
     """CPU threads of torch. Default: torch's own choice."""
+    sync_bn: Annotated[bool, _in("Machine")] = False
+    """Batch norm over the images of all processes instead of each one's own part. On GPUs only."""
+    timeout_minutes: Annotated[float, _in("Machine")] = 10.0
+    """Longest that one process waits for another before it gives the run up. What is saved stays."""
 
     # -- run
     seed: Annotated[int, _in("Run")] = 0
@@ -329,10 +335,10 @@ def _check_words(config: Config) -> None:
 def _check_numbers(config: Config) -> None:
     """Numbers are numbers, finite and on the right side of 0."""
     positive = ("k", "batch_size", "lr", "paraphraser_lr", "teacher_lr", "img_size", "threads", "clip_grad",
-                "checkpoint_minutes", "epochs", "decay_epochs")  # fmt: skip
+                "checkpoint_minutes", "timeout_minutes", "epochs", "decay_epochs")  # fmt: skip
     not_negative = ("teacher_epochs", "paraphraser_epochs", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr",
                     "crop_padding", "color_jitter", "views", "workers", "pixel_cache_gb", "seed", "data_seed", "beta",
-                    "momentum")  # fmt: skip
+                    "momentum", "max_skipped")  # fmt: skip
     for name in (*positive, *not_negative):
         value = getattr(config, name)
         if value is None or (isinstance(value, str) and name in CHOICES):

@@ -14,13 +14,13 @@ from factor_transfer.config import FIELDS, Config, DataConfig
 from factor_transfer.console import say, silence, warn
 from factor_transfer.engine import Engine
 from factor_transfer.errors import ConfigError, near
+from factor_transfer.evaluation import evaluate
 from factor_transfer.finished import ROLES, open_images, rebuild
 from factor_transfer.page import write_report
 from factor_transfer.pairs import Modules
 from factor_transfer.runs import environment, open_run, saved_config, saved_summary
 from factor_transfer.stages import Job
 from factor_transfer.trackers import watched
-from factor_transfer.train import evaluate
 from factor_transfer.views import Transform
 
 
@@ -76,12 +76,20 @@ def distill(teacher: str | nn.Module, student: str | nn.Module, data: str | Path
 
 def run_distillation(config: Config, modules: Modules | None = None, transform: Transform | None = None) -> Distilled:
     """`distill`, from settings; `modules` and `transform` are what was given as an object instead of by name."""
-    engine = Engine(config.device, config.precision, config.threads)
+    engine = Engine(
+        config.device,
+        config.precision,
+        config.threads,
+        sync_bn=config.sync_bn,
+        timeout_minutes=config.timeout_minutes,
+    )
     if not engine.main:
         silence()
     folder = Path(config.out or default_out(config))
-    with open_run(folder, config, environment(**engine.describe()), writes=engine.main) as run:
+    now = environment(**engine.describe())
+    with engine.together(), open_run(folder, config, now, writes=engine.main) as run:
         engine.wait()  # for the one that opens, and perhaps empties, the folder
+        engine.check_same(run.identity(), f"--out {folder}", "give --out a folder on a file system that all can see")
         if run.summary is None:
             with watched(run, config):
                 _work(Job(config, engine, run, modules or {}, transform))
@@ -89,7 +97,7 @@ def run_distillation(config: Config, modules: Modules | None = None, transform: 
             say(f"{folder} is finished; nothing was changed (--overwrite starts it anew)")
         if engine.main and not run.path("report.html").exists():
             _report(folder, modules or {}, engine)
-    engine.wait()
+        engine.wait()
     student = rebuild(folder, "student", (modules or {}).get("student"))
     return Distilled(folder, saved_summary(folder), student.module.eval())
 

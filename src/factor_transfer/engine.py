@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    gather_object,
+)
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.distributed import DistError
 
-from factor_transfer.errors import ConfigError, Interrupted
+from factor_transfer.errors import ConfigError, RunError, TrainingError
+
+SAME_SIGNAL_SECONDS = 1.0
+"""A launcher passes on the signal that its processes have had from the terminal or from SLURM, too."""
 
 LEAST = 2
 """Samples that batch norm needs of a process's part."""
@@ -30,9 +42,22 @@ class Engine:
         device: auto, cpu, cuda or mps; launch and processes are Accelerate's.
         precision: auto, fp32 or bf16. Accelerate keeps one precision a process, so autocast is our own.
         threads: CPU threads; None leaves torch's choice.
+        sync_bn: batch norm over the images of all processes.
+        timeout_minutes: longest that one process waits for another.
+
+    Raises:
+        ConfigError: this machine has no such device, or it cannot do what is asked.
     """
 
-    def __init__(self, device: str = "auto", precision: str = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        device: str = "auto",
+        precision: str = "auto",
+        threads: int | None = None,
+        *,
+        sync_bn: bool = False,
+        timeout_minutes: float = 10.0,
+    ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         available = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(),
@@ -45,12 +70,27 @@ class Engine:
             )
         on_cpu = device == "cpu" or (device == "auto" and not (available["cuda"] or available["mps"]))
         # Precision is ours: neither Accelerate's environment variables nor its settings file may change it.
-        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
+        self.accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision="no",
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
+                DistributedDataParallelKwargs(broadcast_buffers=False),  # `share_buffers` averages them
+            ],
+        )
         self.device = self.accelerator.device
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         # Of torchrun, which numbers processes host by host.
         self.hosts = self.processes // int(os.environ.get("LOCAL_WORLD_SIZE", self.processes))
         self.bf16 = precision == "bf16" or (precision == "auto" and _has_bf16(self.device))
+        self.sync_bn = sync_bn
+        if sync_bn and self.device.type != "cuda":
+            raise ConfigError(
+                "--sync-bn",
+                found=f"device {self.device}: torch's synchronised batch norm computes on GPUs only",
+                valid="cuda devices",
+                hint="leave it out: each process then normalises its own part of a batch",
+            )
 
     def describe(self) -> dict[str, Any]:
         """What a run's bits depend on."""
@@ -82,6 +122,8 @@ class Engine:
         module = self.place(module)
         if self.accelerator.distributed_type == DistributedType.NO:
             return module
+        if self.sync_bn:
+            convert_sync_batchnorm(module)  # its parts, in place
         return self.accelerator.prepare_model(module)  # type: ignore[no-any-return]
 
     def shard(self, chunk: np.ndarray, *, by_host: bool = False) -> np.ndarray:
@@ -101,42 +143,85 @@ class Engine:
         part: np.ndarray = parts[self.rank]
         return part
 
-    def average_buffers(self, module: nn.Module) -> None:
-        """Batch-norm statistics as all processes saw them: each has met only its part of the images."""
-        if self.processes > 1:
-            for buffer in module.buffers():
-                if buffer.is_floating_point():
-                    buffer.copy_(self.accelerator.reduce(buffer, "mean"))
+    @torch.no_grad()
+    def share_buffers(self, module: nn.Module) -> None:
+        """Batch-norm statistics as the mean over processes, each of which has met only its part of the images.
+
+        After every step, so that all processes hold the same state at any moment: what one of them saves is whole.
+        """
+        buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        if self.processes > 1 and buffers:
+            parts = torch.cat([buffer.flatten() for buffer in buffers])
+            means = self.accelerator.reduce(parts, "mean").split([buffer.numel() for buffer in buffers])
+            for buffer, mean in zip(buffers, means, strict=True):
+                buffer.copy_(mean.view_as(buffer))
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of `values` over processes."""
         return self.accelerator.reduce(values, "sum")  # type: ignore[no-any-return]
 
+    def all_of(self, value: Any) -> list[Any]:
+        """The `value` of every process, in order of rank."""
+        return list(gather_object([value]))
 
-class StopRequest:
-    """The signal that asked to stop, if any."""
+    def largest(self, value: int) -> int:
+        """The largest `value` of all processes."""
+        if self.processes == 1:
+            return value
+        marks = torch.zeros(self.processes, dtype=torch.int64, device=self.device)
+        marks[self.rank] = value
+        return int(self.total(marks).max())
 
-    signum: int | None = None
-
-    def leave_if_any(self) -> None:
-        """Leave training; the caller has saved.
+    def check_same(self, value: str, given: str, hint: str) -> None:
+        """Hold all processes to one value.
 
         Raises:
-            Interrupted: a signal came.
+            RunError: they have different ones.
         """
-        if self.signum is not None:
-            raise Interrupted(self.signum)
+        if len(set(self.all_of(value))) > 1:
+            found = f"{self.processes} processes that do not see the same"
+            raise RunError(given, found=found, valid="one run folder for all processes", hint=hint)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Say in plain words that another process is gone.
+
+        Raises:
+            TrainingError: a collective operation failed.
+        """
+        try:
+            yield
+        except RuntimeError as error:  # gloo raises nothing more special
+            if self.processes == 1 or not (isinstance(error, DistError) or "gloo" in str(error).lower()):
+                raise
+            raise TrainingError(
+                f"process {self.rank} of {self.processes} has lost another one",
+                found=str(error).strip().splitlines()[0],
+                valid="all processes alive and in reach; the last checkpoint is kept",
+                hint="see what the other one said, or what ended it; the same command continues",
+            ) from error
+
+
+class StopRequest:
+    """The signal that asked to stop, if any: 0 for none."""
+
+    signum: int = 0
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """SIGINT and SIGTERM let the step under way finish; a second one of them acts at once."""
+    """SIGINT and SIGTERM let the step under way finish; another one, a second or more later, acts at once."""
     request = StopRequest()
     before: dict[int, Any] = {}
+    first = 0.0
 
     def on_signal(signum: int, _: FrameType | None) -> None:
-        request.signum = signum
-        signal.signal(signum, before[signum])
+        nonlocal first
+        if not request.signum:
+            request.signum, first = signum, time.monotonic()
+        elif time.monotonic() - first > SAME_SIGNAL_SECONDS:
+            signal.signal(signum, before[signum])
+            signal.raise_signal(signum)
 
     try:
         for wanted in (signal.SIGINT, signal.SIGTERM):

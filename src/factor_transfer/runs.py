@@ -31,10 +31,22 @@ from torch import Tensor
 from factor_transfer.config import Config, flag
 from factor_transfer.console import warn
 from factor_transfer.errors import ConfigError, RunError
-from factor_transfer.files import locked, read_json, sha256_file, write_atomic, write_json
+from factor_transfer.files import locked, read_json, sha256_file, sweep, write_atomic, write_json
 
 FREE = frozenset(
-    {"out", "overwrite", "workers", "checkpoint_minutes", "cache_dir", "pixel_cache_gb", "data", "data_dir", "log_with"}
+    {
+        "out",
+        "overwrite",
+        "workers",
+        "checkpoint_minutes",
+        "timeout_minutes",
+        "max_skipped",
+        "cache_dir",
+        "pixel_cache_gb",
+        "data",
+        "data_dir",
+        "log_with",
+    }
 )
 """Settings that may differ when a run is continued: they change no result, or what they name is fingerprinted."""
 
@@ -68,6 +80,11 @@ class Run:
     def begun(self) -> bool:
         """Whether anything was computed."""
         return any(self.folder.glob("stages/*.json")) or any(self.folder.glob("checkpoints/*.pt"))
+
+    def identity(self) -> str:
+        """Tells this folder from one of the same name on another machine: whose lock it is under."""
+        path = self.path("lock")
+        return path.read_text(errors="replace") if path.exists() else "no such folder"
 
     # -- what must stay the same
 
@@ -172,19 +189,26 @@ class Run:
         content = buffer.getvalue()
         path = self.path(f"checkpoints/{stage}-{epoch:06d}-{step:08d}.pt")
         path.parent.mkdir(exist_ok=True)
-        write_atomic(path, content)
+        # The checksum first: a kill between the two leaves no checkpoint that looks damaged.
         write_atomic(path.with_suffix(".sha256"), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n")
+        write_atomic(path, content)
         for old in self._checkpoints(stage)[:-KEPT]:
             _delete_checkpoint(old)
 
     def load_checkpoint(self, stage: str) -> dict[str, Any] | None:
         """The newest whole checkpoint of a stage; None if it has none. A damaged one is named and passed over."""
-        for path in reversed(self._checkpoints(stage)):
+        paths = self._checkpoints(stage)
+        for path in reversed(paths):
             check = path.with_suffix(".sha256")
-            if check.exists() and check.read_text().split()[:1] == [sha256_file(path)]:
-                state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-                return state
-            warn(f"{path} is damaged; the checkpoint before it is used")
+            if check.exists() and check.read_bytes().split()[:1] == [sha256_file(path).encode()]:
+                try:
+                    state = torch.load(path, map_location="cpu", weights_only=True)
+                except Exception:  # whatever the reader raises on a foreign or hostile file
+                    state = None
+                if isinstance(state, dict):
+                    return state
+            before = "the checkpoint before it is used" if path != paths[0] else f"{stage} begins anew"
+            warn(f"{path} is damaged; {before}")
         return None
 
     def _checkpoints(self, stage: str) -> list[Path]:
@@ -209,6 +233,10 @@ def open_run(folder: Path, config: Config, environment: Mapping[str, Any], *, wr
             stack.enter_context(locked(folder / "lock"))
             if config.overwrite:
                 _empty(folder)
+            sweep(folder)
+            for check in folder.glob("checkpoints/*.sha256"):
+                if not check.with_suffix(".pt").exists():
+                    check.unlink()
             _continue_or_begin(run, config, environment)
         except OSError as error:
             found = f"{error.strerror or error}: {error.filename or folder}"

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import nn
 
 from factor_transfer.cache import CachedTeacher, FactorCache, choose_views, say_what_changed
@@ -18,16 +17,18 @@ from factor_transfer.console import say, warn
 from factor_transfer.data import open_data
 from factor_transfer.engine import Engine
 from factor_transfer.errors import ModelError, TrainingError
+from factor_transfer.evaluation import evaluate, evaluate_paraphraser
 from factor_transfer.export import EXPORT_IMAGES, export_pt2, latency_ms, metadata_of
 from factor_transfer.files import cache_folder, state_fingerprint, write_json
 from factor_transfer.frozen import FrozenTeacher, folded
+from factor_transfer.health import DEAD
 from factor_transfer.method import Paraphraser, Translator, factor_channels, factor_loss_bound, portable_beta
 from factor_transfer.models import Network, Role, count_parameters, own_size
 from factor_transfer.pairs import Modules, Pair, Side, load_side
 from factor_transfer.runs import Run
 from factor_transfer.seeds import part_seed, seeded
 from factor_transfer.tasks import DistillationTask, FactorTransfer, Labels, ParaphraserTask, TeacherSide, Term
-from factor_transfer.train import Plan, Trainer, evaluate
+from factor_transfer.train import Plan, Trainer
 from factor_transfer.views import Transform
 from factor_transfer.weights import load_paraphraser, load_weights, paraphraser_metadata
 
@@ -131,7 +132,7 @@ class Job:
         lr = config.teacher_lr or usual
         say(f"teacher: {kind} for {config.teacher_epochs} passes, learning rate {lr:g}")
         plan = Plan(stage="teacher", epochs=config.teacher_epochs, lr=lr, seed=config.data_seed)
-        self.run.record("teacher", {"seconds": self._train(side, [Labels()], None, plan)})
+        self.run.record("teacher", self._train(side, [Labels()], None, plan))
 
     def _check_teacher(self, top1: float) -> None:
         chance = 100 / len(self.data.classes)
@@ -184,13 +185,21 @@ class Job:
             )
         if found is None:
             teacher = self._teacher_side(pair)
-            seconds = self._train_paraphraser(paraphraser, teacher) if file is None else 0.0
-            error = self._relative_error(paraphraser, teacher)
+            training = self._train_paraphraser(paraphraser, teacher) if file is None else {"seconds": 0.0}
+            quality = evaluate_paraphraser(
+                paraphraser, teacher, self.data.validation, self.engine, batch_size=config.batch_size
+            )
             self._check_unchanged("paraphraser", teacher)
             run.save_weights("paraphraser", paraphraser.state_dict(), paraphraser_metadata(paraphraser))
-            found = run.record("paraphraser", {"relative_error": error, "seconds": seconds})
+            found = run.record("paraphraser", {**quality, **training})
         say(f"paraphraser: its reconstruction error is {found['relative_error']:.3f} of a mean predictor's")
-        if found["relative_error"] > POOR_RECONSTRUCTION:
+        if found.get("factor_variety", 1.0) < DEAD:
+            share = f"{found['factor_variety']:.1e} of the variety of the teacher's maps"
+            warn(
+                f"the paraphraser is collapsed: its factor is nearly the same for every image ({share}), so it teaches "
+                "nothing: try a lower --paraphraser-lr, more --paraphraser-epochs or more --k"
+            )
+        elif found["relative_error"] > POOR_RECONSTRUCTION:
             warn("the paraphraser learned little: try more --paraphraser-epochs, another --paraphraser-lr or more --k")
         return paraphraser
 
@@ -202,7 +211,7 @@ class Job:
         with seeded(part_seed(config.data_seed, "paraphraser")):
             return Paraphraser(channels, factor_channels(channels, config.k), config.factor_batch_norm)
 
-    def _train_paraphraser(self, paraphraser: Paraphraser, teacher: nn.Module) -> float:
+    def _train_paraphraser(self, paraphraser: Paraphraser, teacher: nn.Module) -> dict[str, float]:
         config = self.config
         plan = Plan(
             stage="paraphraser",
@@ -213,30 +222,7 @@ class Job:
             constant=True,
         )
         task = ParaphraserTask(paraphraser, teacher, config.reconstruction)
-        return Trainer(task, plan, self.data.train, self.engine, config, self.run).fit().seconds
-
-    @torch.no_grad()
-    def _relative_error(self, paraphraser: Paraphraser, teacher: nn.Module) -> float:
-        """Mean absolute reconstruction error on validation images over that of the mean feature map.
-
-        Two passes, so that no set of feature maps has to fit into memory.
-        """
-        self.engine.place(paraphraser).eval()
-        count = len(self.data.validation)
-
-        def features() -> Any:
-            chunks = np.array_split(np.arange(count), -(-count // self.config.batch_size))
-            for batch in self.data.validation.batches(chunks, view=None):
-                with self.engine.autocast():
-                    feature = teacher(batch.image.to(self.engine.device))["feature"]
-                yield feature.float()
-
-        mean = torch.stack([feature.sum(0) for feature in features()]).sum(0) / count
-        error = spread = 0.0
-        for feature in features():
-            error += float((paraphraser(feature) - feature).abs().sum())
-            spread += float((feature - mean).abs().sum())
-        return error / max(spread, 1e-12)
+        return Trainer(task, plan, self.data.train, self.engine, config, self.run).fit().record()
 
     # -- stages 2 and 3: the student, and the student alone
 
@@ -262,7 +248,11 @@ class Job:
         }
         teacher = self._teacher_side(pair, paraphraser)
         shown = self._cached(teacher, pair, paraphraser) if self.views else teacher
-        return self._student("student", pair.student, terms, shown, found)
+        try:
+            return self._student("student", pair.student, terms, shown, found)
+        finally:
+            if isinstance(shown, CachedTeacher):
+                shown.cache.close()
 
     def _cached(self, live: FrozenTeacher, pair: Pair, paraphraser: Paraphraser) -> FrozenTeacher | CachedTeacher:
         """The live teacher behind the factor cache; alone where the cache's folder cannot be written."""
@@ -303,10 +293,10 @@ class Job:
             return side
         epochs, lr, average = self.config.epochs, self.config.lr, self.config.model_ema
         plan = Plan(stage=stage, epochs=epochs, lr=lr, seed=self.config.seed, views=self.views, average=average)
-        seconds = self._train(side, terms, teacher, plan)
+        training = self._train(side, terms, teacher, plan)
         if teacher is not None:
             self._check_unchanged(stage, teacher)
-        self.run.record(stage, {**self._assess(side.network), "seconds": seconds, **found})
+        self.run.record(stage, {**self._assess(side.network), **training, **found})
         return side
 
     # -- stage 4: the result
@@ -375,19 +365,19 @@ class Job:
         data = self.data
         return load_side(role, self.config, len(data.classes), data.img_size, self.modules.get(role))
 
-    def _train(self, side: Side, terms: Sequence[Term], teacher: nn.Module | None, plan: Plan) -> float:
-        """Train a network on its terms and save it under the stage's name; returns the seconds of training."""
+    def _train(self, side: Side, terms: Sequence[Term], teacher: nn.Module | None, plan: Plan) -> dict[str, float]:
+        """Train a network on its terms and save it under the stage's name; returns what is recorded of it."""
         network = side.network
         task = DistillationTask(side.tapped(), network.norm, terms, teacher)
         trainer = Trainer(task, plan, self.data.train, self.engine, self.config, self.run, self.data.validation)
-        seconds = trainer.fit().seconds
+        training = trainer.fit().record()
         trained = task.trained()
         network.module.load_state_dict(trained.student.module.state_dict())
         for term in trained.terms.values():
             if isinstance(term, FactorTransfer):  # no part of the student, but the report shows its factors
                 self.run.save_weights("translator", term.translator.state_dict(), {"format": "pt"})
         self.run.save_weights(plan.stage, network.module.state_dict(), {"format": "pt"})
-        return seconds
+        return training
 
     def _fetch(self, network: Network, stage: str) -> None:
         """Load what `_train` saved."""

@@ -18,6 +18,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from factor_transfer.features import Tapped, align
+from factor_transfer.health import DEAD, relative_variety
 from factor_transfer.method import (
     Paraphraser,
     Translator,
@@ -76,6 +77,10 @@ class Term(nn.Module):
         """The weighted loss, a scalar averaged over the batch."""
         raise NotImplementedError
 
+    def seen(self) -> dict[str, Tensor]:
+        """What the last forward showed besides its loss, for the curves: scalars by name."""
+        return {}
+
 
 class Labels(Term):
     """Cross-entropy with the images' own labels (equation 3)."""
@@ -108,7 +113,12 @@ class FactorTransfer(Term):
         """Pools the student's map to the factor's height and width where it is the larger one."""
         factor = teacher["factor"]
         translated = self.translator(align(student.feature, (factor.shape[-2], factor.shape[-1])))
+        self._variety = relative_variety(translated.detach(), factor)
         return self.beta * factor_transfer_loss(translated, factor, self.p)
+
+    def seen(self) -> dict[str, Tensor]:
+        """How much the translator's output varies over a batch, as a share of how much the factors do."""
+        return {"factor_variety": self._variety}
 
 
 class Trainee(nn.Module):
@@ -154,7 +164,18 @@ class DistillationTask(TrainingTask):  # type: ignore[misc] # timm ships no type
         """One step's losses for uint8 images (B, 3, H, W) and labels (B,); `index` (B,) and `view` say which images."""
         teacher = self.teacher(input, index, view) if self.teacher is not None else {}
         logits, losses = self.trainable_module(input, target, teacher)
-        return {"loss": torch.stack(list(losses.values())).sum(), "output": logits, **losses}
+        seen = {name: value for term in unwrap_model(self.trainable_module).terms.values()
+                for name, value in term.seen().items()}  # fmt: skip
+        return {"loss": torch.stack(list(losses.values())).sum(), "output": logits, **losses, **seen}
+
+    def troubles(self, means: dict[str, float]) -> list[str]:
+        """What a user should know of a pass with these mean values."""
+        if means.get("factor_variety", 1.0) >= DEAD:
+            return []
+        share = f"{means['factor_variety']:.1e} of the variety of the factors it should follow"
+        return [
+            f"the translator is dead: its output is nearly the same for every image ({share}); lower --lr or --beta"
+        ]
 
     def trained(self) -> Trainee:
         """What is evaluated and shipped: the trained module, or the average of its weights where one is kept."""
@@ -182,3 +203,7 @@ class ParaphraserTask(TrainingTask):  # type: ignore[misc] # timm ships no types
         """One step's loss for uint8 images (B, 3, H, W); `target` is not read."""
         feature = self.teacher(input, index, view)["feature"]
         return {"loss": reconstruction_loss(self.trainable_module(feature), feature, self.norm), "output": None}
+
+    def troubles(self, means: dict[str, float]) -> list[str]:
+        """Nothing yet: a paraphraser begins with the mean map, and is judged when it is trained."""
+        return []

@@ -1,4 +1,4 @@
-"""The one training loop and the one evaluation, used by every stage.
+"""The one training loop, used by every stage.
 
 Whatever happens in step s of pass e is a function of the settings, e and s: the order, the views and the noise inside
 layers are addressed (see `views`), the learning rate is timm's function of the step. So a checkpoint holds weights,
@@ -9,27 +9,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from inspect import signature
-from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
-from timm.task import TrainingTask
 from torch import nn
 
 from factor_transfer.config import Config
-from factor_transfer.console import PassBar, formatted, pass_bar, say
+from factor_transfer.console import PassBar, formatted, pass_bar, say, warn
 from factor_transfer.engine import Engine, StopRequest, stop_signals
-from factor_transfer.errors import ConfigError, TrainingError, near
+from factor_transfer.errors import ConfigError, Interrupted, RunError, TrainingError, near
+from factor_transfer.evaluation import chunks_of, evaluate
+from factor_transfer.health import first_bad_layer, not_finite
 from factor_transfer.runs import Run
 from factor_transfer.seeds import part_seed
 from factor_transfer.splits import Batch, Split
+from factor_transfer.tasks import DistillationTask, ParaphraserTask
 from factor_transfer.views import permutation
 
 BY_PASSES = ("multistep", "step")
@@ -62,11 +62,19 @@ class Progress:
     epoch: int = 0
     step: int = 0
     seconds: float = 0.0
+    skipped: int = 0
+    """Steps of all passes that left no trace, because loss or gradient was not finite."""
+    in_a_row: int = 0
+    """The last of them that followed each other."""
     sums: dict[str, float] = field(default_factory=dict)
+
+    def skip(self) -> None:
+        """Count a step that left no trace."""
+        self.step, self.skipped, self.in_a_row = self.step + 1, self.skipped + 1, self.in_a_row + 1
 
     def add(self, images: int, values: dict[str, float]) -> None:
         """Add the values of one step, as sums over images."""
-        self.step += 1
+        self.step, self.in_a_row = self.step + 1, 0
         for name, value in {"images": 1.0, **values}.items():
             self.sums[name] = self.sums.get(name, 0.0) + value * images
 
@@ -74,6 +82,10 @@ class Progress:
         """Averages over the images of the pass so far."""
         images = self.sums.get("images", 0.0)
         return {name: value / images for name, value in self.sums.items() if name != "images"}
+
+    def record(self) -> dict[str, float]:
+        """What is kept of a finished training: its seconds, and its skipped steps where there were any."""
+        return {"seconds": self.seconds} | ({"skipped_steps": self.skipped} if self.skipped else {})
 
     def next_pass(self) -> None:
         """Begin the next pass."""
@@ -84,7 +96,8 @@ class Trainer:
     """One stage's training; `fit` runs it to its end, or on from the run folder's checkpoint.
 
     Args:
-        task: gives `loss` (and `output`, logits) for images and labels; its `trainable_module` is trained in place.
+        task: gives `loss` (and `output`, logits) for images and labels; its `trainable_module` is trained in place. Its
+            `troubles` are said after every pass.
         plan: passes, learning rate and seed of this stage.
         train: the images.
         engine: device, processes and precision.
@@ -95,7 +108,7 @@ class Trainer:
 
     def __init__(
         self,
-        task: TrainingTask,
+        task: DistillationTask | ParaphraserTask,
         plan: Plan,
         train: Split,
         engine: Engine,
@@ -105,7 +118,15 @@ class Trainer:
     ) -> None:
         self.task, self.plan, self.engine, self.config, self.run = task, plan, engine, config, run
         self.train, self.validation = train, validation
-        self.steps = len(_chunks(np.arange(len(train)), config.batch_size, least=2 * engine.processes))
+        sizes = [len(chunk) for chunk in training_chunks(np.arange(len(train)), config.batch_size)]
+        if engine.processes > 1 and min(sizes) < 2 * engine.processes:
+            raise ConfigError(
+                f"--batch-size {config.batch_size}",
+                found=f"a batch of {min(sizes)} images for {engine.processes} processes",
+                valid="two images for each process in every batch: batch norm cannot train on one",
+                hint=f"give --batch-size {4 * engine.processes} or more, or start fewer processes",
+            )
+        self.steps = len(sizes)
         engine.place(task)
         self.module: nn.Module = task.get_trainable_module()
         if plan.average:
@@ -120,15 +141,15 @@ class Trainer:
             The progress at the end; its `seconds` count training only, over all interruptions.
 
         Raises:
-            Interrupted: a signal came; the state is saved.
-            TrainingError: the loss is no longer finite; the last good checkpoint is kept.
+            Interrupted: a signal came, to any of the processes; the state is saved.
+            TrainingError: too many steps in a row were not finite; the last good checkpoint is kept.
         """
         self.task.trainable_module = self.engine.wrap(self.module)
         with stop_signals() as stop:
             while self.progress.epoch < self.plan.epochs:
                 self._pass(stop)
                 self._end_pass()
-                stop.leave_if_any()
+                self._leave(self.engine.largest(stop.signum))
         self.task.trainable_module = self.module
         return self.progress
 
@@ -137,7 +158,7 @@ class Trainer:
         progress, plan = self.progress, self.plan
         view = progress.epoch % plan.views if plan.views else progress.epoch
         order = permutation(self.config.data_seed, progress.epoch, len(self.train))
-        chunks = _chunks(order, self.config.batch_size, least=2 * self.engine.processes)[progress.step :]
+        chunks = training_chunks(order, self.config.batch_size)[progress.step :]
         saved = started = time.monotonic()
         before = progress.seconds
         self.task.train()
@@ -147,23 +168,37 @@ class Trainer:
             batches = self.train.batches(parts, view=view)
             for chunk, batch in zip(chunks, batches, strict=True):
                 values = self._step(batch, len(chunk), view)
-                progress.add(len(chunk), values)
+                if values is None:
+                    progress.skip()
+                else:
+                    progress.add(len(chunk), values)
                 progress.seconds = before + time.monotonic() - started
                 self._show(bar, len(chunk))
+                signum = self.engine.largest(stop.signum)  # any process's signal is for all
                 late = time.monotonic() - saved > 60 * self.config.checkpoint_minutes
-                if (late or stop.signum) and progress.step < self.steps:
+                if (late or signum) and progress.step < self.steps:
                     self._save()
                     saved = time.monotonic()
-                    stop.leave_if_any()
+                    self._leave(signum)
 
-    def _step(self, batch: Batch, size: int, view: int) -> dict[str, float]:
-        """One update from this process's part of a batch of `size` images; the values are means over all of it."""
+    def _step(self, batch: Batch, size: int, view: int) -> dict[str, float] | None:
+        """One update from this process's part of a batch of `size` images.
+
+        Returns:
+            Means over the whole batch; None where loss or gradient is not finite, and then nothing has changed.
+        """
         engine, task = self.engine, self.task
         update = self.progress.epoch * self.steps + self.progress.step
-        torch.manual_seed(part_seed(self.plan.seed, "noise", self.plan.stage, update, engine.rank))
         images, labels = batch.image.to(engine.device), batch.label.to(engine.device)
-        with engine.autocast():
-            result = task(images, labels, batch.index, view)
+
+        def forward() -> dict[str, Any]:
+            torch.manual_seed(part_seed(self.plan.seed, "noise", self.plan.stage, update, engine.rank))
+            with engine.autocast():
+                found: dict[str, Any] = task(images, labels, batch.index, view)
+            return found
+
+        buffers = [buffer.clone() for buffer in self.module.buffers()]
+        result = forward()
         share = len(labels) / size
         self.optimizer.zero_grad(set_to_none=True)
         # Gradients are averaged over processes, and the parts of one batch can differ in size.
@@ -174,25 +209,53 @@ class Trainer:
         values = {name: value.detach() for name, value in result.items() if name != "output"} | {"gradient_norm": norm}
         if result["output"] is not None:
             values["train_top1"] = 100 * (result["output"].detach().argmax(1) == labels).float().mean()
-        totals = engine.total(torch.stack([value.float() for value in values.values()]) * share)
+        totals = engine.total(torch.stack([value.to(result["loss"].dtype) for value in values.values()]) * share)
         means = dict(zip(values, totals.tolist(), strict=True))
-        if not math.isfinite(means["loss"]):
-            raise self._not_finite(f"the loss, {formatted(means)}")
-        if not norm.isfinite():
-            raise self._not_finite(f"the gradient, where {formatted(means)}")
+        # Sums over processes and the averaged gradient: all processes decide alike.
+        if not (math.isfinite(means["loss"]) and norm.isfinite()):
+            self._skip(means, forward)
+            for buffer, value in zip(self.module.buffers(), buffers, strict=True):
+                buffer.copy_(value)
+            self.scheduler.step_update(update + 1)
+            return None
         self.optimizer.step()
         self.scheduler.step_update(update + 1)
+        engine.share_buffers(self.module)
         task.update_ema(step=update)
         return means
+
+    def _skip(self, means: dict[str, float], forward: Callable[[], Any]) -> None:
+        """Say what was not finite, and stop where that is so too often."""
+        bad = [name for name in getattr(self.module, "terms", {}) if not math.isfinite(means[name])]
+        what = " and ".join(bad) if bad else "loss" if not math.isfinite(means["loss"]) else "gradient"
+        if self.progress.in_a_row < self.config.max_skipped:
+            if not self.progress.in_a_row:
+                place = f"pass {self.progress.epoch + 1}, step {self.progress.step + 1}"
+                warn(f"{self.plan.stage}: {what} not finite in {place}; the step is skipped ({formatted(means)})")
+            return
+        self.task.trainable_module = self.module
+        layer = first_bad_layer(self.task, forward)
+        if layer is None:  # backward comes to the last parameters first
+            layer = next(reversed(not_finite((n, p.grad) for n, p in self.module.named_parameters())), None)
+        layers = [found for found in self.engine.all_of(layer) if found]
+        where = f", first in {layers[0].removeprefix('trainable_module.')}" if layers else ""
+        raise self._not_finite(f"the {what}{where}; {formatted(means)}")
+
+    def _leave(self, signum: int) -> None:
+        """Leave training if a signal came, when all is saved.
+
+        Raises:
+            Interrupted: one came.
+        """
+        if signum:
+            self.engine.wait()
+            raise Interrupted(signum)
 
     def _end_pass(self) -> None:
         """Evaluate, write the pass down, and save."""
         progress, plan = self.progress, self.plan
-        average = self.task.get_trainable_module(ema=True)
-        for module in (self.module, average):
-            if module is not None:
-                self.engine.average_buffers(module)
-        row = {"lr": self.optimizer.param_groups[0]["lr"], **progress.means()}
+        means = progress.means()
+        row = {"lr": self.optimizer.param_groups[0]["lr"], **means}
         if self.validation is not None:
             found = evaluate(
                 self.task.trained().classifier(), self.validation, self.engine, batch_size=self.config.batch_size
@@ -200,6 +263,10 @@ class Trainer:
             row |= {f"validation_{name}": value for name, value in found.items()}
         if not all(map(math.isfinite, row.values())):
             raise self._not_finite(formatted(row))
+        if progress.skipped:
+            row["skipped_steps"] = progress.skipped
+        for trouble in self.task.troubles(means):
+            warn(f"{plan.stage}: {trouble}")
         self.run.log(plan.stage, progress.epoch + 1, {**row, "seconds": round(progress.seconds, 3)})
         for watcher in self.run.watchers:
             watcher(self, row)
@@ -210,8 +277,11 @@ class Trainer:
         self._save()
 
     def _save(self) -> None:
-        if not all(tensor.isfinite().all() for tensor in self.module.state_dict().values()):
-            raise self._not_finite("the weights, after the last step")
+        bad = not_finite(self.module.state_dict().items())
+        if bad:
+            raise self._not_finite(f"the weights of {bad[0]}, after the last step")
+        if self.progress.in_a_row:
+            return  # what makes these steps fail may be in the weights; the checkpoints before them are kept
         ema = self.task.get_trainable_module(ema=True)
         state = {
             "progress": vars(self.progress),
@@ -223,21 +293,37 @@ class Trainer:
 
     def _restore(self) -> Progress:
         state = self.run.load_checkpoint(self.plan.stage)
-        progress = Progress(**state["progress"]) if state is not None else Progress()
+        try:
+            progress = Progress(**state["progress"]) if state is not None else Progress()
+        except (KeyError, TypeError) as error:
+            raise self._foreign(str(error)) from error
         self.run.trim_metrics(self.plan.stage, progress.epoch)
         if state is not None:
-            self.module.load_state_dict(state["module"])
-            if state["ema"] is not None:
-                self.task.get_trainable_module(ema=True).module.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            try:
+                self.module.load_state_dict(state["module"])
+                if self.plan.average:
+                    self.task.get_trainable_module(ema=True).module.load_state_dict(state["ema"])
+                self.optimizer.load_state_dict(state["optimizer"])
+            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+                raise self._foreign(str(error)) from error
             say(f"{self.plan.stage}: continued after {progress.epoch} passes and {progress.step} steps")
         return progress
 
+    def _foreign(self, reason: str) -> RunError:
+        where = self.run.path("checkpoints")
+        hint = f"delete its {self.plan.stage}-* files to begin that stage anew"
+        return RunError(str(where), found=f"a checkpoint of something else: {reason[:200]}", hint=hint)
+
     def _not_finite(self, what: str) -> TrainingError:
         plan, progress = self.plan, self.progress
+        row = f", the last of {progress.in_a_row + 1} in a row" if progress.in_a_row else ""
+        precision = "bf16" if self.engine.bf16 else "fp32"
+        rate = self.optimizer.param_groups[0]["lr"]
+        terms: Any = getattr(self.module, "terms", nn.ModuleDict())
+        weight = "".join(f", --beta {term.beta:g}" for term in terms.values() if hasattr(term, "beta"))
         return TrainingError(
-            f"{plan.stage}: not finite in pass {progress.epoch + 1}, step {progress.step + 1}: {what}",
-            found=f"--lr {plan.lr:g}, --beta {self.config.beta}",
+            f"{plan.stage}: not finite in pass {progress.epoch + 1}, step {progress.step + 1}{row}: {what}",
+            found=f"--lr {plan.lr:g} (now {rate:.3g}){weight}, --precision {precision}",
             valid="finite losses; the last good checkpoint is kept",
             hint="give a lower --lr or --beta, --clip-grad 5, or --precision fp32, with another --out or --overwrite",
         )
@@ -246,43 +332,6 @@ class Trainer:
         if images:
             means = self.progress.means()
             bar(images, {name: means[name] for name in ("loss", "train_top1") if name in means})
-
-
-def evaluate(
-    model: nn.Module, images: Split | Sequence[Split], engine: Engine, *, batch_size: int = 128, precise: bool = False
-) -> dict[str, float]:
-    """`top1` in percent and `loss` (cross-entropy) of `model`, each image counted once.
-
-    Args:
-        model: uint8 images (B, 3, H, W) -> logits (B, N); evaluated in eval mode, and left in the mode it was in.
-        images: a split or several, shown without augmentation.
-        engine: device and processes.
-        batch_size: images a step, over all processes.
-        precise: compute in float32 whatever the precision of training.
-    """
-    engine.place(model)
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    sums = torch.zeros(3, device=engine.device)  # right, loss, images
-    splits = [images] if isinstance(images, Split) else images
-    with torch.no_grad():
-        for batch in chain.from_iterable(_shown(split, batch_size, engine) for split in splits):
-            labels = batch.label.to(engine.device)
-            with torch.autocast(engine.device.type, enabled=False) if precise else engine.autocast():
-                logits = model(batch.image.to(engine.device))
-            right = (logits.argmax(1) == labels).sum()
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-            sums += torch.stack([right.float(), loss, torch.full_like(loss, len(labels))])
-    for module, mode in training.items():
-        module.training = mode
-    right, loss, count = engine.total(sums).tolist()
-    return {"top1": 100 * right / count, "loss": loss / count}
-
-
-def _shown(split: Split, batch_size: int, engine: Engine) -> Iterator[Batch]:
-    """This process's part of a split, as evaluation shows it."""
-    parts = [engine.shard(chunk) for chunk in _chunks(np.arange(len(split)), batch_size)]
-    return split.batches([part for part in parts if len(part)], view=None)
 
 
 def optimizer_and_schedule(
@@ -332,12 +381,17 @@ def optimizer_and_schedule(
     return optimizer, scheduler
 
 
-def _chunks(indices: np.ndarray, size: int, least: int = 1) -> list[np.ndarray]:
-    """`indices` in batches of `size`; a rest of fewer than `least` goes with the batch before it.
+def training_chunks(indices: np.ndarray, size: int) -> list[np.ndarray]:
+    """`indices` in batches of `size`; a rest of less than half a batch shares evenly with the batch before it.
 
-    Batch norm cannot train on one image, and every process needs one.
+    Batch norm cannot train on one image, and every process needs two. The same for any number of processes, so that
+    another number of them can continue a pass.
+
+    >>> [len(chunk) for chunk in training_chunks(np.arange(33), 10)]
+    [10, 10, 7, 6]
     """
-    starts = list(range(0, len(indices), size))
-    if len(starts) > 1 and len(indices) - starts[-1] < least:
-        starts.pop()
-    return [indices[start:end] for start, end in zip(starts, [*starts[1:], len(indices)], strict=True)]
+    chunks = chunks_of(indices, size)
+    if len(chunks) > 1 and len(chunks[-1]) < max(size / 2, 2):
+        last = np.concatenate(chunks[-2:])
+        chunks[-2:] = np.array_split(last, 2) if len(last) >= 4 else [last]
+    return chunks
