@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -124,7 +125,9 @@ class Engine:
             return module
         if self.sync_bn:
             convert_sync_batchnorm(module)  # its parts, in place
-        return self.accelerator.prepare_model(module)  # type: ignore[no-any-return]
+        with warnings.catch_warnings():  # torch 2.14 has another name for broadcast_buffers, torch 2.9 only this one
+            warnings.simplefilter("ignore", FutureWarning)
+            return self.accelerator.prepare_model(module)  # type: ignore[no-any-return]
 
     def shard(self, chunk: np.ndarray, *, by_host: bool = False) -> np.ndarray:
         """This process's part of a batch: every sample goes to exactly one process.

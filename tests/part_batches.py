@@ -1,0 +1,111 @@
+"""Trainings that are the same for one process and for several; `torchrun part_batches.py FOLDER` runs them all.
+
+Each leaves, on rank 0, `NAME.pt`: loss and gradients of every step, weights and averaged weights at the end, and the
+sample indices that each process saw in each pass.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from factor_transfer.cache import CachedTeacher, FactorCache
+from factor_transfer.config import Config, DataConfig
+from factor_transfer.console import silence
+from factor_transfer.data import open_data
+from factor_transfer.engine import Engine
+from factor_transfer.features import Tapped
+from factor_transfer.method import Paraphraser, Translator
+from factor_transfer.models import FrozenTeacher, InputNorm
+from factor_transfer.runs import Run
+from factor_transfer.seeds import seeded
+from factor_transfer.tasks import DistillationTask, FactorTransfer, Labels, ParaphraserTask, TeacherSide
+from factor_transfer.train import Plan, Trainer
+
+NAMES = ("student", "cached", "paraphraser", "batch_norm", "float32")
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def network(width: int, norm: bool) -> nn.Sequential:
+    """8x8 images -> maps of 4x4 behind layer `map`, and 10 classes."""
+    parts: dict[str, nn.Module] = {"conv": nn.Conv2d(3, width, 3, 2, 1)}
+    parts |= {"norm": nn.BatchNorm2d(width)} if norm else {}
+    parts |= {"map": nn.LeakyReLU(0.1), "pool": nn.AdaptiveAvgPool2d(2), "flat": nn.Flatten(),
+              "head": nn.Linear(4 * width, 10)}  # fmt: skip
+    found = nn.Sequential()
+    for name, part in parts.items():
+        found.add_module(name, part)
+    return found
+
+
+def trainer(name: str, folder: Path, engine: Engine) -> Trainer:
+    """One of `NAMES`: 99 images a batch, so that parts are uneven in every batch, and the last batch is short."""
+    data = open_data(DataConfig(data="digits"), default_size=lambda: 8)
+    with seeded(0):
+        teacher, student = network(8, True), network(6, name == "batch_norm")
+        paraphraser, translator = Paraphraser(8, 4), Translator(6, 4)
+    tapped = Tapped(teacher, "map")
+    live: nn.Module = FrozenTeacher(
+        TeacherSide(tapped, InputNorm(*HALF), (4, 4), None if name == "paraphraser" else paraphraser)
+    )
+    if name == "cached":
+        live = CachedTeacher(live, FactorCache(folder / "cache", {}, (4, 4, 4), len(data.train), 1))
+    terms = [Labels(), FactorTransfer(translator, 20.0)]
+    task: Any = (
+        ParaphraserTask(paraphraser, live)
+        if name == "paraphraser"
+        else DistillationTask(Tapped(student, "map"), InputNorm(*HALF), terms, live)
+    )
+    config = Config(teacher="", student="", data="digits", batch_size=99, device="cpu", lr=0.05)
+    epochs = 4 if name == "float32" else 2
+    views = 1 if name == "cached" else 0
+    plan = Plan(stage=name, epochs=epochs, lr=0.05, seed=0, views=views, average=name in {"student", "cached"})
+    folder.mkdir(parents=True, exist_ok=True)
+    task = task.float() if name == "float32" else task.double()
+    return Trainer(task, plan, data.train, engine, config, Run(folder, writes=engine.main))
+
+
+def observed(made: Trainer) -> dict[str, Any]:
+    """Train to the end, and tell what happened."""
+    losses: list[float] = []
+    gradients: list[Tensor] = []
+    shown: list[tuple[int, int]] = []
+    step = made._step
+
+    def watched(batch: Any, size: int, view: int) -> Any:
+        shown.extend((made.progress.epoch, index) for index in batch.index.tolist())
+        values = step(batch, size, view)
+        assert values is not None
+        losses.append(values["loss"])
+        gradients.append(torch.cat([p.grad.flatten() for p in made.module.parameters() if p.grad is not None]))
+        return values
+
+    made._step = watched  # type: ignore[method-assign]
+    made.fit()
+    average = made.task.get_trainable_module(ema=True)
+    return {
+        "losses": torch.tensor(losses, dtype=torch.float64),
+        "gradients": torch.stack(gradients),
+        "weights": {name: value.clone() for name, value in made.module.state_dict().items()},
+        "average": {} if average is None else dict(average.module.state_dict()),
+        "shown": made.engine.all_of(shown),
+    }
+
+
+def main(folder: Path) -> None:
+    """All of them."""
+    torch.set_num_threads(1)
+    silence()
+    engine = Engine("cpu", "fp32")
+    for name in NAMES:
+        found = observed(trainer(name, folder / name, engine))
+        if engine.main:
+            torch.save(found, folder / f"{name}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,304 @@
+"""Several processes compute what one does, end together, and continue as any other number of them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from factor_transfer.engine import Engine
+from factor_transfer.errors import ConfigError
+from factor_transfer.files import state_fingerprint
+from factor_transfer.runs import Run
+from factor_transfer.train import training_chunks
+from factor_transfer.views import permutation
+
+HERE = Path(__file__).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+spec = importlib.util.spec_from_file_location("part_batches", HERE / "part_batches.py")
+assert spec is not None
+assert spec.loader is not None
+part_batches = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(part_batches)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes left."""
+    folder = tmp_path_factory.mktemp("two")
+    command = [*TORCHRUN, "--nproc-per-node", "2", "--standalone", str(HERE / "part_batches.py"), str(folder)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine("cpu", "fp32")
+
+
+def both(name: str, two: Path, tmp_path: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
+    one = part_batches.observed(part_batches.trainer(name, tmp_path / name, engine))
+    return one, torch.load(two / f"{name}.pt", weights_only=True)
+
+
+def distance(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == two.keys()
+    return max((float((one[name] - two[name]).abs().max()) for name in one), default=0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["student", "cached", "paraphraser"])
+def test_two_processes__give_the_loss_and_gradients_of_one(
+    name: str, two: Path, tmp_path: Path, engine: Engine
+) -> None:
+    """In float64, without batch norm: every step of both passes, with parts of 50 and 49 images."""
+    one, other = both(name, two, tmp_path, engine)
+    assert one["losses"].shape == (26,)
+    assert float((one["losses"] - other["losses"]).abs().max()) < 1e-10
+    assert float((one["gradients"] - other["gradients"]).abs().max()) < 1e-10
+    assert distance(one["weights"], other["weights"]) < 1e-10
+    assert bool(one["average"]) is (name != "paraphraser")
+    assert distance(one["average"], other["average"]) < 1e-10
+    assert float(one["gradients"].abs().max()) > 1e-3, "there is something to compare"
+
+
+@pytest.mark.slow
+def test_two_processes__show_each_image_once_a_pass(two: Path, engine: Engine) -> None:
+    for name in ("student", "paraphraser", "cached"):
+        shown = torch.load(two / f"{name}.pt", weights_only=True)["shown"]
+        assert len(shown) == 2
+        assert not set(shown[0]) & set(shown[1])
+        assert sorted(shown[0] + shown[1]) == [(epoch, index) for epoch in range(2) for index in range(1258)]
+
+
+@pytest.mark.slow
+def test_two_processes__are_one_in_float32_to_a_tolerance(two: Path, tmp_path: Path, engine: Engine) -> None:
+    """After 52 steps the weights agree to 1e-4, where the largest is about 1."""
+    one, other = both("float32", two, tmp_path, engine)
+    assert one["losses"].shape == (52,)
+    assert one["gradients"].dtype == torch.float32
+    assert distance(one["weights"], other["weights"]) < 1e-4
+
+
+@pytest.mark.slow
+def test_two_processes__with_batch_norm_equal_the_part_batches_as_separate_forwards(
+    two: Path, tmp_path: Path, engine: Engine
+) -> None:
+    """In one process: each part by itself, weighted by its share; the statistics are the mean of the parts'."""
+    made = part_batches.trainer("batch_norm", tmp_path / "one", engine)
+    task, module = made.task.train(), made.module
+    losses = []
+    for epoch in range(2):
+        order = permutation(0, epoch, len(made.train))
+        for number, chunk in enumerate(training_chunks(order, 99)):
+            made.optimizer.zero_grad()
+            before = [buffer.clone() for buffer in module.buffers()]
+            after, loss = [], 0.0
+            for batch in made.train.batches(np.array_split(chunk, 2), view=epoch):
+                for buffer, value in zip(module.buffers(), before, strict=True):
+                    buffer.copy_(value)
+                part = task(batch.image, batch.label, batch.index, epoch)["loss"] * len(batch.label) / len(chunk)
+                part.backward()
+                loss += float(part.detach())
+                after.append([buffer.clone() for buffer in module.buffers()])
+            made.optimizer.step()
+            made.scheduler.step_update(epoch * made.steps + number + 1)
+            for buffer, *values in zip(module.buffers(), *after, strict=True):
+                buffer.copy_((values[0] + values[1]) / 2)
+            losses.append(loss)
+        made.scheduler.step(epoch + 1)
+    other = torch.load(two / "batch_norm.pt", weights_only=True)
+    assert float((torch.tensor(losses, dtype=torch.float64) - other["losses"]).abs().max()) < 1e-10
+    assert distance(dict(module.state_dict()), other["weights"]) < 1e-10
+
+
+def test_sync_bn__is_refused_on_the_cpu_with_the_reason() -> None:
+    with pytest.raises(ConfigError, match="(?s)--sync-bn.*on GPUs only.*its own part"):
+        Engine("cpu", sync_bn=True)
+
+
+# -- the whole job under torchrun
+
+JOB = [
+    "distill", "--data", "digits", "--teacher", "cifar_resnet20", "--student", "cifar_resnet20_b",
+    "--teacher-args", "layers=(1,1,1)", "channels=(8,16,32)", "--student-args", "layers=(1,1,1)", "channels=(4,8,16)",
+    "--teacher-epochs", "4", "--paraphraser-epochs", "1", "--epochs", "3", "--batch-size", "64", "--lr", "0.05",
+    "--threads", "1", "--device", "cpu", "--precision", "fp32", "--out", "run",
+]  # fmt: skip
+OFTEN = ["--checkpoint-minutes", "0.0001"]
+BOUND = 150
+"""Seconds; on a machine with other work to do the processes start slowly. What is tested ends by itself, or never."""
+
+
+def launch(folder: Path, *more: str, how: list[str] | None = None, **environ: str) -> subprocess.Popen[str]:
+    """The job on two processes."""
+    launcher = how or [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*launcher, "-m", "factor_transfer", *JOB, *more],
+        cwd=folder, env={**environment(), **environ}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def process_of_rank(folder: Path, rank: int) -> int:
+    """The process id of a rank of the run whose working folder this is."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (
+                f"RANK={rank}".encode() in (entry / "environ").read_bytes().split(b"\0")
+                and (entry / "cwd").resolve() == folder.resolve()
+            ):
+                return int(entry.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def wait_for(folder: Path, pattern: str, *processes: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + BOUND
+    while not list((folder / "run").glob(pattern)):
+        for process in processes:
+            assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, pattern
+        time.sleep(0.02)
+
+
+def left(process: subprocess.Popen[str], code: int | None = None) -> str:
+    """What a launcher said, which ends within bounds."""
+    _, said = process.communicate(timeout=BOUND)
+    if code is not None:
+        assert process.returncode == code, said
+    return said
+
+
+def bits(folder: Path) -> dict[str, str]:
+    return {path.name: state_fingerprint(load_file(path)) for path in (folder / "run").glob("*.safetensors")}
+
+
+PASSES = [("teacher", epoch) for epoch in range(1, 5)] + [("paraphraser", 1)] + [("student", e) for e in range(1, 4)]
+
+
+def passes(folder: Path) -> list[tuple[str, int]]:
+    return [(row["stage"], row["epoch"]) for row in Run(folder / "run").metrics()]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing disturbs, on two processes."""
+    folder = tmp_path_factory.mktemp("straight")
+    left(launch(folder), code=0)
+    assert passes(folder) == PASSES
+    return folder
+
+
+@pytest.mark.slow
+def test_torchrun__a_signal_to_any_process_saves_and_one_process_continues(straight: Path, tmp_path: Path) -> None:
+    run = launch(tmp_path)
+    wait_for(tmp_path, "checkpoints/student-000001-*.pt", run)
+    os.kill(process_of_rank(tmp_path, 1), signal.SIGTERM)
+    said = left(run)
+    assert run.returncode != 0
+    assert said.count("stopped by SIGTERM; the same command continues") == 2
+    saved = sorted((tmp_path / "run/checkpoints").glob("*.pt"))[-1].name
+    assert saved > "student-000001-00000000.pt", "the step under way was saved, not only the pass before it"
+    command = [sys.executable, "-m", "factor_transfer", *JOB]
+    again = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=BOUND, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    assert "student: continued after 1 passes" in again.stderr
+    assert "processes 2 -> 1" in again.stderr
+    assert passes(tmp_path) == PASSES
+    one, two = bits(tmp_path), bits(straight)
+    assert one["paraphraser.safetensors"] == two["paraphraser.safetensors"], "up to the signal both were the same"
+    assert one["student.safetensors"] != two["student.safetensors"], "batch norm saw other parts"
+    rows = [json.loads((folder / "run/summary.json").read_text())["student"] for folder in (tmp_path, straight)]
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=0.3)
+
+
+@pytest.mark.slow
+def test_torchrun__a_process_that_dies_ends_the_run_and_the_same_command_continues(
+    straight: Path, tmp_path: Path
+) -> None:
+    run = launch(tmp_path, *OFTEN)
+    wait_for(tmp_path, "checkpoints/student-000001-*5.pt", run)
+    os.kill(process_of_rank(tmp_path, 1), signal.SIGKILL)
+    said = left(run)
+    assert run.returncode != 0
+    assert "process 0 of 2 has lost another one" in said
+    assert "the same command continues" in said
+    left(launch(tmp_path), code=0)
+    assert passes(tmp_path) == PASSES
+    assert bits(tmp_path) == bits(straight)
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[list[str]]]:
+    """Two network namespaces, joined by a veth pair: the launcher of each, in order of rank."""
+    ip, name = shutil.which("ip", path="/usr/sbin:/sbin:/usr/bin"), f"ft{os.getpid() % 100000}"
+    if ip is None:
+        pytest.skip("no `ip` (iproute2) on this machine")
+
+    def do(*words: str) -> None:
+        subprocess.run([str(ip), *words], check=True, capture_output=True, text=True)
+
+    ends = [(f"{name}h{place}", f"v{name}{place}", f"10.77.0.{place + 1}") for place in range(2)]
+    try:
+        try:
+            for host, _, _ in ends:
+                do("netns", "add", host)
+            do("link", "add", ends[0][1], "netns", ends[0][0], "type", "veth", "peer", "name", ends[1][1], "netns",
+               ends[1][0])  # fmt: skip
+            for host, link, address in ends:
+                do("-n", host, "address", "add", f"{address}/24", "dev", link)
+                do("-n", host, "link", "set", link, "up")
+                do("-n", host, "link", "set", "lo", "up")
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
+        yield [
+            [str(ip), "netns", "exec", host, "env", f"GLOO_SOCKET_IFNAME={link}", *TORCHRUN, "--nnodes", "2",
+             "--nproc-per-node", "1", "--node-rank", str(place), "--master-addr", ends[0][2], "--master-port", "29511"]
+            for place, (host, link, _) in enumerate(ends)
+        ]  # fmt: skip
+    finally:
+        for host, _, _ in ends:
+            with contextlib.suppress(subprocess.CalledProcessError):
+                do("netns", "delete", host)
+
+
+@pytest.mark.slow
+def test_two_hosts__compute_the_same_and_one_that_vanishes_ends_the_other(
+    hosts: list[list[str]], straight: Path, tmp_path: Path
+) -> None:
+    """A host that loses its power says no goodbye: its cable is cut before its processes are killed."""
+    runs = [launch(tmp_path, *OFTEN, "--timeout-minutes", "0.4", how=how) for how in hosts]
+    wait_for(tmp_path, "checkpoints/student-000001-*5.pt", *runs)
+    ip, host, link = hosts[1][0], hosts[1][3], hosts[1][5].partition("=")[2]
+    subprocess.run([ip, "-n", host, "link", "set", link, "down"], check=True)
+    os.kill(process_of_rank(tmp_path, 1), signal.SIGKILL)
+    runs[1].kill()
+    said = left(runs[0])
+    assert runs[0].returncode != 0
+    assert "process 0 of 2 has lost another one" in said
+    runs[1].communicate()
+    subprocess.run([ip, "-n", host, "link", "set", link, "up"], check=True)
+    for run in [launch(tmp_path, how=how) for how in hosts]:
+        left(run, code=0)
+    assert passes(tmp_path) == PASSES
+    assert bits(tmp_path) == bits(straight)
