@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-all lint types contracts check clean
+.PHONY: demo test test-slow test-all fuzz lint types contracts check clean
 
 demo: .venv/installed  ## the whole job on the built-in digits, in about half a minute
 	$(BIN)/factor-transfer demo
@@ -14,6 +14,10 @@ test-slow: .venv/installed-dev  ## the others
 	$(BIN)/python -m pytest -m slow
 
 test-all: test test-slow
+
+FUZZ ?= 3000
+fuzz: .venv/installed-dev  ## thousands of odd inputs for each test of test_fuzz.py; leaves results/fuzz.json
+	FACTOR_TRANSFER_FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/test_fuzz.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

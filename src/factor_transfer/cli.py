@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from importlib import resources
 from pathlib import Path
@@ -63,7 +64,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {path}", found=str(error), valid="a YAML file of settings") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ConfigError(f"--config {path}", found=str(values)[:60], valid="settings, one a line: `epochs: 20`")
@@ -307,5 +308,6 @@ def main() -> None:
 
 
 def _told(text: str, code: int) -> int:
-    print(text, file=sys.stderr)  # noqa: T201 (the last word)
+    rank = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
+    print(text if rank is None else f"[process {rank}] {text}", file=sys.stderr)  # noqa: T201 (the last word)
     return code

@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from factor_transfer.errors import harmless
+
 _console = Console(stderr=True, highlight=False, emoji=False)
 PLAIN_SECONDS = 20
 """Without a terminal a line is printed this often inside a pass, and at its end."""
@@ -23,21 +25,21 @@ def silence() -> None:
 
 def say(text: str) -> None:
     """A line of progress, on standard error."""
-    _console.print(escape(text), soft_wrap=True)
+    _console.print(escape(harmless(text)), soft_wrap=True)
 
 
 def warn(text: str) -> None:
     """A line that the user should not miss."""
-    _console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+    _console.print(f"[yellow]warning:[/] {escape(harmless(text))}", soft_wrap=True)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A result, on standard output: the first column to the left, the others to the right."""
-    made = Table(title=escape(title), title_justify="left")
+    made = Table(title=escape(harmless(title)), title_justify="left")
     for place, name in enumerate(header):
         made.add_column(name, justify="left" if place == 0 else "right", no_wrap=place > 0)
     for row in rows:
-        made.add_row(*map(escape, row))
+        made.add_row(*(escape(harmless(cell)) for cell in row))
     Console(highlight=False, emoji=False, quiet=_console.quiet).print(made)
 
 

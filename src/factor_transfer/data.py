@@ -162,7 +162,7 @@ class _Loaded:
             found.update(self.pixels.digest.encode())
         else:
             for row in self.rows:
-                found.update(f"{self.images.names[row]}\0{self.images.sizes[row]}\n".encode())
+                found.update(f"{self.images.names[row]}\0{self.images.sizes[row]}\n".encode(errors="surrogateescape"))
         return found.hexdigest()
 
     def split(

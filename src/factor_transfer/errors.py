@@ -44,7 +44,7 @@ class FactorTransferError(ValueError):
             for label, text in (("found", found), ("valid", self.valid), ("next", hint))
             if text
         ]
-        super().__init__("\n".join(lines))
+        super().__init__(harmless("\n".join(lines)))
 
 
 class ConfigError(FactorTransferError):
@@ -84,6 +84,15 @@ def near(name: str, choices: Iterable[str], n: int = 5) -> list[str]:
     return difflib.get_close_matches(name, list(choices), n=n, cutoff=0.6)
 
 
+def harmless(text: str, keep: str = "\n") -> str:
+    """`text` with what a terminal would obey or hide (escape sequences, right-to-left marks) written out.
+
+    >>> harmless("cats\\x1b[2J\\u202egnp")
+    'cats\\\\x1b[2J\\\\u202egnp'
+    """
+    return "".join(char if char in keep or char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 def listed(choices: Sequence[str]) -> str:
     """`choices` in one line, cut after a dozen.
 
@@ -91,4 +100,6 @@ def listed(choices: Sequence[str]) -> str:
     'a, b'
     """
     more = len(choices) - SHOWN_CHOICES
-    return ", ".join(choices[:SHOWN_CHOICES]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(harmless(choice, keep="") for choice in choices[:SHOWN_CHOICES]) + (
+        f" and {more} more" if more > 0 else ""
+    )

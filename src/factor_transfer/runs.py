@@ -360,7 +360,7 @@ def _mapping(path: Path, *keys: str) -> dict[str, Any]:
 def _parsed(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
 
