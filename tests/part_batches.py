@@ -6,6 +6,7 @@ sample indices that each process saw in each pass.
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,35 @@ from factor_transfer.config import Config, DataConfig
 from factor_transfer.console import silence
 from factor_transfer.data import open_data
 from factor_transfer.engine import Engine
+from factor_transfer.errors import TrainingError
 from factor_transfer.features import Tapped
+from factor_transfer.files import state_fingerprint
 from factor_transfer.method import Paraphraser, Translator
 from factor_transfer.models import FrozenTeacher, InputNorm
 from factor_transfer.runs import Run
 from factor_transfer.seeds import seeded
-from factor_transfer.tasks import DistillationTask, FactorTransfer, Labels, ParaphraserTask, TeacherSide
+from factor_transfer.tasks import DistillationTask, FactorTransfer, Labels, ParaphraserTask, TeacherSide, Term
 from factor_transfer.train import Plan, Trainer
 
-NAMES = ("student", "cached", "paraphraser", "batch_norm", "float32")
+NAMES = ("student", "cached", "paraphraser", "batch_norm", "float32", "skips", "stops")
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+class Faulty(Term):
+    """Not a number in the last process, and only there: once, or from then on."""
+
+    name = "faulty"
+
+    def __init__(self, engine: Engine, always: bool) -> None:
+        super().__init__()
+        self.last, self.always, self.calls = engine.rank == engine.processes - 1, always, 0
+
+    def forward(self, student: Any, teacher: Any, labels: Tensor) -> Tensor:
+        """Zero, else."""
+        self.calls += 1
+        bad = self.last and (self.calls == 5 or (self.always and self.calls > 5))
+        zero: Tensor = student.logits.sum() * (math.nan if bad else 0)
+        return zero
 
 
 def network(width: int, norm: bool) -> nn.Sequential:
@@ -54,7 +74,9 @@ def trainer(name: str, folder: Path, engine: Engine) -> Trainer:
     )
     if name == "cached":
         live = CachedTeacher(live, FactorCache(folder / "cache", {}, (4, 4, 4), len(data.train), 1))
-    terms = [Labels(), FactorTransfer(translator, 20.0)]
+    terms: list[Term] = [Labels(), FactorTransfer(translator, 20.0)]
+    if name in {"skips", "stops"}:
+        terms = [Labels(), Faulty(engine, always=name == "stops")]
     task: Any = (
         ParaphraserTask(paraphraser, live)
         if name == "paraphraser"
@@ -79,13 +101,18 @@ def observed(made: Trainer) -> dict[str, Any]:
     def watched(batch: Any, size: int, view: int) -> Any:
         shown.extend((made.progress.epoch, index) for index in batch.index.tolist())
         values = step(batch, size, view)
-        assert values is not None
+        if values is None:
+            return None
         losses.append(values["loss"])
         gradients.append(torch.cat([p.grad.flatten() for p in made.module.parameters() if p.grad is not None]))
         return values
 
     made._step = watched  # type: ignore[method-assign]
-    made.fit()
+    error = ""
+    try:
+        made.fit()
+    except TrainingError as stopped:
+        error = str(stopped)
     average = made.task.get_trainable_module(ema=True)
     return {
         "losses": torch.tensor(losses, dtype=torch.float64),
@@ -93,6 +120,9 @@ def observed(made: Trainer) -> dict[str, Any]:
         "weights": {name: value.clone() for name, value in made.module.state_dict().items()},
         "average": {} if average is None else dict(average.module.state_dict()),
         "shown": made.engine.all_of(shown),
+        "skipped": made.engine.all_of(made.progress.skipped),
+        "errors": made.engine.all_of(error),
+        "fingerprints": made.engine.all_of(state_fingerprint(made.module.state_dict())),
     }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -168,10 +169,7 @@ def test_distill__reads_settings_from_yaml_and_flags_win(
     [
         (signal.SIGINT, 130, "teacher"),
         (signal.SIGKILL, -9, "student"),
-        pytest.param(signal.SIGKILL, -9, "teacher", marks=pytest.mark.slow),
-        pytest.param(signal.SIGKILL, -9, "paraphraser", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 143, "student", marks=pytest.mark.slow),
-        pytest.param(signal.SIGKILL, -9, "baseline", marks=pytest.mark.slow),
     ],
 )
 def test_distill__the_same_command_continues(
@@ -337,6 +335,22 @@ def test_distill__a_teacher_near_chance_is_an_error_with_likely_causes(finished:
     with pytest.raises(TrainingError, match="(?s)train on from --teacher-weights .*teacher.safetensors"):
         job(tmp_path / "trained", lr=1e-6, teacher_epochs=1)
     assert (tmp_path / "trained" / "teacher.safetensors").exists()
+
+
+def test_distill__says_that_a_paraphraser_is_collapsed(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A given one, whose factor is its biases for every image."""
+    state = load_file(finished / "paraphraser.safetensors")
+    state["conv2.weight"] *= 1e-4
+    with safe_open(finished / "paraphraser.safetensors", framework="pt") as file:
+        save_file(state, tmp_path / "p.safetensors", file.metadata())
+    given = {"teacher_epochs": 0, "teacher_weights": finished / "teacher.safetensors", "baseline": False, "epochs": 1}
+    result = job(tmp_path / "run", **given, paraphraser=tmp_path / "p.safetensors")
+    assert "the paraphraser is collapsed: its factor is nearly the same for every image" in capsys.readouterr().err
+    assert result.summary["paraphraser"]["factor_variety"] < 1e-4
+    job(tmp_path / "well", **given, paraphraser=finished / "paraphraser.safetensors")
+    assert "collapsed" not in capsys.readouterr().err
 
 
 def test_distill__an_untrained_teacher_is_an_error(tmp_path: Path) -> None:

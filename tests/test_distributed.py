@@ -131,6 +131,18 @@ def test_two_processes__with_batch_norm_equal_the_part_batches_as_separate_forwa
     assert distance(dict(module.state_dict()), other["weights"]) < 1e-10
 
 
+@pytest.mark.slow
+def test_two_processes__decide_alike_on_what_one_of_them_met(two: Path) -> None:
+    skips, stops = (torch.load(two / f"{name}.pt", weights_only=True) for name in ("skips", "stops"))
+    assert skips["skipped"] == [1, 1]
+    assert skips["errors"] == ["", ""]
+    assert stops["skipped"] == [10, 10]
+    for error in stops["errors"]:
+        assert "pass 2, step 2, the last of 11 in a row: the faulty, first in terms.faulty" in error
+    for found in (skips, stops):
+        assert len(set(found["fingerprints"])) == 1
+
+
 def test_sync_bn__is_refused_on_the_cpu_with_the_reason() -> None:
     with pytest.raises(ConfigError, match="(?s)--sync-bn.*on GPUs only.*its own part"):
         Engine("cpu", sync_bn=True)

@@ -12,7 +12,7 @@ import torch
 
 from factor_transfer.config import FIELDS, Config
 from factor_transfer.errors import RunError
-from factor_transfer.files import locked, read_json, state_fingerprint, write_atomic
+from factor_transfer.files import locked, read_json, state_fingerprint, write_atomic, write_json
 from factor_transfer.runs import Run, environment, open_run, saved_config, saved_summary
 
 
@@ -97,11 +97,40 @@ def test_run__checkpoints_two_are_kept_and_a_damaged_one_is_passed_over(
     assert run.load_checkpoint("student") == {"epoch": 3}
     newest = tmp_path / "checkpoints" / "student-000003-00000000.pt"
     whole = newest.read_bytes()
-    for damaged in (whole[:10], whole[: len(whole) // 2], whole[:-1], b"", whole[:200] + b"\xff" + whole[201:]):
+    middle = len(whole) // 2
+    cuts = [*range(70), middle - 1, middle, middle + 1, *range(len(whole) - 30, len(whole))]
+    flips = [(byte, bit) for byte in (*range(0, len(whole), 41), len(whole) - 1) for bit in (0, 7)]
+    flipped = [whole[:byte] + bytes([whole[byte] ^ 1 << bit]) + whole[byte + 1 :] for byte, bit in flips]
+    for damaged in [*(whole[:cut] for cut in cuts), *flipped, whole + b"x"]:
         newest.write_bytes(damaged)
         assert run.load_checkpoint("student") == {"epoch": 2}
         assert "student-000003" in capsys.readouterr().err
+    newest.write_bytes(whole)
+    for damaged in (b"", b"\xff\x80", newest.with_suffix(".sha256").read_bytes()[:63]):
+        newest.with_suffix(".sha256").write_bytes(damaged)
+        assert run.load_checkpoint("student") == {"epoch": 2}
     assert run.load_checkpoint("baseline") is None
+    (tmp_path / "checkpoints" / "student-000002-00000000.pt").write_bytes(b"")
+    assert run.load_checkpoint("student") is None
+    assert "student begins anew" in capsys.readouterr().err
+
+
+def test_open_run__sweeps_up_what_a_kill_left(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run", config(), environment()) as run:
+        run.save_checkpoint("student", 1, 0, {"epoch": 1})
+    left = [".config.json.0a1b2c3d.tmp", "checkpoints/.student-000002-00000000.pt.0a1b2c3d.tmp",
+            "checkpoints/student-000002-00000000.sha256"]  # fmt: skip
+    for name in left:
+        (tmp_path / "run" / name).write_bytes(b"half")
+    with open_run(tmp_path / "run", config(), environment()) as run:
+        assert run.load_checkpoint("student") == {"epoch": 1}
+    assert not [name for name in left if (tmp_path / "run" / name).exists()]
+
+
+def test_write_json__keeps_names_that_are_no_unicode(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", ["caf\u00e9", "\udcff"])
+    assert read_json(tmp_path / "x.json") == ["caf\u00e9", "\udcff"]
+    assert "caf\u00e9" in (tmp_path / "x.json").read_text(encoding="utf-8")
 
 
 def test_run__checkpoint_keeps_strides(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from factor_transfer.config import Config, DataConfig
 from factor_transfer.data import Dataset, open_data
 from factor_transfer.engine import Engine, stop_signals
-from factor_transfer.errors import ConfigError, Interrupted, TrainingError
+from factor_transfer.errors import ConfigError, Interrupted, RunError, TrainingError
 from factor_transfer.evaluation import evaluate
 from factor_transfer.features import Tapped
+from factor_transfer.method import Translator
 from factor_transfer.models import load_network
 from factor_transfer.runs import Run
 from factor_transfer.seeds import part_seed, seeded
-from factor_transfer.tasks import DistillationTask, Labels
+from factor_transfer.tasks import DistillationTask, FactorTransfer, Labels, Term
 from factor_transfer.train import Plan, Trainer, optimizer_and_schedule, training_chunks
 
 
@@ -104,7 +108,9 @@ def test_evaluate__counts_each_image_once(digits: Dataset, engine: Engine, batch
     assert found["loss"] == pytest.approx(nn.functional.cross_entropy(logits, batch.label).item(), rel=1e-5)
 
 
-def trainer(data: Dataset, engine: Engine, folder: Path, epochs: int = 2, **changed: Any) -> Trainer:
+def trainer(
+    data: Dataset, engine: Engine, folder: Path, epochs: int = 2, terms: Sequence[Term] = (Labels(),), **changed: Any
+) -> Trainer:
     settings = config(batch_size=100, **changed)
     network = load_network(
         "cifar_resnet20",
@@ -113,7 +119,7 @@ def trainer(data: Dataset, engine: Engine, folder: Path, epochs: int = 2, **chan
         img_size=8,
         args={"layers": (1, 1, 1), "channels": (4, 4, 8), "drop_rate": 0.2},
     )
-    task = DistillationTask(Tapped(network.module, "layer3"), network.norm, [Labels()])
+    task = DistillationTask(Tapped(network.module, "layer3"), network.norm, terms)
     plan = Plan(stage="student", epochs=epochs, lr=settings.lr, seed=0, average=settings.model_ema)
     folder.mkdir(exist_ok=True)
     return Trainer(task, plan, data.train, engine, settings, Run(folder), data.validation)
@@ -224,6 +230,93 @@ def test_trainer__a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
     assert again.progress.epoch == 1
     for name, value in weights(good).items():
         assert torch.equal(value, weights(again)[name]), name
+
+
+class Faulty(Term):
+    """Adds nothing to the loss, but in some steps something that is not finite to it or to its gradient."""
+
+    name = "faulty"
+
+    def __init__(self, loss: set[int], gradient: set[int]) -> None:
+        super().__init__()
+        self.loss, self.gradient, self.calls = loss, gradient, 0
+
+    def forward(self, student: Any, teacher: Any, labels: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        none = 0 * student.logits.sum()
+        return none.sqrt() if self.calls in self.gradient else none * (math.nan if self.calls in self.loss else 1)
+
+
+def state(trainer: Trainer) -> list[Any]:
+    average = trainer.task.get_trainable_module(ema=True)
+    found = [trainer.module.state_dict(), average.state_dict(), trainer.optimizer.state_dict()["state"]]
+    return tree_leaves(copy.deepcopy(found))
+
+
+def test_trainer__a_step_that_is_not_finite_leaves_no_trace_and_is_counted(
+    digits: Dataset, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = trainer(digits, engine, tmp_path, epochs=1, model_ema=True, terms=[Labels(), Faulty({4, 5}, {8})])
+    step, skipped = made._step, []
+
+    def watched(batch: Any, size: int, view: int) -> Any:
+        before = state(made)
+        values = step(batch, size, view)
+        after = state(made)
+        same = len(before) == len(after) and all(map(torch.equal, before, after))
+        assert same is (values is None)
+        if values is None:
+            skipped.append(made.progress.step + 1)
+        return values
+
+    made._step = watched  # type: ignore[method-assign]
+    made.fit()
+    assert skipped == [4, 5, 8]
+    (row,) = Run(tmp_path).metrics()
+    assert row["skipped_steps"] == 3
+    assert math.isfinite(row["loss"])
+    assert made.progress.record()["skipped_steps"] == 3
+    said = capsys.readouterr().err
+    assert "faulty not finite in pass 1, step 4; the step is skipped" in said
+    assert "gradient not finite in pass 1, step 8; the step is skipped" in said
+
+
+def test_trainer__a_gradient_that_stays_not_finite_stops_with_its_layer(
+    digits: Dataset, engine: Engine, tmp_path: Path
+) -> None:
+    terms = [Labels(), Faulty(set(), set(range(3, 99)))]
+    made = trainer(digits, engine, tmp_path, terms=terms, max_skipped=4, checkpoint_minutes=1e-9)
+    with pytest.raises(TrainingError, match="step 7, the last of 5 in a row: the gradient, first in student.module"):
+        made.fit()
+    kept = trainer(digits, engine, tmp_path)  # a checkpoint of before the trouble, and none of within it
+    assert (kept.progress.step, kept.progress.in_a_row) == (2, 0)
+
+
+def test_trainer__says_that_a_translator_is_dead(
+    digits: Dataset, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Follow(FactorTransfer):
+        needs = frozenset()
+
+        def forward(self, student: Any, teacher: Any, labels: torch.Tensor) -> torch.Tensor:
+            return super().forward(student, {"factor": student.feature.detach()}, labels)
+
+    for dead in (True, False):
+        translator = Translator(8, 8)
+        if dead:
+            translator.conv2.weight.data.zero_()
+        made = trainer(digits, engine, tmp_path / str(dead), epochs=1, lr=1e-9, terms=[Follow(translator, 10.0)])
+        made.fit()
+        assert ("the translator is dead: its output is nearly the same" in capsys.readouterr().err) is dead
+        assert (Run(tmp_path / str(dead)).metrics()[0]["factor_variety"] < 1e-6) is dead
+
+
+def test_trainer__a_checkpoint_of_something_else_is_named(digits: Dataset, engine: Engine, tmp_path: Path) -> None:
+    whole = {"progress": {"epoch": 1}, "module": {}, "ema": None, "optimizer": {}}
+    for changed in ({}, {"progress": {"epoc": 1}}, {"module": {"a": torch.zeros(1)}}, {"optimizer": 3}):
+        Run(tmp_path).save_checkpoint("student", 1, 0, whole | changed)
+        with pytest.raises(RunError, match="(?s)checkpoints.*something else.*student-"):
+            trainer(digits, engine, tmp_path)
 
 
 def test_trainer__weights_that_are_not_finite_are_never_saved(digits: Dataset, engine: Engine, tmp_path: Path) -> None:
