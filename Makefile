@@ -15,7 +15,7 @@ test-slow: .venv/installed-dev  ## the others
 
 test-all: test test-slow
 
-FUZZ ?= 3000
+FUZZ ?= 3600
 fuzz: .venv/installed-dev  ## thousands of odd inputs for each test of test_fuzz.py; leaves results/fuzz.json
 	FACTOR_TRANSFER_FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/test_fuzz.py
 

@@ -22,8 +22,9 @@ from factor_transfer.engine import Engine
 from factor_transfer.errors import TrainingError
 from factor_transfer.features import Tapped
 from factor_transfer.files import state_fingerprint
+from factor_transfer.frozen import FrozenTeacher
 from factor_transfer.method import Paraphraser, Translator
-from factor_transfer.models import FrozenTeacher, InputNorm
+from factor_transfer.models import InputNorm
 from factor_transfer.runs import Run
 from factor_transfer.seeds import seeded
 from factor_transfer.tasks import DistillationTask, FactorTransfer, Labels, ParaphraserTask, TeacherSide, Term
@@ -69,11 +70,11 @@ def trainer(name: str, folder: Path, engine: Engine) -> Trainer:
         teacher, student = network(8, True), network(6, name == "batch_norm")
         paraphraser, translator = Paraphraser(8, 4), Translator(6, 4)
     tapped = Tapped(teacher, "map")
-    live: nn.Module = FrozenTeacher(
+    live: Any = FrozenTeacher(
         TeacherSide(tapped, InputNorm(*HALF), (4, 4), None if name == "paraphraser" else paraphraser)
     )
     if name == "cached":
-        live = CachedTeacher(live, FactorCache(folder / "cache", {}, (4, 4, 4), len(data.train), 1))
+        live = CachedTeacher(live, FactorCache(folder / "cache", {}, {"factor": (4, 4, 4)}, len(data.train), 1))
     terms: list[Term] = [Labels(), FactorTransfer(translator, 20.0)]
     if name in {"skips", "stops"}:
         terms = [Labels(), Faulty(engine, always=name == "stops")]
