@@ -5,9 +5,10 @@ The long form is `python tests/crash.py --kills 100`; its raw result is results/
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import random
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +19,8 @@ import pytest
 
 from factor_transfer.runs import Run
 
-spec = importlib.util.spec_from_file_location("crash", Path(__file__).parent / "crash.py")
-assert spec is not None
-assert spec.loader is not None
-crash = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(crash)
+sys.path.append(str(Path(__file__).parent))  # the server of forks imports it, too
+crash = importlib.import_module("crash")
 
 FP32, BF16 = "float32, momentum, EMA", "bf16, AdamW"
 

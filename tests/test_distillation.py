@@ -300,6 +300,7 @@ def test_distill__a_damaged_run_folder_is_named(finished: Path, tmp_path: Path, 
         ({"epochs": "2"}, "--epochs '2'"),
         ({"beta": "autoo"}, "--beta autoo"),
         ({"teacher_std": (0.2, 0.0, 0.2)}, "--teacher-std"),
+        ({"scale": ()}, "(?s)--scale.*2 numbers"),
     ],
 )
 def test_distill__checks_what_python_gives(tmp_path: Path, changed: dict[str, Any], message: str) -> None:

@@ -333,7 +333,13 @@ def _check_words(config: Config) -> None:
 
 
 def _check_numbers(config: Config) -> None:
-    """Numbers are numbers, finite and on the right side of 0."""
+    """Numbers are numbers, as many as there should be, finite and on the right side of 0."""
+    for name, count in (("scale", 2), ("teacher_mean", 3), ("teacher_std", 3)):
+        values = getattr(config, name)
+        if values is not None and not (
+            isinstance(values, Sequence) and len(values) == count and all(isinstance(v, (int, float)) for v in values)
+        ):
+            raise ConfigError(f"{flag(name)} {values!r}", valid=f"{count} numbers")
     positive = ("k", "batch_size", "lr", "paraphraser_lr", "teacher_lr", "img_size", "threads", "clip_grad",
                 "checkpoint_minutes", "timeout_minutes", "epochs", "decay_epochs")  # fmt: skip
     not_negative = ("teacher_epochs", "paraphraser_epochs", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr",

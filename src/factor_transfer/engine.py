@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import time
@@ -23,7 +24,7 @@ from accelerate.utils import (
 )
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.distributed import DistError
+from torch.distributed import DistError, destroy_process_group, is_initialized
 
 from factor_transfer.errors import ConfigError, RunError, TrainingError
 
@@ -81,6 +82,8 @@ class Engine:
         )
         self.device = self.accelerator.device
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+        if self.processes > 1:
+            atexit.register(_leave_group)
         # Of torchrun, which numbers processes host by host.
         self.hosts = self.processes // int(os.environ.get("LOCAL_WORLD_SIZE", self.processes))
         self.bf16 = precision == "bf16" or (precision == "auto" and _has_bf16(self.device))
@@ -238,6 +241,12 @@ def stop_signals() -> Iterator[StopRequest]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def _leave_group() -> None:
+    """A process that ends while gloo's threads still run is aborted, finished or not."""
+    if is_initialized():
+        destroy_process_group()
 
 
 def _has_bf16(device: torch.device) -> bool:

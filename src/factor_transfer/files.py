@@ -33,9 +33,10 @@ def write_atomic(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        error.filename = str(path)  # a full disk names no file
         raise
     sync_folder(path.parent)
 

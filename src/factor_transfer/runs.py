@@ -157,10 +157,15 @@ class Run:
     def log(self, stage: str, epoch: int, values: Mapping[str, Any]) -> None:
         """Append the line of a finished pass to metrics.jsonl."""
         if self.writes:
-            with self.path("metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"stage": stage, "epoch": epoch, **values}) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            path = self.path("metrics.jsonl")
+            try:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"stage": stage, "epoch": epoch, **values}) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                error.filename = str(path)  # a full disk names no file
+                raise
 
     def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, of one stage or all; a line cut by a crash is left out."""

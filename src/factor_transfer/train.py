@@ -234,10 +234,9 @@ class Trainer:
                 warn(f"{self.plan.stage}: {what} not finite in {place}; the step is skipped ({formatted(means)})")
             return
         self.task.trainable_module = self.module
-        layer = first_bad_layer(self.task, forward)
-        if layer is None:  # backward comes to the last parameters first
-            layer = next(reversed(not_finite((n, p.grad) for n, p in self.module.named_parameters())), None)
-        layers = [found for found in self.engine.all_of(layer) if found]
+        layers = [found for found in self.engine.all_of(first_bad_layer(self.task, forward)) if found]
+        if not layers:  # backward comes to the last parameters first
+            layers = not_finite((name, weight.grad) for name, weight in self.module.named_parameters())[:-2:-1]
         where = f", first in {layers[0].removeprefix('trainable_module.')}" if layers else ""
         raise self._not_finite(f"the {what}{where}; {formatted(means)}")
 
