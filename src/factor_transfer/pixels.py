@@ -120,7 +120,7 @@ def _contents(images: Files) -> str:
                 data = images.ranges[row].read()
             except OSError as error:
                 data = repr(error).encode()
-            found.update(f"{images.names[row]}\0{len(data)}\0".encode() + data)
+            found.update(f"{images.names[row]}\0{len(data)}\0".encode(errors="surrogateescape") + data)
         return found.digest()
 
     return hashlib.sha256(b"".join(blocks("looking at images", len(images), work))).hexdigest()
