@@ -49,6 +49,7 @@ class Shown:
 class Split(ABC):
     """Images in a fixed order, any of which can be shown at any time.
 
+    >>> from factor_transfer.data import open_data
     >>> split = open_data(DataConfig(data="digits"), default_size=lambda: 224).train
     >>> [batch.image.shape for batch in split.batches([np.array([5, 0]), np.array([7])], view=0)]
     [torch.Size([2, 3, 8, 8]), torch.Size([1, 3, 8, 8])]
