@@ -106,14 +106,16 @@ def test_tapped__names_a_layer_that_cannot_be_read(layer: str, message: str) -> 
 
 
 def test_find_layer__says_that_there_is_no_map() -> None:
-    with pytest.raises(ModelError, match="no one submodule gives the last feature map"):
+    with pytest.raises(ModelError, match="no submodule gives a feature map"):
         find_layer(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.zeros(2, 3, 2, 2))
 
 
 def test_find_layer__does_not_take_an_attention_matrix_for_a_map() -> None:
+    """CrossViT ends in two maps of tokens, 20x20 and 14x14; the last one is taken."""
     module = timm.create_model("crossvit_tiny_240")
-    with pytest.raises(ModelError, match="name one with --teacher-layer"):
-        find_layer(module, torch.zeros(1, 3, 240, 240))
+    images = torch.zeros(1, 3, 240, 240)
+    assert find_layer(module, images) == "norm.1"
+    assert feature_shape(Tapped(module, "norm.1"), images) == (192, 14, 14)
 
 
 def test_align__averages_places() -> None:

@@ -129,7 +129,9 @@ def test_load_network__an_output_must_have_a_place_for_every_label() -> None:
     head = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
     assert load(head, num_classes=5).pretrained
     with pytest.raises(ModelError, match=r"(?s)\(2, 5\).*10 classes"):
-        load(head)
+        load(head, role="student")
+    assert load(head).headless
+    assert not load(head).knows_classes
     with pytest.raises(ModelError, match="(?s)fails on images of 16x16.*--img-size"):
         load(nn.Sequential(nn.Flatten(), nn.Linear(12, 10)))
     with pytest.raises(ModelError, match="4 input channels"):

@@ -16,7 +16,15 @@ from factor_transfer.features import Tapped
 from factor_transfer.files import state_fingerprint
 from factor_transfer.frozen import FrozenTeacher
 from factor_transfer.method import Paraphraser, Translator, load_reference_paraphraser
-from factor_transfer.tasks import DistillationTask, FactorTransfer, Labels, ParaphraserTask, TeacherSide
+from factor_transfer.tasks import (
+    DistillationTask,
+    FactorTransfer,
+    Labels,
+    ParaphraserTask,
+    SoftTargets,
+    StudentOutputs,
+    TeacherSide,
+)
 from factor_transfer.train import Plan, optimizer_and_schedule
 
 Golden = dict[str, Tensor]
@@ -137,3 +145,15 @@ def test_paraphraser_task__reconstructs_the_teachers_own_map(small: tuple[nn.Mod
     torch.testing.assert_close(loss, (paraphraser(feature) - feature).abs().mean())
     loss.backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_soft_targets__is_hintons_loss() -> None:
+    """Against its definition: the cross-entropy of softened predictions less their entropy, times T squared."""
+    torch.manual_seed(0)
+    ours, theirs, temperature = torch.randn(4, 5), torch.randn(4, 5), 3.0
+    p, q = (torch.softmax(x.double() / temperature, 1) for x in (theirs, ours))
+    wanted = 0.7 * temperature**2 * (p * (p.log() - q.log())).sum(1).mean()
+    student = StudentOutputs(ours, torch.zeros(4, 1, 1, 1))
+    found = SoftTargets(0.7, temperature)(student, {"logits": theirs}, torch.zeros(4, dtype=torch.long))
+    torch.testing.assert_close(found, wanted.float())
+    assert SoftTargets(1.0)(student, {"logits": ours}, torch.zeros(4)).abs() < 1e-6

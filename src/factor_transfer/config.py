@@ -94,6 +94,9 @@ class DataConfig:
     transform: str | None = None
     """Your own augmentation instead of all these: package.module:callable, from one PIL image (RGB) to an image, or
     uint8 tensor (3, H, W), of the size that the networks see."""
+    label_weight: float = 1.0
+    """Weight of the images' own labels. 0: none are read, and --data may be a flat folder of images; --class-map then
+    names the classes of the head, if it shall have one (--kd-weight)."""
     data_seed: int = 0
     """Owns the split, the order, the views and the paraphraser. Another --seed with the same --data-seed sees the
     same images."""
@@ -104,6 +107,24 @@ class DataConfig:
     """Small images (up to 96 pixels) are decoded once, and kept for later runs, up to this size."""
     cache_dir: str | None = None
     """Where decoded images and the teacher's factors are kept for later runs. Default: ~/.cache/factor-transfer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuggestConfig(DataConfig):
+    """All of `factor-transfer suggest`."""
+
+    teacher: Annotated[str, _in("Teacher")]
+    """The teacher that the commands shall name."""
+    teacher_weights: Annotated[str | None, _in("Teacher")] = None
+    """Its weights, for the commands."""
+    max_latency_ms: Annotated[float | None, _in("Student")] = None
+    """Most milliseconds of one image, on this machine's CPU, in float32."""
+    max_params: Annotated[float | None, _in("Student")] = None
+    """Most parameters: 300000 or 3e5."""
+    max_size_mb: Annotated[float | None, _in("Student")] = None
+    """Most megabytes of weights, in float32."""
+    threads: Annotated[int | None, _in("Machine")] = None
+    """CPU threads of torch. Default: torch's own choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +145,9 @@ class Config(DataConfig):
     """Passes of training, or of fine-tuning where it has weights, before it teaches."""
     teacher_lr: Annotated[float | None, _in("Teacher")] = None
     """Learning rate of those passes. Default: --lr, or a tenth of it for fine-tuning."""
+    teacher_size: Annotated[int | None, _in("Teacher")] = None
+    """Side of the images that the teacher sees, in pixels: the same views, resized. Default: --img-size; where that is
+    not given and the images are large, the size it was made for."""
     teacher_mean: Annotated[Rgb | None, _in("Teacher")] = None
     """Channel means that the teacher was trained with, for pixels in 0..1. Default: the model's own."""
     teacher_std: Annotated[Rgb | None, _in("Teacher")] = None
@@ -148,6 +172,10 @@ class Config(DataConfig):
     beta: Annotated[float | Literal["auto"], _in("Factor transfer")] = "auto"
     """Weight of the factor loss. auto: the bound 2 x beta / sqrt(elements) of the authors' CIFAR-10 program (beta
     500 at 2048)."""
+    kd_weight: Annotated[float, _in("Factor transfer")] = 0.0
+    """Weight of the teacher's softened predictions (knowledge distillation), beside the factors. 0: none."""
+    kd_temperature: Annotated[float, _in("Factor transfer")] = 4.0
+    """Temperature that softens them."""
     reconstruction: Annotated[Literal["l1", "l2"], _in("Factor transfer")] = "l1"
     """Paraphraser's loss: l1 (mean, the authors' program) or l2 (squared, the paper's text)."""
     factor_batch_norm: Annotated[bool, _in("Factor transfer")] = False
@@ -237,6 +265,8 @@ class Config(DataConfig):
         _check_schedule(self)
         if not (self.p >= 1 and math.isfinite(self.p)):
             raise ConfigError(f"--p {self.p}", valid="1 or more: below 1 it is no norm")
+        if self.baseline and not self.label_weight:
+            raise ConfigError("--baseline with --label-weight 0", found="a student alone that would learn nothing")
         if not 0 < self.validation_share < 1:
             raise ConfigError(f"--validation-share {self.validation_share}", valid="above 0 and below 1")
         if self.hflip is not None and not 0 <= self.hflip <= 1:
@@ -340,11 +370,12 @@ def _check_numbers(config: Config) -> None:
             isinstance(values, Sequence) and len(values) == count and all(isinstance(v, (int, float)) for v in values)
         ):
             raise ConfigError(f"{flag(name)} {values!r}", valid=f"{count} numbers")
-    positive = ("k", "batch_size", "lr", "paraphraser_lr", "teacher_lr", "img_size", "threads", "clip_grad",
-                "checkpoint_minutes", "timeout_minutes", "epochs", "decay_epochs")  # fmt: skip
+    positive = ("k", "batch_size", "lr", "paraphraser_lr", "teacher_lr", "teacher_size", "img_size", "threads",
+                "clip_grad", "checkpoint_minutes", "timeout_minutes", "epochs", "decay_epochs",
+                "kd_temperature")  # fmt: skip
     not_negative = ("teacher_epochs", "paraphraser_epochs", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr",
                     "crop_padding", "color_jitter", "views", "workers", "pixel_cache_gb", "seed", "data_seed", "beta",
-                    "momentum", "max_skipped")  # fmt: skip
+                    "momentum", "max_skipped", "label_weight", "kd_weight")  # fmt: skip
     for name in (*positive, *not_negative):
         value = getattr(config, name)
         if value is None or (isinstance(value, str) and name in CHOICES):

@@ -18,7 +18,7 @@ from factor_transfer.files import cache_folder, fingerprint
 from factor_transfer.images import Images, Unreadable, corrupted, named, natural
 from factor_transfer.pixels import Pixels, decode_once, unreadable
 from factor_transfer.seeds import part_seed
-from factor_transfer.sources import WRITTEN, number_classes, open_source
+from factor_transfer.sources import UNLABELLED, WRITTEN, number_classes, open_source
 from factor_transfer.splits import FileSplit, PixelSplit, Shown, Split
 from factor_transfer.views import SMALL, VERSION, Transform, held_out
 
@@ -46,6 +46,8 @@ class Dataset:
     """The validation images are a share of the training set."""
     fingerprint: str
     """Changes with any image, label, class order, split or augmentation."""
+    labelled: bool = True
+    """False: a flat folder, whose images have no classes."""
 
 
 def open_data(config: DataConfig, default_size: Callable[[], int], transform: Transform | None = None) -> Dataset:
@@ -96,7 +98,9 @@ def open_data(config: DataConfig, default_size: Callable[[], int], transform: Tr
             "transform": _shown_by(train, config) if isinstance(train, FileSplit) and transform else None,
         }
     )
-    return Dataset(config.data, train, validation, classes, size, tuple(notes), source.validation is None, digest)
+    labelled = UNLABELLED not in source.train.labels
+    apart = source.validation is None
+    return Dataset(config.data, train, validation, classes, size, tuple(notes), apart, digest, labelled)
 
 
 def _held_out(train: _Loaded, config: DataConfig, notes: list[str]) -> np.ndarray:
@@ -185,7 +189,7 @@ def _load(
     """Decode small images; of large ones only make sure that they are readable, and only for `--skip-corrupt`."""
     bytes_needed = sum(map(len, parts)) * shown.size**2 * 3
     store = shown.size <= SMALL and bytes_needed <= config.pixel_cache_gb * 1e9
-    number = {name: index for index, name in enumerate(classes)}
+    number = {UNLABELLED: 0} | {name: index for index, name in enumerate(classes)}
     loaded: list[_Loaded] = []
     corrupt: list[Unreadable] = []
     for images in parts:

@@ -181,17 +181,17 @@ def export_timm(module: nn.Module, folder: Path, metadata: Metadata) -> None:
     (folder / "model.safetensors").chmod(READABLE)
 
 
-def latency_ms(modules: Sequence[nn.Module], size: int, repeats: int = 30) -> list[float]:
-    """Median milliseconds of one image of `size` x `size` pixels through each module, on the CPU, in float32.
+def latency_ms(modules: Sequence[nn.Module], sizes: Sequence[int], repeats: int = 30) -> list[float]:
+    """Median milliseconds of one image, of its `size` x `size` pixels, through each module, on the CPU, in float32.
 
     The modules take turns, so that a disturbance of the machine meets all of them.
     """
-    image = torch.zeros(1, 3, size, size)
+    images = [torch.zeros(1, 3, size, size) for size in sizes]
     copies = [plain_copy(module) for module in modules]
     times: list[list[float]] = [[] for _ in copies]
     with torch.no_grad():
         for turn in range(repeats + 3):  # the first three warm up
-            for module, taken in zip(copies, times, strict=True):
+            for module, image, taken in zip(copies, images, times, strict=True):
                 start = time.perf_counter()
                 module(image)
                 if turn >= 3:

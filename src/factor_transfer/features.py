@@ -6,15 +6,25 @@ Shapes: B samples, C channels, H x W the map, N tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from factor_transfer.errors import ModelError, listed, near
+
+SMALL = 64
+"""Up to this side, in pixels, a network's last map may have one place."""
+
+PREFIXES = (0, 1, 2, 4, 5)
+"""Class, distillation and register tokens that are looked for where a network does not say how many it has."""
+
+POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+"""What comes after the last map, even where (as in VGG) its output has more than one place."""
 
 
 class Tapped(nn.Module):
@@ -55,17 +65,34 @@ class Tapped(nn.Module):
         kept: list[Any] = []
         with _watching(self.module.get_submodule(self.layer), kept.append):
             output = self.module(images)
-        if not kept:
-            raise ModelError(f"{self.flag} {self.layer}", found="not used when the network runs", valid="another layer")
-        feature = _as_map(kept[-1], self.module)
+        feature = as_map(kept[-1], self.module) if kept else None
         if feature is None:
             raise ModelError(
                 f"{self.flag} {self.layer}",
-                found=f"{_described(kept[-1])}, which is no feature map",
-                valid="a layer that gives (B, C, H, W), or (B, N, C) tokens of a square image",
+                found=f"{_described(kept[-1])}, which is no feature map" if kept else "not used when the network runs",
+                valid="a layer that gives (B, C, H, W), or (B, N, C) tokens of a square image: "
+                + listed([f"{name} {'x'.join(map(str, shape))}" for name, shape in maps(self.module, images[:2])]),
                 hint=f"leave {self.flag} out: the last feature map is found by itself",
             )
         return output, feature
+
+
+class Logits(nn.Module):
+    """What a classifier's output says of classes: the output itself, or in a dict or tuple its logits.
+
+    That is `logits` of a dict where it has one, and else the first value that is a matrix.
+
+    >>> Logits()({"feature": torch.zeros(2, 8, 4, 4), "logits": torch.zeros(2, 5)}).shape
+    torch.Size([2, 5])
+    """
+
+    def forward(self, output: Any) -> Tensor:
+        """(B, N); an output that has no logits is given back as it is."""
+        if isinstance(output, Mapping):
+            output = output["logits"] if "logits" in output else tuple(output.values())
+        if isinstance(output, (tuple, list)):
+            output = next((value for value in output if isinstance(value, Tensor) and value.ndim == 2), output)
+        return output  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -74,7 +101,7 @@ def find_layer(module: nn.Module, images: Tensor) -> str:
 
     It is found by looking at what flows: the outermost submodule that returns the very tensor that timm's
     `forward_features` returns (or one of its shape), or without `forward_features` the last one to return a map
-    with more than one place.
+    with more than one place. Of several last maps, as CrossViT has, it is the last one.
 
     Args:
         module: the network.
@@ -86,34 +113,98 @@ def find_layer(module: nn.Module, images: Tensor) -> str:
     >>> find_layer(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)), torch.zeros(2, 3, 6, 6))
     '1'
     """
-    flow: list[tuple[str, Any]] = []
-    with _in_eval_mode(module), _watching_all(module, flow):
-        features: Any = getattr(module, "forward_features", None)
-        last = features(images) if features is not None else None
-        if last is None:
-            module(images)
-    maps = [(name, output) for name, output in flow if _as_map(output, module) is not None]
-    if features is not None:  # a network that gives something else there has several maps, or none
-        same = [output for _, output in maps if isinstance(last, Tensor) and output.shape == last.shape]
-        last = next((output for output in same if output is last), same[-1] if same else None)
-    else:
-        spatial = [output for _, output in maps if _as_map(output, module).shape[-2:].numel() > 1]  # type: ignore[union-attr]
-        last = (spatial or [output for _, output in maps] or [None])[-1]
-    if last is None:
+    if not hasattr(module, "forward_features") and images.shape[-1] <= SMALL:
+        # The last map of small images may have one place, as if it were pooled: larger ones tell them apart.
+        with suppress(Exception):  # whatever a network raises that is made for one size
+            return _find_layer(module, F.interpolate(images, scale_factor=4))
+    return _find_layer(module, images)
+
+
+def _find_layer(module: nn.Module, images: Tensor) -> str:
+    flow, last = _flow(module, images)
+    same = [output for _, output in flow if last is not None and _shape(output, module) == _shape(last, module)]
+    spatial = [output for _, output in flow if _shape(output, module)[1:] != (1, 1)]
+    fitting = [output for output in same if output is last] or same or spatial
+    if not fitting:
         raise ModelError(
             type(module).__name__,
-            found="no one submodule gives the last feature map (B, C, H, W)",
-            hint="name one with --teacher-layer or --student-layer",
+            found="no submodule gives a feature map (B, C, H, W)",
+            hint="name a layer with --teacher-layer or --student-layer, or give the network one as a submodule",
         )
-    return min((name for name, output in maps if output is last), key=lambda name: name.count("."))
+    return _named(flow, fitting[-1])
 
 
 @torch.no_grad()
-def feature_shape(tapped: Tapped, images: Tensor) -> tuple[int, int, int]:
-    """(C, H, W) of the tapped map for `images` (B, 3, H, W), the network in eval mode meanwhile."""
+def maps(module: nn.Module, images: Tensor) -> list[tuple[str, tuple[int, int, int]]]:
+    """The feature maps that flow: (layer, (C, H, W)), the last layer of each height and width, in order.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU())
+    >>> maps(net, torch.zeros(2, 3, 8, 8))
+    [('1', (8, 6, 6)), ('3', (16, 2, 2))]
+    """
+    flow, _ = _flow(module, images)
+    last = {_shape(output, module)[1:]: output for _, output in flow}
+    order = [id(output) for _, output in flow]
+    found = sorted(last.values(), key=lambda output: order.index(id(output)))
+    return [(_named(flow, output), _shape(output, module)) for output in found]
+
+
+@torch.no_grad()
+def feature_map(tapped: Tapped, images: Tensor) -> Tensor:
+    """The tapped map (B, C, H, W) of normalised images (B, 3, S, S), the network in eval mode meanwhile."""
     with _in_eval_mode(tapped):
-        channels, height, width = tapped(images)[1].shape[1:]
+        feature: Tensor = tapped(images)[1]
+    return feature
+
+
+def feature_shape(tapped: Tapped, images: Tensor) -> tuple[int, int, int]:
+    """(C, H, W) of the tapped map for `images` (B, 3, S, S)."""
+    channels, height, width = feature_map(tapped, images).shape[1:]
     return channels, height, width
+
+
+_APPLIED = frozenset((
+    "relu", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish", "sigmoid",
+    "tanh", "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm",
+    "add", "__add__", "__radd__",
+))  # fmt: skip
+"""Functions that still belong to the group whose output they are applied to."""
+
+
+class _Followers(TorchFunctionMode):
+    """Notes the functions that make new tensors of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensor: Tensor | None = None
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = isinstance(result, Tensor) and result is not self.tensor
+        if self.tensor is not None and made and any(arg is self.tensor for arg in args):
+            self.names.append(getattr(func, "__name__", ""))
+        return result
+
+
+@torch.no_grad()
+def follower(module: nn.Module, layer: str, images: Tensor) -> str | None:
+    """The activation, norm or residual sum that is applied to a layer's output: None, where it ends its group.
+
+    (What works in place needs no word: the map is then what it has made of it.)
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    >>> follower(net, "0", torch.zeros(2, 3, 6, 6)), follower(net, "1", torch.zeros(2, 3, 6, 6))
+    ('relu', None)
+    """
+    mode = _Followers()
+
+    def keep(output: Any) -> None:
+        mode.tensor = _tensor(output, module)
+
+    with _in_eval_mode(module), _watching(module.get_submodule(layer), keep), mode:
+        module(images)
+    return next((name for name in mode.names[:1] if name in _APPLIED), None)
 
 
 def align(feature: Tensor, size: tuple[int, int]) -> Tensor:
@@ -127,21 +218,79 @@ def align(feature: Tensor, size: tuple[int, int]) -> Tensor:
     return feature if tuple(feature.shape[-2:]) == tuple(size) else F.adaptive_avg_pool2d(feature, size)
 
 
-def _as_map(output: Any, module: nn.Module) -> Tensor | None:
-    """An output as (B, C, H, W), or None where it is no feature map.
+def as_map(output: Any, module: nn.Module) -> Tensor | None:
+    """What a submodule of `module` gave, as a map (B, C, H, W); None where it is no feature map.
 
-    Channels-last maps are known by timm's `output_fmt`; class and register tokens by `num_prefix_tokens`.
+    The first map in a tuple or dict (what follows is beside it), the last in a list (of its like). Channels-last maps
+    are known by their equal height and width, or by timm's `output_fmt`; class and register tokens by timm's
+    `num_prefix_tokens`, or by what is left over from a square.
+
+    >>> as_map((torch.zeros(2, 1 + 49, 32), None), nn.Identity()).shape
+    torch.Size([2, 32, 7, 7])
     """
+    tensor = _tensor(output, module)
+    if tensor is None or tensor.ndim == 4:
+        last = tensor is not None and (
+            str(getattr(module, "output_fmt", "NCHW")) == "NHWC"
+            if tensor.shape[1] == tensor.shape[2] == tensor.shape[3] or tensor.shape[2:] == (1, 1)
+            else tensor.shape[1] == tensor.shape[2] != tensor.shape[3]
+        )
+        return tensor.permute(0, 3, 1, 2) if tensor is not None and last else tensor
+    tokens = tensor[:, _prefix(tensor.shape[1], module) :]  # (B, N, C)
+    side = math.isqrt(tokens.shape[1])
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, side, side)  # (B, C, side, side)
+
+
+def _tensor(output: Any, module: nn.Module) -> Tensor | None:
+    """The tensor in an output that `as_map` makes a map of."""
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    if isinstance(output, (tuple, list)):
+        found = [tensor for tensor in (_tensor(value, module) for value in output) if tensor is not None]
+        return found[-1 if isinstance(output, list) else 0] if found else None
     if not isinstance(output, Tensor) or not output.is_floating_point():
         return None
-    if output.ndim == 4:
-        return output.permute(0, 3, 1, 2) if str(getattr(module, "output_fmt", "NCHW")) == "NHWC" else output
-    if output.ndim == 3:
-        tokens = output[:, int(getattr(module, "num_prefix_tokens", 0)) :]  # (B, N, C)
-        side = math.isqrt(tokens.shape[1])
-        if side * side == tokens.shape[1] and side > 1:
-            return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, side, side)  # (B, C, side, side)
-    return None
+    shape = output.shape
+    square = output.ndim == 4 and shape[2] in (shape[1], shape[3])  # as the images are
+    return output if square or (output.ndim == 3 and _prefix(shape[1], module) >= 0) else None
+
+
+def _prefix(tokens: int, module: nn.Module) -> int:
+    """How many of so many tokens stand before those of a square image; -1 where they are none."""
+    told: list[Any] = [part.num_prefix_tokens for part in module.modules() if hasattr(part, "num_prefix_tokens")]
+    for prefix in (*told[:1], *PREFIXES):
+        side = math.isqrt(max(tokens - prefix, 0))
+        if side > 1 and side * side == tokens - prefix:
+            return int(prefix)
+    return -1
+
+
+Flow = list[tuple[str, Tensor]]
+"""(name, tensor) of every submodule that gave a map, in the order in which they returned."""
+
+
+def _flow(module: nn.Module, images: Tensor) -> tuple[Flow, Tensor | None]:
+    """What flows through a network, in eval mode, and what its `forward_features` ends with."""
+    seen: list[tuple[str, Any]] = []
+    features: Any = getattr(module, "forward_features", None)
+    with _in_eval_mode(module), _watching_all(module, seen):
+        output = module(images) if features is None else features(images)
+    flow = [(name, _tensor(given, module)) for name, given in seen]
+    kept = [(name, tensor) for name, tensor in flow if tensor is not None and len(tensor) == len(images)]
+    return kept, None if features is None else _tensor(output, module)
+
+
+def _shape(output: Tensor, module: nn.Module) -> tuple[int, int, int]:
+    found = as_map(output, module)
+    assert found is not None
+    _, channels, height, width = found.shape
+    return channels, height, width
+
+
+def _named(flow: Flow, chosen: Tensor) -> str:
+    """The outermost submodule that returned `chosen`; the last of these, which may have worked in place."""
+    names = [name for name, output in flow if output is chosen]
+    return min(reversed(names), key=lambda name: name.count("."))
 
 
 def _described(output: Any) -> str:
@@ -163,7 +312,7 @@ def _watching_all(module: nn.Module, flow: list[tuple[str, Any]]) -> Iterator[No
     handles = [
         part.register_forward_hook(lambda _module, _inputs, output, name=name: flow.append((name, output)))
         for name, part in module.named_modules()
-        if name
+        if name and not isinstance(part, (nn.Identity, *POOLS))
     ]
     try:
         yield

@@ -47,7 +47,7 @@ def rebuild(folder: Path, role: str, module: nn.Module | None = None) -> Network
         own[side] if module is None else module,
         role=side,
         num_classes=len(summary["data"]["classes"]),
-        img_size=summary["data"]["img_size"],
+        img_size=there.get("img_size", summary["data"]["img_size"]),
         args=own[f"{side}_args"],
         weights=None if trained_here else own[f"{side}_weights"],
         mean=tuple(there["mean"]),

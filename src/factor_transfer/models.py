@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision.models
+from accelerate.utils import extract_model_from_parallel
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import parse_model_name, resolve_model_input_args
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 import factor_transfer.zoo  # noqa: F401 (registers the paper's families with timm)
 from factor_transfer.config import Rgb, imported, is_callable_name
 from factor_transfer.errors import FactorTransferError, ModelError, listed, near
+from factor_transfer.features import Logits
 from factor_transfer.seeds import part_seed, seeded
 from factor_transfer.weights import head_places, load_but_head
 
@@ -36,6 +39,8 @@ DEFAULT_SIZE = 224
 class InputNorm(nn.Module):
     """uint8 pixels (B, 3, H, W) -> floats normalised by a network's own channel means and deviations (for 0..1).
 
+    Images of another side than `size` are resized to it (bilinear, with antialiasing).
+
     >>> InputNorm((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))(torch.zeros(1, 3, 1, 1, dtype=torch.uint8)).flatten().tolist()
     [-1.0, -1.0, -1.0]
     """
@@ -43,14 +48,17 @@ class InputNorm(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, mean: Rgb, std: Rgb) -> None:
+    def __init__(self, mean: Rgb, std: Rgb, size: int | None = None) -> None:
         super().__init__()
+        self.size = size
         mean_, std_ = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
         self.register_buffer("scale", 1 / (255 * std_), persistent=False)
         self.register_buffer("shift", -mean_ / std_, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 3, H, W)."""
+        """(B, 3, H, W) -> (B, 3, size, size)."""
+        if self.size not in {None, images.shape[-1]}:
+            images = F.interpolate(images.float(), self.size, mode="bilinear", antialias=True)
         return torch.addcmul(self.shift, images.to(self.scale.dtype), self.scale)
 
 
@@ -60,6 +68,8 @@ class Network:
 
     module: nn.Module
     name: str
+    size: int
+    """Side of its images, in pixels."""
     mean: Rgb
     std: Rgb
     pretrained: bool
@@ -70,11 +80,23 @@ class Network:
     """Constructor arguments; with `architecture` they rebuild it."""
     notes: tuple[str, ...] = ()
     """What its user should know."""
+    headless: bool = False
+    """It has no head for the data's classes, as a self-supervised backbone: only a teacher may be so."""
 
     @property
     def norm(self) -> InputNorm:
         """From uint8 pixels to its input."""
-        return InputNorm(self.mean, self.std)
+        return InputNorm(self.mean, self.std, self.size)
+
+    @property
+    def knows_classes(self) -> bool:
+        """Its trained head tells the data's classes apart."""
+        return self.pretrained and not self.new_head and not self.headless
+
+    @property
+    def classifier(self) -> nn.Module:
+        """From uint8 pixels to its logits (B, N)."""
+        return nn.Sequential(self.norm, self.module, Logits())
 
 
 def load_network(
@@ -89,12 +111,13 @@ def load_network(
     mean: Rgb | None = None,
     std: Rgb | None = None,
 ) -> Network:
-    """A network that takes (B, 3, img_size, img_size) and gives logits (B, num_classes).
+    """A network that takes (B, 3, img_size, img_size) and gives logits (B, num_classes), or a teacher of features.
 
     Args:
-        given: a timm name, or a module (copied; the one given stays as it is).
+        given: a timm name, or a module (copied, without torch.compile and parallel wrappers; the one given stays as
+            it is).
         role: whose flags the messages name.
-        num_classes: classes of the data; a head of another size is replaced, and `new_head` says so.
+        num_classes: classes of the data; a head of another size is replaced, and `new_head` says so. 0: no head.
         img_size: height and width of its input, in pixels.
         args: constructor arguments.
         weights: a safetensors or torch file, or `pretrained` for timm's own.
@@ -108,7 +131,7 @@ def load_network(
     notes: list[str] = []
     model_args: dict[str, Any] = {}
     if isinstance(given, nn.Module):
-        module, pretrained = deepcopy(given), True
+        module, pretrained = deepcopy(extract_model_from_parallel(given, keep_torch_compile=False)), True
     else:
         if "img_size" in (args or {}):
             raise ModelError(
@@ -124,12 +147,12 @@ def load_network(
     if pretrained and not isinstance(given, nn.Module):
         classes = {"num_classes": TORCHVISION_CLASSES} if source == "torchvision" else {}
         own_classes = (getattr(module, "pretrained_cfg", None) or classes).get("num_classes")
-        new_head = own_classes not in {None, num_classes}
+        new_head = own_classes not in {None, num_classes} and num_classes > 0
     if weights not in {None, "pretrained"}:
         assert weights is not None
         new_head, pretrained = load_but_head(module, weights, f"--{role}-weights {weights}"), True
     if new_head:
-        notes.append(f"its weights are for other classes, so its head is a new one, for {num_classes} classes")
+        notes.append(f"its weights have no head for {num_classes} classes, so that it has a new one")
     own = getattr(module, "pretrained_cfg", None) or {}
     if getattr(module, "in_chans", 3) != 3:
         raise ModelError(f"--{role} {given}", found=f"{module.in_chans} input channels", valid="3: images are RGB")
@@ -137,6 +160,7 @@ def load_network(
     network = Network(
         module,
         name,
+        img_size,
         mean or tuple(own.get("mean", IMAGENET_DEFAULT_MEAN)),
         std or tuple(own.get("std", IMAGENET_DEFAULT_STD)),
         pretrained,
@@ -144,8 +168,19 @@ def load_network(
         model_args,
         tuple(notes),
     )
-    _check_output(network, role, num_classes, img_size)
-    return network
+    output = _output(network, role)
+    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if shape == (2, num_classes) or num_classes == 0:
+        return replace(network, headless=num_classes == 0)
+    if role == "teacher" and pretrained:
+        note = f"it gives {shape} for 2 images, no logits for {num_classes} classes"
+        return replace(network, headless=True, notes=(*notes, note))
+    raise ModelError(
+        f"--{role} {name}",
+        found=f"an output of {shape} for 2 images",
+        valid=f"logits (2, {num_classes}): the data has {num_classes} classes, and every label needs its place",
+        hint=f"give a network with {num_classes} outputs, or data with the network's classes",
+    )
 
 
 def parse_name(name: str, role: Role) -> tuple[str | None, str]:
@@ -236,25 +271,17 @@ def _create(
 
 
 @torch.no_grad()
-def _check_output(network: Network, role: Role, num_classes: int, img_size: int) -> None:
-    given = f"--{role} {network.name}"
-    module = deepcopy(network.module).cpu().float().eval()
+def _output(network: Network, role: Role) -> Any:
+    """What it gives for two images: logits (2, N), or whatever a foreign network gives."""
+    module, size = deepcopy(network.module).cpu().float().eval(), network.size
     try:
-        output = module(torch.zeros(2, 3, img_size, img_size))
+        return Logits()(module(torch.zeros(2, 3, size, size)))
     except Exception as error:  # whatever a foreign network raises on a size that it cannot take
         raise ModelError(
-            given,
-            found=f"it fails on images of {img_size}x{img_size} pixels: {_first_line(error)}",
-            hint="give a size that it can take with --img-size",
+            f"--{role} {network.name}",
+            found=f"it fails on images of {size}x{size} pixels: {_first_line(error)}",
+            hint="give a size that it can take with --img-size" + (" or --teacher-size" if role == "teacher" else ""),
         ) from error
-    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    if shape != (2, num_classes):
-        raise ModelError(
-            given,
-            found=f"an output of {shape} for 2 images",
-            valid=f"logits (2, {num_classes}): the data has {num_classes} classes, and every label needs its place",
-            hint=f"give a network with {num_classes} outputs, or data with the network's classes",
-        )
 
 
 def _create_torchvision(model_name: str, num_classes: int, pretrained: bool, **args: Any) -> nn.Module:

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from factor_transfer.config import Config, flag
 from factor_transfer.console import say
-from factor_transfer.features import Tapped, feature_shape, find_layer
-from factor_transfer.models import Network, Role, load_network
+from factor_transfer.errors import TrainingError
+from factor_transfer.features import Tapped, feature_map, feature_shape, find_layer
+from factor_transfer.method import factor_loss_bound, portable_beta
+from factor_transfer.models import Network, Role, load_network, own_size
+from factor_transfer.views import SMALL
+
+NEAR_CHANCE = 0.1
+"""A teacher that covers less than this share of the way from chance to perfection teaches nothing."""
+
+DEAD = 1e-6
+"""A channel whose spread over images is less than this share of the map's largest value says nothing of them."""
 
 Modules = Mapping[Role, nn.Module]
 """Networks that are given as modules, by role."""
@@ -45,6 +55,83 @@ class Pair:
         return min(teacher[0], student[0]), min(teacher[1], student[1])
 
 
+@dataclass(frozen=True)
+class Health:
+    """What a feature map says of a few images."""
+
+    finite: bool
+    dead: float
+    """Share of its channels that are the same for every image."""
+
+
+def feature_health(side: Side, images: Tensor) -> Health:
+    """Whether a network's features are alive, for two uint8 images (B, 3, S, S) or more."""
+    place = next((parameter.device for parameter in side.network.module.parameters()), images.device)
+    feature = feature_map(side.tapped(), side.network.norm.to(place)(images.to(place))).float()
+    spread = feature.std(0).amax((1, 2))  # (C,)
+    return Health(bool(feature.isfinite().all()), float((spread <= DEAD * feature.abs().max()).float().mean()))
+
+
+def check_alive(side: Side, images: Tensor) -> Health:
+    """Look at the teacher's feature map of a few images, uint8 (B, 3, S, S).
+
+    Raises:
+        TrainingError: it is not finite, or the same for all of them.
+    """
+    health = feature_health(side, images)
+    if not health.finite or health.dead == 1:
+        raise TrainingError(
+            f"--teacher-layer {side.layer}",
+            found="a feature map that is the same for every image" if health.finite else "features that are not finite",
+            valid="features that tell images apart",
+            hint="check the teacher's weights and normalisation, or name another --teacher-layer",
+        )
+    return health
+
+
+def check_knows(top1: float, classes: int, teacher: str, trained: Path | None = None) -> None:
+    """That a teacher is right on more of the images (`top1`, in percent) than a guess among so many classes would be.
+
+    Args:
+        top1: percent.
+        classes: of the data.
+        teacher: its name.
+        trained: its file of weights, where it was trained in this run.
+
+    Raises:
+        TrainingError: it is near chance.
+    """
+    chance = 100 / classes
+    if top1 > chance + NEAR_CHANCE * (100 - chance):
+        return
+    hint = (
+        "check its normalisation (--teacher-mean, --teacher-std), the order of the classes (--class-map) and its "
+        "weights (--teacher-weights); train it here (--teacher-epochs); or, where it was made for other classes, drop "
+        "its head (--teacher-args num_classes=0)"
+    )
+    if trained is not None:
+        hint = f"train on from --teacher-weights {trained}, or longer (--teacher-epochs), with another --out"
+    raise TrainingError(
+        f"--teacher {teacher}",
+        found=f"{top1:.2f} % of the validation images right, where chance is {chance:.2f} %",
+        valid="a teacher that knows these images",
+        hint=hint,
+    )
+
+
+def teacher_size(config: Config, img_size: int, module: nn.Module | None = None) -> int:
+    """Side of the images that the teacher sees where the student's is `img_size`, in pixels."""
+    if config.teacher_size is not None or config.img_size is not None or img_size <= SMALL:
+        return config.teacher_size or img_size
+    return own_size(config.teacher if module is None else module, "teacher")
+
+
+def factor_weight(config: Config, elements: int) -> tuple[float, float]:
+    """beta, and what its term is at most, for factors of so many elements."""
+    beta = portable_beta(elements, config.p) if config.beta == "auto" else config.beta
+    return beta, beta * factor_loss_bound(elements, config.p)
+
+
 def load_side(role: Role, config: Config, num_classes: int, img_size: int, module: nn.Module | None = None) -> Side:
     """A network as the settings name it, tapped. --data-seed owns the teacher's fresh weights, --seed the student's.
 
@@ -59,11 +146,12 @@ def load_side(role: Role, config: Config, num_classes: int, img_size: int, modul
         ModelError: an unknown network or layer, or weights that do not fit it.
     """
     own, teacher = vars(config), role == "teacher"
+    size = teacher_size(config, img_size, module) if teacher else img_size
     network = load_network(
         own[role] if module is None else module,
         role=role,
         num_classes=num_classes,
-        img_size=img_size,
+        img_size=size,
         args=own[f"{role}_args"],
         weights=own[f"{role}_weights"],
         seed=config.data_seed if teacher else config.seed,
@@ -72,6 +160,8 @@ def load_side(role: Role, config: Config, num_classes: int, img_size: int, modul
     )
     for note in network.notes:
         say(f"{role}: {note}")
-    example = torch.zeros(2, 3, img_size, img_size)
+    if size != img_size:
+        say(f"{role}: sees the images at {size}x{size}")
+    example = torch.zeros(2, 3, size, size)
     layer = own[f"{role}_layer"] or find_layer(network.module, example)
     return Side(role, network, layer, feature_shape(Tapped(network.module, layer, flag=flag(f"{role}_layer")), example))

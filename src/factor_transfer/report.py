@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from factor_transfer.console import say, table
+from factor_transfer.console import say, table, warn
 
 STAGES = ("teacher", "paraphraser", "student", "baseline")
 LABELS = {"teacher": "teacher", "baseline": "student alone", "student": "student by Factor Transfer"}
@@ -18,7 +18,7 @@ def show(folder: Path, summary: Mapping[str, Any]) -> None:
     rows = [
         (
             LABELS[role],
-            f"{found['top1']:.2f}",
+            f"{found['top1']:.2f}" if "top1" in found else "-",
             f"{found['parameters']:,}",
             f"{found['size_bytes'] / 1e6:.2f}",
             f"{found['latency_ms']:.2f}",
@@ -45,6 +45,37 @@ def show_evaluation(folder: Path, found: Mapping[str, Mapping[str, float]]) -> N
     """Print what `evaluate` measured."""
     rows = [(LABELS[role], f"{values['top1']:.2f}", f"{values['loss']:.4f}") for role, values in found.items()]
     table(str(folder), ("", "top-1 %", "loss"), rows)
+
+
+def show_diagnosis(tables: Sequence[Any], findings: Sequence[Any]) -> None:
+    """Print what `doctor` looked at, and what it found wrong."""
+    for title, header, rows in tables:
+        table(title, header, rows)
+    for finding in findings:
+        warn(finding.what) if finding.level == "warning" else say(f"error: {finding.what}")
+        if finding.hint:
+            say(f"  next:  {finding.hint}")
+    errors = sum(finding.level == "error" for finding in findings)
+    warnings = f"{len(findings) - errors} warnings"
+    say(
+        f"not fit to run: {errors} errors, {warnings}"
+        if errors
+        else f"fit to run, with {warnings}"
+        if findings
+        else "fit to run"
+    )
+
+
+def show_suggestions(found: Sequence[Any], size: int) -> None:
+    """Print the students that fit, and the commands that distil into them."""
+    rows = [
+        (each.name, f"{each.parameters:,}", f"{each.size_mb:.2f}", f"{each.latency_ms:.2f}",
+         "  ".join(f"{name}={value}" for name, value in each.args.items()))
+        for each in found
+    ]  # fmt: skip
+    table(f"students for {size}x{size} pixels", ("", "parameters", "MB", "ms / image", "arguments"), rows)
+    for each in found:
+        say(each.command)
 
 
 def show_exports(folder: Path, found: Mapping[str, Any]) -> None:
@@ -82,7 +113,8 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
     teacher, student = summary["teacher"], summary["student"]
     ratio = teacher["parameters"] / student["parameters"]
     size = f"1/{ratio:.1f} of" if ratio > 1 else f"{1 / ratio:.2f} times"
-    lines = [f"The student has {size} the teacher's parameters and {_than(student, teacher)} top-1."]
+    gained = f" and {_than(student, teacher)} top-1" if "top1" in teacher and "top1" in student else ""
+    lines = [f"The student has {size} the teacher's parameters{gained}."]
     if "baseline" in summary:
         against = _than(student, summary["baseline"])
         lines.append(f"Factor Transfer gave it {against} than training alone did. One seed is no proof: try several.")

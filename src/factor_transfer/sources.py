@@ -38,6 +38,9 @@ WRITTEN = ("digits", "torch/mnist", "torch/kmnist", "torch/qmnist")
 NAMED = ("torch", "hfds", "wds")
 """timm's kinds of datasets, which `--data-dir` belongs to."""
 
+UNLABELLED = ""
+"""The class name of an image that has none."""
+
 DIGITS_SHARE = 0.3
 FORMS = "digits, a folder or tar of images, torch/NAME, hfds/NAME or wds/NAME"
 
@@ -78,14 +81,14 @@ def open_source(config: DataConfig) -> Source:
 
 def _open(config: DataConfig, kind: str, name: str) -> Source:
     if kind == "torch" and name.lower() in ("folder", "image_folder"):
-        return _folder(Path(config.data_dir or "."), f"--data-dir {config.data_dir or '.'}")
+        return _folder(Path(config.data_dir or "."), f"--data-dir {config.data_dir or '.'}", not config.label_weight)
     if kind in NAMED:
         opener: Callable[[str, str | None, str], Source] = {"torch": _torch, "hfds": _hfds, "wds": _wds}[kind]
         shown = f"--data {config.data}" + (f" --data-dir {config.data_dir}" if config.data_dir else "")
         return opener(name, config.data_dir, shown)
     if kind in ("hfids", "tfds"):
         raise DataError(f"--data {config.data}", found="a stream, which cannot be replayed by index", valid=FORMS)
-    return _folder(Path(config.data).expanduser(), f"--data {config.data}")
+    return _folder(Path(config.data).expanduser(), f"--data {config.data}", not config.label_weight)
 
 
 def missing(given: str, path: Path, valid: str = FORMS) -> DataError:
@@ -124,8 +127,11 @@ def _digits() -> Source:
     return Source(part(np.flatnonzero(~chosen)), part(np.flatnonzero(chosen)))
 
 
-def _folder(root: Path, given: str) -> Source:
-    """A folder or tar with train/ and a validation set, the same with a tar for each, or class folders alone."""
+def _folder(root: Path, given: str, flat: bool) -> Source:
+    """A folder or tar with train/ and a validation set, the same with a tar for each, or class folders alone.
+
+    Where it may be `flat`, images in no class folders are images without labels.
+    """
     if not root.exists():
         raise missing(given, root)
     if root.is_file() and root.suffix.lower() != ".tar":
@@ -139,12 +145,12 @@ def _folder(root: Path, given: str) -> Source:
 
     def part(name: str) -> Images:
         if whole is not None:
-            return _class_folders(whole.below(name), f"{root}/{name}", given)
+            return _class_folders(whole.below(name), f"{root}/{name}", given, flat)
         path = root / name
         tree = folder_tree(path) if path.is_dir() else tar_tree(path.with_name(f"{name}.tar"), given)
         if not path.is_dir() and all(file.startswith(f"{name}/") for file in tree.files):
             tree = tree.below(name)  # train.tar made of train/ itself
-        return _class_folders(tree, str(path if path.is_dir() else f"{path}.tar"), given)
+        return _class_folders(tree, str(path if path.is_dir() else f"{path}.tar"), given, flat)
 
     present = [name for name in VALIDATION if has(name)]
     if not has("train"):
@@ -155,19 +161,24 @@ def _folder(root: Path, given: str) -> Source:
                 valid="train/ with class folders, or train.tar",
                 hint=f"to measure on {present[0]} alone, give {root / present[0]} to `evaluate`",
             )
-        return Source(_class_folders(whole or folder_tree(root), str(root), given), None)
+        return Source(_class_folders(whole or folder_tree(root), str(root), given, flat), None)
     notes = [f"validation images are {present[0]}; {listed(present[1:])} is not used"] if present[1:] else []
     return Source(part("train"), part(present[0]) if present else None, notes=tuple(notes))
 
 
-def _class_folders(tree: Tree, where: str, given: str) -> Images:
-    """The images of a tree, each in the class that its topmost folder names."""
+def _class_folders(tree: Tree, where: str, given: str, flat: bool) -> Images:
+    """The images of a tree, each in the class that its topmost folder names; UNLABELLED where it may be `flat`."""
     images = {name: place for name, place in tree.files.items() if name.lower().endswith(EXTENSIONS)}
     if not images:
         raise DataError(given, found=f"no images in {where}", valid=f"class folders of {' '.join(EXTENSIONS)}")
     names = sorted((name for name in images if "/" in name), key=natural)
+    if not names and flat:
+        names = sorted(images, key=natural)
+        ranges = [images[name] for name in names]
+        return Files(where, names, [UNLABELLED] * len(names), [place.size for place in ranges], ranges)
     if not names:
-        raise DataError(given, found=f"{len(images)} images in {where}, but no class folders", valid="class/image.jpg")
+        found, hint = f"{len(images)} images in {where}, but no class folders", "without labels, give --label-weight 0"
+        raise DataError(given, found=found, valid="class/image.jpg", hint=hint)
     loose = sorted((name for name in images if "/" not in name), key=natural)
     if loose:
         warn(f"data: {len(loose)} images in {where} lie in no class folder and are left out: {listed(loose)}")
@@ -350,6 +361,9 @@ def number_classes(source: Source, config: DataConfig, notes: list[str]) -> tupl
         DataError: one class only, a class map that lacks a class or has doubles, validation classes without training
             images. What is merely odd is added to `notes`.
     """
+    if UNLABELLED in source.train.labels:
+        notes.append("no labels: top-1 cannot be measured here")
+        return _read_class_map(config.class_map) if config.class_map is not None else ()
     given, trained = f"--data {config.data}", sorted(set(source.train.labels), key=natural)
     classes = source.order or tuple(trained)
     if config.class_map is not None:

@@ -9,25 +9,34 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from factor_transfer.cache import CachedTeacher, FactorCache, choose_views, say_what_changed
 from factor_transfer.config import Config, plain
 from factor_transfer.console import say, warn
 from factor_transfer.data import open_data
 from factor_transfer.engine import Engine
-from factor_transfer.errors import ModelError, TrainingError
+from factor_transfer.errors import ConfigError, ModelError, TrainingError
 from factor_transfer.evaluation import evaluate, evaluate_paraphraser
 from factor_transfer.export import EXPORT_IMAGES, export_pt2, latency_ms, metadata_of
+from factor_transfer.features import Logits
 from factor_transfer.files import cache_folder, state_fingerprint, write_json
 from factor_transfer.frozen import FrozenTeacher, folded
 from factor_transfer.health import DEAD
-from factor_transfer.method import Paraphraser, Translator, factor_channels, factor_loss_bound, portable_beta
+from factor_transfer.method import Paraphraser, Translator, factor_channels
 from factor_transfer.models import Network, Role, count_parameters, own_size
-from factor_transfer.pairs import Modules, Pair, Side, load_side
+from factor_transfer.pairs import Modules, Pair, Side, check_alive, check_knows, factor_weight, load_side
 from factor_transfer.runs import Run
 from factor_transfer.seeds import part_seed, seeded
-from factor_transfer.tasks import DistillationTask, FactorTransfer, Labels, ParaphraserTask, TeacherSide, Term
+from factor_transfer.tasks import (
+    DistillationTask,
+    FactorTransfer,
+    Labels,
+    ParaphraserTask,
+    SoftTargets,
+    TeacherSide,
+    Term,
+)
 from factor_transfer.train import Plan, Trainer
 from factor_transfer.views import Transform
 from factor_transfer.weights import load_paraphraser, load_weights, paraphraser_metadata
@@ -35,8 +44,8 @@ from factor_transfer.weights import load_paraphraser, load_weights, paraphraser_
 POOR_RECONSTRUCTION = 0.8
 """A paraphraser whose error is more than this share of a mean predictor's has learned little."""
 
-NEAR_CHANCE = 0.1
-"""A teacher that covers less than this share of the way from chance to perfection teaches nothing."""
+SAMPLE = 64
+"""Validation images on which the teacher's features are looked at, and an export is compared with its student."""
 
 
 class Job:
@@ -78,7 +87,7 @@ class Job:
             say(f"{side.role}: {side.network.name}, layer {side.layer}, {feature}")
         if pair.size == (1, 1):
             warn("the maps meet at 1x1: factors say what and not where (try --teacher-layer, or a larger --img-size)")
-        paraphraser = self._paraphraser(pair, self.config.paraphraser)
+        paraphraser = self.new_paraphraser(pair, self.config.paraphraser)
         self.views = self._choose_views(paraphraser.factor_channels * pair.size[0] * pair.size[1])
         return pair
 
@@ -98,25 +107,40 @@ class Job:
         """The teacher, as loaded, or trained or fine-tuned here; evaluated before anything else."""
         config, run = self.config, self.run
         self._teacher = side
+        if config.teacher_epochs and (side.network.headless or not self.data.labelled):
+            raise ModelError(
+                f"--teacher-epochs {config.teacher_epochs}",
+                found="a teacher that gives no logits for these classes" if self.data.labelled else "no labels",
+                valid="0 passes: its features are used as they are",
+            )
         if config.teacher_epochs:
             self._train_teacher(side)
-        elif side.network.new_head or not side.network.pretrained:
+        elif not side.network.pretrained:
             raise ModelError(
                 f"--teacher {config.teacher}",
-                found="a new head" if side.network.new_head else "no trained weights",
-                valid="a network that has been trained on these classes",
+                found="no trained weights",
+                valid="a trained network; its head does not matter",
                 hint="give --teacher-weights FILE (or `pretrained`), or train it here with --teacher-epochs 20",
             )
         fingerprint = state_fingerprint(side.network.module.state_dict())
         run.pin("teacher", fingerprint, "--teacher has other weights than when the run began")
+        check_alive(side, self.sample(SAMPLE))
+        if config.kd_weight and not (config.teacher_epochs or side.network.knows_classes):
+            raise ConfigError(f"--kd-weight {config.kd_weight:g}", found="a teacher without a head for these classes")
+        knows = self.data.labelled and (bool(config.teacher_epochs) or side.network.knows_classes)
         found = run.recorded("teacher")
-        if found is None or "top1" not in found:
-            found = run.record("teacher", {"seconds": 0.0, **(found or {}), **self._assess(side.network)})
+        if found is None or (knows and "top1" not in found):
+            assessed = self._assess(side.network) if knows else {}
+            found = run.record("teacher", {"seconds": 0.0, **(found or {}), **assessed})
         size = f"{count_parameters(side.network.module):,} parameters"
-        say(f"teacher: {side.network.name}, {size}, {found['top1']:.2f} % of the validation images right in float32")
-        self._check_teacher(found["top1"])
-        (batch,) = self.data.validation.batches([np.arange(2) % len(self.data.validation)], view=None)
-        self._folding = folded(side.tapped(), side.network.norm.cpu()(batch.image))
+        if knows:
+            right = f"{found['top1']:.2f} % of the validation images right in float32"
+            say(f"teacher: {side.network.name}, {size}, {right}")
+            trained = run.path("teacher.safetensors") if config.teacher_epochs else None
+            check_knows(found["top1"], len(self.data.classes), config.teacher, trained)
+        else:
+            say(f"teacher: {side.network.name}, {size}, its accuracy cannot be measured here: its features teach")
+        self._folding = folded(side.tapped(), side.network.norm(self.sample(2)))
         if self._folding.count:
             say(
                 f"teacher: {self._folding.count} batch norms folded into their convolutions "
@@ -134,23 +158,10 @@ class Job:
         plan = Plan(stage="teacher", epochs=config.teacher_epochs, lr=lr, seed=config.data_seed)
         self.run.record("teacher", self._train(side, [Labels()], None, plan))
 
-    def _check_teacher(self, top1: float) -> None:
-        chance = 100 / len(self.data.classes)
-        if top1 > chance + NEAR_CHANCE * (100 - chance):
-            return
-        hint = (
-            "check its normalisation (--teacher-mean, --teacher-std), the order of the classes (--class-map) "
-            "and its weights (--teacher-weights); or train it here (--teacher-epochs)"
-        )
-        if self.config.teacher_epochs:
-            file = self.run.path("teacher.safetensors")
-            hint = f"train on from --teacher-weights {file}, or longer (--teacher-epochs), with another --out"
-        raise TrainingError(
-            f"--teacher {self.config.teacher}",
-            found=f"{top1:.2f} % of the validation images right, where chance is {chance:.2f} %",
-            valid="a teacher that knows these images",
-            hint=hint,
-        )
+    def sample(self, count: int) -> Tensor:
+        """The first `count` validation images, or as many as there are twice over: uint8 (B, 3, S, S)."""
+        (batch,) = self.data.validation.batches([np.arange(count) % len(self.data.validation)], view=None)
+        return batch.image
 
     def _check_unchanged(self, stage: str, teacher: FrozenTeacher | CachedTeacher) -> None:
         """Prove that the teacher is as it was; what a changing one has taught is not kept.
@@ -176,7 +187,7 @@ class Job:
         config, run = self.config, self.run
         found = run.recorded("paraphraser")
         file = str(run.path("paraphraser.safetensors")) if found else config.paraphraser
-        paraphraser = self._paraphraser(pair, file)
+        paraphraser = self.new_paraphraser(pair, file)
         if config.paraphraser is not None and found is None:
             run.pin(
                 "paraphraser",
@@ -203,7 +214,7 @@ class Job:
             warn("the paraphraser learned little: try more --paraphraser-epochs, another --paraphraser-lr or more --k")
         return paraphraser
 
-    def _paraphraser(self, pair: Pair, file: str | None) -> Paraphraser:
+    def new_paraphraser(self, pair: Pair, file: str | None) -> Paraphraser:
         """From a file, or with fresh weights, which belong to --data-seed."""
         channels, config = pair.teacher.shape[0], self.config
         if file is not None:
@@ -230,15 +241,16 @@ class Job:
         """The student, by Factor Transfer."""
         config = self.config
         elements = paraphraser.factor_channels * pair.size[0] * pair.size[1]
-        beta = portable_beta(elements, config.p) if config.beta == "auto" else config.beta
-        bound = beta * factor_loss_bound(elements, config.p)
+        beta, bound = factor_weight(config, elements)
         say(
             f"factor: {paraphraser.factor_channels} channels of {pair.size[0]}x{pair.size[1]} ({elements} elements); "
             f"beta {beta:g}, so its term is at most {bound:.3g}"
         )
         with seeded(part_seed(config.seed, "translator")):
             translator = Translator(pair.student.shape[0], paraphraser.factor_channels, config.factor_batch_norm)
-        terms = [Labels(), FactorTransfer(translator, beta, config.p)]
+        terms = self.terms(FactorTransfer(translator, beta, config.p))
+        if not (config.label_weight or config.kd_weight):
+            say("student: nothing trains a head, so it is not measured: what it has learned are features")
         found = {
             "beta": beta,
             "bound": bound,
@@ -254,6 +266,13 @@ class Job:
             if isinstance(shown, CachedTeacher):
                 shown.cache.close()
 
+    def terms(self, factor_transfer: FactorTransfer) -> list[Term]:
+        """The summands of the student's loss, those of weight 0 left out."""
+        config = self.config
+        labels = [Labels(config.label_weight)] if config.label_weight else []
+        soft = [SoftTargets(config.kd_weight, config.kd_temperature)] if config.kd_weight else []
+        return [*labels, *soft, factor_transfer]
+
     def _cached(self, live: FrozenTeacher, pair: Pair, paraphraser: Paraphraser) -> FrozenTeacher | CachedTeacher:
         """The live teacher behind the factor cache; alone where the cache's folder cannot be written."""
         network = pair.teacher.network
@@ -261,12 +280,14 @@ class Job:
             "architecture": [network.name, type(network.module).__name__, plain(network.model_args)],
             "teacher": state_fingerprint(network.module.state_dict()),
             "teacher layer": pair.teacher.layer,
-            "teacher normalisation": [network.mean, network.std],
+            "teacher normalisation": [network.mean, network.std, network.size],
             "paraphraser": state_fingerprint(paraphraser.state_dict()),
             "images": self.data.fingerprint,
             "precision": self.engine.describe()["precision"],
         }
-        shapes = {"factor": (paraphraser.factor_channels, *pair.size)}
+        shapes: dict[str, Sequence[int]] = {"factor": (paraphraser.factor_channels, *pair.size)}
+        if self.config.kd_weight:
+            shapes["logits"] = (len(self.data.classes),)
         try:
             cache = FactorCache(cache_folder(self.config.cache_dir), identity, shapes, len(self.data.train), self.views)
         except OSError as error:
@@ -296,7 +317,8 @@ class Job:
         training = self._train(side, terms, teacher, plan)
         if teacher is not None:
             self._check_unchanged(stage, teacher)
-        self.run.record(stage, {**self._assess(side.network), **training, **found})
+        measured = self._assess(side.network) if self._measured(terms) else {}
+        self.run.record(stage, {**measured, **training, **found})
         return side
 
     # -- stage 4: the result
@@ -307,7 +329,8 @@ class Job:
             return
         sides: dict[str, Side | None] = {"teacher": pair.teacher, "baseline": baseline, "student": student}
         there = {role: side for role, side in sides.items() if side is not None}
-        latencies = latency_ms([side.network.module for side in there.values()], self.data.img_size)
+        networks = [side.network for side in there.values()]
+        latencies = latency_ms([network.module for network in networks], [network.size for network in networks])
         summary: dict[str, Any] = {
             role: self._described(role, side) | {"latency_ms": latency}
             for (role, side), latency in zip(there.items(), latencies, strict=True)
@@ -331,11 +354,10 @@ class Job:
 
     def _export(self, network: Network) -> dict[str, Any]:
         """How far student.pt2 is from the student; or why there is none: hours of training are not lost to that."""
-        chunk = np.arange(max(EXPORT_IMAGES, 2)) % len(self.data.validation)
-        (batch,) = self.data.validation.batches([chunk], view=None)
         try:
-            images, about = network.norm(batch.image), metadata_of(network, self.data.img_size, self.data.classes)
-            return {"pt2_difference": export_pt2(network.module, images, self.run.path("student.pt2"), about)}
+            images, about = self.sample(EXPORT_IMAGES), metadata_of(network, self.data.img_size, self.data.classes)
+            student = nn.Sequential(network.module, Logits())
+            return {"pt2_difference": export_pt2(student, network.norm(images), self.run.path("student.pt2"), about)}
         except Exception as error:  # torch.export raises whatever it meets in foreign code
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             warn(f"student.pt2 was not written ({reason}); student.safetensors is whole")
@@ -351,6 +373,7 @@ class Job:
             "parameters": count_parameters(network.module),
             "size_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
             "layer": side.layer,
+            "img_size": network.size,
             "mean": list(network.mean),
             "std": list(network.std),
             "model_args": plain(network.model_args),
@@ -369,7 +392,8 @@ class Job:
         """Train a network on its terms and save it under the stage's name; returns what is recorded of it."""
         network = side.network
         task = DistillationTask(side.tapped(), network.norm, terms, teacher)
-        trainer = Trainer(task, plan, self.data.train, self.engine, self.config, self.run, self.data.validation)
+        validation = self.data.validation if self._measured(terms) else None
+        trainer = Trainer(task, plan, self.data.train, self.engine, self.config, self.run, validation)
         training = trainer.fit().record()
         trained = task.trained()
         network.module.load_state_dict(trained.student.module.state_dict())
@@ -379,6 +403,10 @@ class Job:
         self.run.save_weights(plan.stage, network.module.state_dict(), {"format": "pt"})
         return training
 
+    def _measured(self, terms: Sequence[Term]) -> bool:
+        """Whether top-1 means something: there are labels, and something trains the head."""
+        return self.data.labelled and any(isinstance(term, (Labels, SoftTargets)) for term in terms)
+
     def _fetch(self, network: Network, stage: str) -> None:
         """Load what `_train` saved."""
         path = self.run.path(f"{stage}.safetensors")
@@ -386,8 +414,9 @@ class Job:
 
     def _assess(self, network: Network) -> dict[str, float]:
         """Top-1 and loss on the validation images, in float32: that is what is shipped."""
-        classifier = nn.Sequential(network.norm, network.module)
-        return evaluate(classifier, self.data.validation, self.engine, batch_size=self.config.batch_size, precise=True)
+        return evaluate(
+            network.classifier, self.data.validation, self.engine, batch_size=self.config.batch_size, precise=True
+        )
 
     def _teacher_side(self, pair: Pair, paraphraser: Paraphraser | None = None) -> FrozenTeacher:
         side = TeacherSide(self._folding.network, pair.teacher.network.norm, pair.size, paraphraser)

@@ -17,7 +17,7 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from factor_transfer.features import Tapped, align
+from factor_transfer.features import Logits, Tapped, align
 from factor_transfer.health import DEAD, relative_variety
 from factor_transfer.method import (
     Paraphraser,
@@ -58,9 +58,9 @@ class TeacherSide(nn.Module):
 
         `index` and `view` say which images they are; only a cached teacher needs to know.
         """
-        logits, feature = self.network(self.norm(images))
+        output, feature = self.network(self.norm(images))
         feature = align(feature, self.size)
-        outputs = {"logits": logits, "feature": feature}
+        outputs = {"logits": Logits()(output), "feature": feature}
         if self.paraphraser is not None:
             outputs["factor"] = self.paraphraser.encode(feature)
         return outputs
@@ -83,14 +83,44 @@ class Term(nn.Module):
 
 
 class Labels(Term):
-    """Cross-entropy with the images' own labels (equation 3)."""
+    """Cross-entropy with the images' own labels (equation 3).
+
+    Args:
+        weight: its weight.
+    """
 
     name = "cross_entropy"
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = weight
 
     def forward(self, student: StudentOutputs, teacher: dict[str, Tensor], labels: Tensor) -> Tensor:
         """labels: (B,) class indices."""
         logits = student.logits if student.logits.dtype == torch.float64 else student.logits.float()
-        return F.cross_entropy(logits, labels)
+        return self.weight * F.cross_entropy(logits, labels)
+
+
+class SoftTargets(Term):
+    """Knowledge distillation (Hinton, Vinyals, Dean, arXiv 1503.02531): T^2 x KL(teacher || student) at temperature T.
+
+    Args:
+        weight: its weight.
+        temperature: T.
+    """
+
+    name = "soft_targets"
+    needs = frozenset({"logits"})
+
+    def __init__(self, weight: float, temperature: float = 4.0) -> None:
+        super().__init__()
+        self.weight, self.temperature = weight, temperature
+
+    def forward(self, student: StudentOutputs, teacher: dict[str, Tensor], labels: Tensor) -> Tensor:
+        """Compares logits (B, N); `labels` are not read."""
+        ours, theirs = (F.log_softmax(x.float() / self.temperature, 1) for x in (student.logits, teacher["logits"]))
+        divergence = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+        return self.weight * self.temperature**2 * divergence
 
 
 class FactorTransfer(Term):
@@ -131,12 +161,13 @@ class Trainee(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor, teacher: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """uint8 images (B, 3, H, W) -> logits (B, N) and the weighted loss of every term."""
-        student = StudentOutputs(*self.student(self.norm(images)))
+        output, feature = self.student(self.norm(images))
+        student = StudentOutputs(Logits()(output), feature)
         return student.logits, {name: term(student, teacher, labels) for name, term in self.terms.items()}
 
     def classifier(self) -> nn.Module:
         """uint8 images (B, 3, H, W) -> logits (B, N)."""
-        return nn.Sequential(self.norm, self.student.module)
+        return nn.Sequential(self.norm, self.student.module, Logits())
 
 
 class DistillationTask(TrainingTask):  # type: ignore[misc] # timm ships no types
@@ -164,9 +195,10 @@ class DistillationTask(TrainingTask):  # type: ignore[misc] # timm ships no type
         """One step's losses for uint8 images (B, 3, H, W) and labels (B,); `index` (B,) and `view` say which images."""
         teacher = self.teacher(input, index, view) if self.teacher is not None else {}
         logits, losses = self.trainable_module(input, target, teacher)
+        output = logits if Labels.name in losses else None  # without labels there is no top-1 to show
         seen = {name: value for term in unwrap_model(self.trainable_module).terms.values()
                 for name, value in term.seen().items()}  # fmt: skip
-        return {"loss": torch.stack(list(losses.values())).sum(), "output": logits, **losses, **seen}
+        return {"loss": torch.stack(list(losses.values())).sum(), "output": output, **losses, **seen}
 
     def troubles(self, means: dict[str, float]) -> list[str]:
         """What a user should know of a pass with these mean values."""

@@ -111,7 +111,7 @@ def paraphraser_metadata(paraphraser: Paraphraser) -> dict[str, str]:
 
 
 def load_but_head(module: nn.Module, path: str | Path, given: str) -> bool:
-    """Load a file of weights, whose head may be for other classes.
+    """Load a file of weights, whose head may be for other classes, or not there (a self-supervised backbone).
 
     Args:
         module: the network, with a head for the classes that it shall have.
@@ -119,18 +119,21 @@ def load_but_head(module: nn.Module, path: str | Path, given: str) -> bool:
         given: the setting that named it, for messages.
 
     Returns:
-        True where the file's head is for other classes, so that the network keeps its own.
+        True where the file has no head for these classes, so that the network keeps its own.
 
     Raises:
         ModelError: as `load_weights`.
     """
     state = read_state(path, given)
     own = module.state_dict()
-    head = [f"{place}.{kind}" for place in head_places(module) for kind in ("weight", "bias")]
-    head = [name for name in head if name in state and name in own]
-    other = any(state[name].shape[0] != own[name].shape[0] for name in head)
+    places = head_places(module)
+    head = [name for name in own if name.rpartition(".")[0] in places]
+    if not head:  # the network shall have none, whatever the file has
+        state = {name: value for name, value in state.items() if name.rpartition(".")[0] not in places}
+    bare = hasattr(module, "get_classifier") and not any(name in state for name in head)
+    other = bool(head) and (bare or any(state[n].shape[0] != own[n].shape[0] for n in head if n in state))
     if other:
-        state |= {name: own[name] for name in head}
+        state |= {name: own[name] for name in head if bare or name in state}
     _load_state(module, state, given)
     return other
 
