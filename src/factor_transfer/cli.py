@@ -14,7 +14,7 @@ from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
 from cyclopts.config import Dict
 
 from factor_transfer import __version__
-from factor_transfer.config import Config, is_callable_name
+from factor_transfer.config import Config, SuggestConfig, is_callable_name
 from factor_transfer.errors import ConfigError, FactorTransferError, Interrupted
 
 RECIPES = resources.files("factor_transfer") / "recipes"
@@ -101,6 +101,55 @@ def distill(
 
     result = run_distillation(settings)
     show(result.folder, result.summary)
+
+
+@app.command
+def doctor(
+    settings: Annotated[Config, Flattened],
+    *,
+    config: Annotated[str | None, Parameter(group="Run")] = None,
+    trust_config: Annotated[bool, Parameter(group="Run", negative="")] = False,
+) -> None:
+    """Look before the hours are spent: the flags of `distill`, one batch, nothing written. Exit 0 fit, 1 warned, 2 not.
+
+    Parameters
+    ----------
+    config
+        YAML file of settings, named as the flags. Flags win over it.
+    trust_config
+        Let that file name a network by package.module:callable, whose code is then run.
+    """
+    from factor_transfer.doctor import diagnose
+    from factor_transfer.report import show_diagnosis
+
+    found = diagnose(settings)
+    show_diagnosis(found.tables, found.findings)
+    sys.exit(found.code)
+
+
+@app.command
+def suggest(
+    settings: Annotated[SuggestConfig, Flattened],
+    *,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Measure timm's networks on this machine, at the size of the images, and print those that fit, with commands.
+
+    Parameters
+    ----------
+    as_json
+        Print JSON instead of a table.
+    """
+    from dataclasses import asdict
+
+    from factor_transfer.report import show_suggestions
+    from factor_transfer.suggest import suggest as measure
+
+    found, size = measure(settings)
+    if as_json:
+        print(json.dumps({"img_size": size, "suggestions": [asdict(each) for each in found]}))  # noqa: T201
+    else:
+        show_suggestions(found, size)
 
 
 @app.command

@@ -12,6 +12,7 @@ from torch import nn
 
 from factor_transfer.config import FIELDS, Config, DataConfig
 from factor_transfer.console import say, silence, warn
+from factor_transfer.doctor import quick
 from factor_transfer.engine import Engine
 from factor_transfer.errors import ConfigError, near
 from factor_transfer.evaluation import evaluate
@@ -104,6 +105,8 @@ def run_distillation(config: Config, modules: Modules | None = None, transform: 
 
 def _work(job: Job) -> None:
     pair = job.pair()
+    for finding in quick(job.config, pair, job.sample(2)):
+        warn(f"{finding.what} (next: {finding.hint})")
     job.teacher(pair.teacher)
     paraphraser = job.paraphraser(pair)
     student = job.student(pair, paraphraser)
@@ -113,6 +116,10 @@ def _work(job: Job) -> None:
 
 def _report(folder: Path, modules: Modules, engine: Engine) -> None:
     """A report that cannot be made loses no run: it can be made later."""
+    summary = saved_summary(folder)
+    if not all("top1" in summary[role] for role in ("teacher", "student")):
+        say("no report.html: it shows top-1 of teacher and student, which were not both measured")
+        return
     try:
         write_report(folder, modules, engine)
     except Exception as error:  # foreign code in a forward pass, a full disk
@@ -135,16 +142,23 @@ def evaluate_run(folder: Path, data: DataConfig | None = None, device: str = "au
     config, summary = saved_config(folder), saved_summary(folder)
     shown = data or config
     images = open_images(shown, summary)
+    if not (images.labelled and images.classes):
+        raise ConfigError(
+            f"--data {images.name}",
+            found="images without labels, on which nothing can be measured",
+            hint="give labelled images of the run's classes with --data; what has no head, measure by its features",
+        )
     # Other images that are not divided into training and validation are all there to measure on.
     splits = [images.train, images.validation] if data is not None and images.held_out else [images.validation]
     say(f"data: {images.name}, {sum(map(len, splits)):,} images")
     engine = Engine(device, config.precision, config.threads)
     found = {}
     for role in ROLES:
-        if role in summary:
+        if role in summary and (role == "teacher" or config.label_weight or config.kd_weight):
             network = rebuild(folder, role)
-            classifier = nn.Sequential(network.norm, network.module)
-            found[role] = evaluate(classifier, splits, engine, batch_size=config.batch_size, precise=True)
+            if role == "teacher" and not (network.knows_classes or config.teacher_epochs):
+                continue
+            found[role] = evaluate(network.classifier, splits, engine, batch_size=config.batch_size, precise=True)
     return found
 
 

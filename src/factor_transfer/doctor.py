@@ -1,0 +1,371 @@
+"""Look before the hours are spent: one batch through everything, nothing written, and what to mend.
+
+Whatever `distill` checks on opening is checked by the same code; here its mistakes become findings beside the others.
+
+Shapes: B images, C channels, K factor channels, H x W a feature map, N classes.
+"""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from timm.data.constants import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+from torch import Tensor, nn
+
+from factor_transfer.config import Config, Rgb, flag
+from factor_transfer.data import Dataset
+from factor_transfer.engine import Engine
+from factor_transfer.errors import FactorTransferError
+from factor_transfer.features import Logits, follower, maps
+from factor_transfer.files import state_fingerprint
+from factor_transfer.frozen import FrozenTeacher
+from factor_transfer.method import Translator, factor_channels
+from factor_transfer.models import InputNorm, Network, count_parameters
+from factor_transfer.pairs import Modules, Pair, Side, check_alive, check_knows, factor_weight
+from factor_transfer.runs import Run
+from factor_transfer.splits import Batch, Split
+from factor_transfer.stages import Job
+from factor_transfer.tasks import DistillationTask, FactorTransfer, StudentOutputs, TeacherSide
+from factor_transfer.views import SMALL
+
+SAMPLE = 512
+"""Images of each split that are looked at."""
+
+NEGLIGIBLE, DROWNING = 0.1, 100.0
+"""Sizes of the factor term, as multiples of the cross-entropy, below and above which one of the two hardly counts."""
+
+NORMS: dict[str, tuple[Rgb, Rgb]] = {
+    "ImageNet's": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "Inception's": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_MEAN),
+    "CLIP's": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "CIFAR-10's": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "none (pixels in 0..1)": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+"""Normalisations that teachers are usually trained with."""
+
+Level = Literal["warning", "error"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, and which flag mends it."""
+
+    level: Level
+    what: str
+    hint: str
+
+
+@dataclass
+class Diagnosis:
+    """What was looked at, as tables (title, header, rows), and what was found wrong."""
+
+    tables: list[tuple[str, Sequence[str], list[Sequence[str]]]] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def code(self) -> int:
+        """Exit code: 0 when fit to run, 1 with warnings, 2 when not."""
+        levels = {finding.level for finding in self.findings}
+        return 2 if "error" in levels else 1 if levels else 0
+
+
+def diagnose(config: Config, modules: Modules | None = None) -> Diagnosis:
+    """Look at data, networks, layers, factors and losses on one batch; nothing is written.
+
+    Args:
+        config: all settings of `distill`.
+        modules: networks that are given as modules, by role.
+    """
+    found = Diagnosis()
+    try:
+        _look(config, modules or {}, found)
+    except FactorTransferError as error:
+        lines = str(error).splitlines()
+        what = [line.strip() for line in lines if not line.startswith("  next:")]
+        found.findings.append(Finding("error", "\n".join(what), error.hint or ""))
+    return found
+
+
+def quick(config: Config, pair: Pair, images: Tensor) -> Iterator[Finding]:
+    """What `distill` looks at first: settings and layers, within a second.
+
+    Args:
+        config: all settings.
+        pair: teacher and student.
+        images: a few, uint8 (B, 3, S, S).
+    """
+    channels = pair.teacher.shape[0]
+    kept = factor_channels(channels, config.k)
+    if kept < channels / 8:
+        found = f"{kept} factor channels for {channels} of the teacher's: little of its map is left"
+        yield Finding("warning", f"--k {config.k:g}: {found}", "the paper uses --k 0.5 to 1")
+    for name in ("lr", "paraphraser_lr"):
+        adaptive = "adam" in config.opt or config.opt.startswith(("lion", "lamb"))
+        unused = name == "paraphraser_lr" and config.paraphraser is not None
+        if adaptive and getattr(config, name) > 0.02 and not unused:
+            what = f"{flag(name)} {getattr(config, name):g} with --opt {config.opt}: such optimizers diverge there"
+            yield Finding("warning", what, f"{flag(name)} 1e-3")
+    for side in (pair.teacher, pair.student):
+        after = follower(side.network.module, side.layer, side.network.norm.cpu()(images[:2]))
+        if after is not None:
+            what = f"--{side.role}-layer {side.layer}: {after} is applied to it: the end of its group comes later"
+            yield Finding("warning", what, f"leave --{side.role}-layer out, or name the layer after it")
+
+
+def _look(config: Config, modules: Modules, found: Diagnosis) -> None:
+    engine = Engine(config.device, config.precision, config.threads)
+    nowhere = Run(Path(tempfile.gettempdir()) / "factor-transfer" / "nowhere", writes=False)
+    job = Job(config, engine, nowhere, modules)
+    found.findings += _data(job.data, config)
+    pair = job.pair()
+    validation = Sample(job.data.validation, SAMPLE)
+    images = job.sample(min(config.batch_size, 64))
+    found.tables.append(("networks", ("", "teacher", "student"), _networks(pair)))
+    found.tables.append(("layers that give a map", ("", "layer", "map"), _layers(pair)))
+    if pair.size == (1, 1):
+        what = "the maps meet at 1x1: factors say what and not where"
+        found.findings.append(Finding("warning", what, "a larger --img-size, or an earlier --teacher-layer"))
+    if count_parameters(pair.student.network.module) >= count_parameters(pair.teacher.network.module):
+        found.findings.append(Finding("warning", "the student is no smaller than the teacher", "a smaller --student"))
+    found.findings += quick(config, pair, images)
+    network = pair.teacher.network
+    if network.headless if config.teacher_epochs else not network.pretrained:
+        job.teacher(pair.teacher)  # which says that it cannot teach
+    if config.teacher_epochs == 0:
+        found.findings += _teacher(pair.teacher, images, validation, found, config, job.data.labelled)
+    found.findings += _losses(job, pair, found)
+
+
+# -- data
+
+
+class Sample(Split):
+    """At most `count` images of a split, evenly spread over it."""
+
+    def __init__(self, split: Split, count: int) -> None:
+        self._split = split
+        self._places = np.unique(np.linspace(0, len(split) - 1, count).astype(np.int64))
+        self.labels = split.labels[self._places]
+
+    def batches(self, chunks: Iterable[np.ndarray], view: int | None) -> Iterator[Batch]:
+        """See `Split`."""
+        return self._split.batches([self._places[chunk] for chunk in chunks], view)
+
+    def whole(self) -> Batch:
+        """All of it, as evaluation shows it."""
+        (batch,) = self.batches([np.arange(len(self))], view=None)
+        return batch
+
+
+def _data(data: Dataset, config: Config) -> Iterator[Finding]:
+    for note in data.notes:
+        if "no training images" in note:
+            yield Finding("warning", f"--data: {note}", "add images, or take the class out of --class-map")
+    if config.batch_size > len(data.train):
+        what = f"--batch-size {config.batch_size} for {len(data.train)} training images: one step a pass"
+        yield Finding("warning", what, f"--batch-size {max(2, len(data.train) // 10)}")
+    counts = np.bincount(data.train.labels, minlength=len(data.classes))
+    if counts.max() > 20 * max(counts.min(), 1):
+        few = data.classes[int(counts.argmin())]
+        what = f"--data: {counts.max():,} images of {data.classes[int(counts.argmax())]}, {counts.min():,} of {few}"
+        yield Finding("warning", what, f"more images of {few}: top-1 will say little of it")
+    pixels = Sample(data.train, SAMPLE).whole().image.int()
+    grey = float(((pixels[:, 0] == pixels[:, 1]) & (pixels[:, 1] == pixels[:, 2])).flatten(1).all(1).float().mean())
+    if 0 < grey < 1:
+        what = f"--data: {grey:.0%} of the training images are grey, the others in colour"
+        yield Finding("warning", what, "see that the grey ones belong there, and in every class")
+    if data.img_size <= SMALL:
+        same = _hashes(data.train) & _hashes(data.validation)
+        if same:
+            what = f"--data: {len(same):,} images are in training and in validation: top-1 will be too high"
+            yield Finding("warning", what, "remove them from one of the two")
+
+
+def _hashes(split: Split) -> set[bytes]:
+    chunks = np.array_split(np.arange(len(split)), -(-len(split) // 1024))
+    return {image.numpy().tobytes() for batch in split.batches(chunks, view=None) for image in batch.image}
+
+
+# -- the teacher
+
+
+def _teacher(
+    side: Side, images: Tensor, sample: Sample, found: Diagnosis, config: Config, labelled: bool
+) -> Iterator[Finding]:
+    module = side.network.module
+    before = state_fingerprint(module.state_dict())
+    health = check_alive(side, images)
+    if health.dead > 0.5:
+        what = f"--teacher-layer {side.layer}: {health.dead:.0%} of its channels are the same for every image"
+        yield Finding("warning", what, "check the teacher's normalisation and weights, or name another --teacher-layer")
+    frozen = FrozenTeacher(TeacherSide(side.tapped(), side.network.norm, side.shape[1:]))
+    one, two = (frozen(images)["feature"] for _ in range(2))
+    if not torch.equal(one, two) or state_fingerprint(module.state_dict()) != before:
+        what = "--teacher: its own code trains: the same images give other features, or its buffers change"
+        yield Finding("error", what, "look for train(), dropout or writes to buffers in its forward")
+        return
+    if not (side.network.knows_classes and labelled):
+        return
+    batch = sample.whole()
+    logits = _logits(side, side.network.norm, batch.image)
+    top1 = _top1(logits, batch.label)
+    rows: list[Sequence[str]] = [("top-1", f"{top1:.1f} %"), ("images", f"{len(batch.label):,} of validation")]
+    found.tables.append(("teacher", ("", "on a sample"), rows))
+    order = _order(logits, batch.label)
+    if _top1(logits[:, order], batch.label) > 50 > top1:
+        what = f"--teacher: right on {top1:.0f} % as its classes are numbered, on " + (
+            f"{_top1(logits[:, order], batch.label):.0f} % if they were in another order"
+        )
+        hint = f"a --class-map with the teacher's own order; its outputs of our classes: {order.tolist()[:20]}"
+        yield Finding("error", what, hint)
+        return
+    for name, (mean, std) in NORMS.items():
+        other = _top1(_logits(side, InputNorm(mean, std, side.network.size), batch.image), batch.label)
+        if other > top1 + max(3, 3 * 100 / len(batch.label) ** 0.5 * 0.5):
+            what = f"--teacher: right on {top1:.1f} % of a sample, on {other:.1f} % with another normalisation, {name}"
+            yield Finding("warning", what, f"--teacher-mean {_plain(mean)} --teacher-std {_plain(std)}")
+            break
+    check_knows(top1, logits.shape[1], config.teacher)
+
+
+@torch.no_grad()
+def _logits(side: Side, norm: nn.Module, images: Tensor) -> Tensor:
+    model = nn.Sequential(norm, side.network.module.eval(), Logits())
+    return torch.cat([model(part).float() for part in torch.split(images, 64)])
+
+
+def _top1(logits: Tensor, labels: Tensor) -> float:
+    return 100 * float((logits.argmax(1) == labels).float().mean())
+
+
+def _order(logits: Tensor, labels: Tensor) -> np.ndarray:
+    """The output (N,) that goes best with each class."""
+    classes = logits.shape[1]
+    hits = torch.zeros(classes, classes).index_put_(
+        (labels, logits.argmax(1)), torch.ones(len(labels)), accumulate=True
+    )
+    return np.asarray(linear_sum_assignment(-hits.numpy())[1])
+
+
+# -- the losses
+
+
+def _losses(job: Job, pair: Pair, found: Diagnosis) -> Iterator[Finding]:
+    """One batch through teacher, paraphraser, student and translator: sizes, gradients, seconds."""
+    config, data = job.config, job.data
+    paraphraser = job.new_paraphraser(pair, config.paraphraser)
+    kept = paraphraser.factor_channels
+    elements = kept * pair.size[0] * pair.size[1]
+    beta, bound = factor_weight(config, elements)
+    translator = Translator(pair.student.shape[0], kept, config.factor_batch_norm)
+    (batch,) = data.train.batches([np.arange(min(config.batch_size, len(data.train)))], view=0)
+    teacher = FrozenTeacher(TeacherSide(pair.teacher.tapped(), pair.teacher.network.norm, pair.size, paraphraser))
+    terms = job.terms(FactorTransfer(translator, beta, config.p))
+    sizes, norms = _term_sizes(pair.student, teacher, terms, batch)
+    task = DistillationTask(pair.student.tapped(), pair.student.network.norm, terms, teacher).train()
+    seconds = min(_step_seconds(task, batch, job.engine) for _ in range(2))
+    steps = -(-len(data.train) // config.batch_size)
+    shape = f"{kept}x{pair.size[0]}x{pair.size[1]}"
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    ratio = sizes["factor_transfer"] / max(sizes["cross_entropy"], 1e-9) if config.label_weight else 1.0
+    found.tables.append(("losses on one batch", ("", "size", "gradient in the student's map"), [
+        (name.replace("_", " "), f"{sizes[name]:.3g}", f"{norms[name]:.3g}") for name in sizes
+    ]))  # fmt: skip
+    found.tables.append(("factor transfer", ("", "value"), [
+        ("shapes", f"{_shape(pair.teacher)} -> paraphraser -> {shape} <- translator <- {_shape(pair.student)}"),
+        ("beta", f"{beta:g}: its term is at most {bound:.3g}"),
+        ("a pass of the student", f"about {seconds * steps:,.0f} s ({steps:,} steps), {memory:.1f} GB of memory"),
+        ("factor cache", f"{2 * elements * len(data.train) / 1e9:.2f} GB a view; --views {job.views or 'not in use'}"),
+    ]))  # fmt: skip
+    if not all(np.isfinite([*sizes.values(), *norms.values()])):
+        yield Finding("error", "the losses or their gradients are not finite on the first batch", "--precision fp32")
+    elif ratio < NEGLIGIBLE:
+        what = f"--beta {beta:g}: the factor term is {ratio:.2g} of the cross-entropy: the teacher will hardly be heard"
+        yield Finding("warning", what, "--beta auto")
+    elif ratio > DROWNING:
+        what = f"--beta {beta:g}: the factor term is {ratio:.2g} times the cross-entropy: the labels will drown"
+        yield Finding("warning", what, "--beta auto")
+
+
+def _term_sizes(
+    student: Side, teacher: nn.Module, terms: Sequence[Any], batch: Batch
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Of each term its size, and the norm of its gradient in the student's feature map."""
+    output, feature = student.tapped().eval()(student.network.norm(batch.image))
+    outputs = StudentOutputs(Logits()(output), feature)
+    sizes, norms = {}, {}
+    for term in terms:
+        loss = term(outputs, teacher(batch.image), batch.label)
+        (gradient,) = torch.autograd.grad(loss, feature, retain_graph=True)
+        sizes[term.name], norms[term.name] = loss.item(), gradient.norm().item()
+    return sizes, norms
+
+
+def _step_seconds(task: nn.Module, batch: Batch, engine: Engine) -> float:
+    task = engine.place(task)
+    start = time.perf_counter()
+    with engine.autocast():
+        loss = task(batch.image.to(engine.device), batch.label.to(engine.device))["loss"]
+    loss.backward()
+    return time.perf_counter() - start
+
+
+# -- what is shown
+
+
+def _networks(pair: Pair) -> list[Sequence[str]]:
+    sides = (pair.teacher, pair.student)
+    networks = [side.network for side in sides]
+    return [
+        ("name", *(network.name for network in networks)),
+        ("parameters", *(f"{count_parameters(network.module):,}" for network in networks)),
+        ("images", *(f"{network.size}x{network.size}" for network in networks)),
+        ("mean", *(_plain(network.mean) for network in networks)),
+        ("std", *(_plain(network.std) for network in networks)),
+        ("layer", *(side.layer for side in sides)),
+        ("classes", *(_classes(network) for network in networks)),
+        ("map", *(_shape(side) for side in sides)),
+    ]
+
+
+def _layers(pair: Pair) -> list[Sequence[str]]:
+    rows: list[Sequence[str]] = []
+    for side in (pair.teacher, pair.student):
+        size = side.network.size
+        for layer, shape in maps(side.network.module, torch.zeros(2, 3, size, size))[-4:]:
+            rows.append((side.role, layer, "x".join(map(str, shape)) + (" *" if layer == side.layer else "")))
+    return rows
+
+
+def _classes(network: Network) -> str:
+    """What its head is for."""
+    return (
+        "no head for the data's"
+        if network.headless
+        else "the data's, not yet trained"
+        if network.new_head
+        else "the data's"
+    )
+
+
+def _shape(side: Side) -> str:
+    return "x".join(map(str, side.shape))
+
+
+def _plain(values: Sequence[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)

@@ -1,0 +1,132 @@
+"""Which students would fit: timm's networks, measured on this machine at the size of the images."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from factor_transfer.config import SuggestConfig, flag
+from factor_transfer.console import say
+from factor_transfer.data import open_data
+from factor_transfer.errors import ConfigError
+from factor_transfer.export import latency_ms
+from factor_transfer.models import DEFAULT_SIZE, Network, count_parameters, load_network
+from factor_transfer.views import SMALL
+
+Candidate = tuple[str, dict[str, Any]]
+"""A timm name, and constructor arguments."""
+
+
+def _narrow(depth: int, width: int) -> Candidate:
+    return "cifar_resnet20", {"layers": (depth,) * 3, "channels": (width, 2 * width, 4 * width)}
+
+
+def _convnext(width: int, depth: int) -> Candidate:
+    dims = (width, 2 * width, 4 * width, 6 * width)
+    return "convnext_atto", {"depths": (1, depth, depth, 1), "dims": dims, "patch_size": 1}
+
+
+FOR_SMALL: tuple[Candidate, ...] = (
+    *(_narrow(depth, width) for depth in (1, 2, 3) for width in (4, 8, 12)),
+    *((f"cifar_resnet{depth}", {}) for depth in (20, 32, 44)),
+    *((f"cifar_wrn_{name}", {}) for name in ("16_1", "16_2", "40_1", "40_2")),
+    *(_convnext(width, depth) for width, depth in ((8, 1), (8, 2), (12, 2), (16, 2))),
+    ("cifar_vgg13", {}),
+)
+"""Students for images up to 96 pixels: networks that keep their resolution."""
+
+FOR_LARGE: tuple[Candidate, ...] = tuple(
+    (name, {})
+    for name in (
+        "mobilenetv3_small_050", "mobilenetv3_small_075", "mobilenetv3_small_100", "mobilenetv3_large_100",
+        "mobilenetv2_035", "mobilenetv2_050", "mobilenetv2_100", "mobilenetv4_conv_small_050",
+        "mobilenetv4_conv_small", "mobilenetv4_conv_medium", "lcnet_035", "lcnet_050", "lcnet_075", "lcnet_100",
+        "tinynet_e", "tinynet_d", "tinynet_c", "ghostnet_050", "ghostnet_100", "efficientnet_lite0",
+        "efficientnet_b0", "regnetx_002", "regnetx_004", "regnety_002", "regnety_004", "resnet10t", "resnet14t",
+        "resnet18", "resnet26", "resnet34", "convnext_atto", "convnext_femto", "mobilevit_xxs", "edgenext_xx_small",
+        "vit_tiny_patch16_224",
+    )
+)  # fmt: skip
+"""Students for larger images."""
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A student that fits, as measured here."""
+
+    name: str
+    args: dict[str, Any]
+    parameters: int
+    size_mb: float
+    """Megabytes of its weights in float32."""
+    latency_ms: float
+    """Median milliseconds of one image, on the CPU, in float32."""
+    command: str
+    """What distils into it."""
+
+
+def suggest(config: SuggestConfig) -> tuple[list[Suggestion], int]:
+    """Students within the limits, the largest first, and the side of the images they were measured at.
+
+    Raises:
+        ConfigError: there is no limit, or nothing is within the limits.
+    """
+    limits = {name: getattr(config, name) for name in ("max_latency_ms", "max_params", "max_size_mb")}
+    if not any(limit is not None for limit in limits.values()):
+        raise ConfigError("suggest", found="no limit", valid=[flag(name) for name in limits])
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    data = open_data(config, default_size=lambda: DEFAULT_SIZE)
+    size, classes = data.img_size, len(data.classes)
+    candidates = FOR_SMALL if size <= SMALL else FOR_LARGE
+    networks = [load_network(n, role="student", num_classes=classes, img_size=size, args=a) for n, a in candidates]
+    say(f"suggest: {len(networks)} networks on this machine, {torch.get_num_threads()} threads, {size}x{size} pixels")
+    small = [place for place, network in enumerate(networks) if _within(_measures(network), limits)]
+    # Only what is small enough is timed; the networks take turns, so that no disturbance meets one of them alone.
+    times = latency_ms([networks[place].module for place in small], [size] * len(small))
+    found = [
+        Suggestion(
+            candidates[place][0], candidates[place][1], **_measures(networks[place]), latency_ms=milliseconds,
+            command=_command(config, candidates[place]),
+        )
+        for place, milliseconds in zip(small, times, strict=True)
+    ]  # fmt: skip
+    fitting = [each for each in found if _within({"latency_ms": each.latency_ms}, limits)]
+    if not fitting:
+        least = min((_measures(network) for network in networks), key=lambda of: of["parameters"])
+        nearest = f"{least['parameters']:,} parameters, {least['size_mb']:.3g} MB"
+        fastest = f", {min(times):.3g} ms" if times else ""
+        raise ConfigError(
+            " ".join(f"{flag(name)} {limit:g}" for name, limit in limits.items() if limit is not None),
+            found=f"none of {len(networks)} networks within it; the least among them: {nearest}{fastest}",
+            hint="raise the limit, or give a smaller --img-size",
+        )
+    return sorted(fitting, key=lambda each: -each.parameters), size
+
+
+def _measures(network: Network) -> dict[str, Any]:
+    tensors = network.module.state_dict().values()
+    megabytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6
+    return {"parameters": count_parameters(network.module), "size_mb": megabytes}
+
+
+def _within(measures: dict[str, Any], limits: dict[str, float | None]) -> bool:
+    of = {"parameters": "max_params", "size_mb": "max_size_mb", "latency_ms": "max_latency_ms"}
+    return all(value <= (limits[of[name]] or float("inf")) for name, value in measures.items())
+
+
+def _command(config: SuggestConfig, candidate: Candidate) -> str:
+    """The `distill` command for one candidate."""
+    name, args = candidate
+    given = {"data": config.data, "data_dir": config.data_dir, "img_size": config.img_size, "teacher": config.teacher,
+             "teacher_weights": config.teacher_weights, "student": name, "student_args": _shown(args)}  # fmt: skip
+    parts: Sequence[str] = [f"{flag(key)} {shlex.quote(str(value))}" for key, value in given.items() if value]
+    return " ".join(("factor-transfer distill", *parts, "--baseline"))
+
+
+def _shown(args: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}".replace(" ", "") for key, value in args.items())
