@@ -12,13 +12,14 @@ from typing import cast
 
 import numpy as np
 
+from factor_transfer.classes import number_classes
 from factor_transfer.config import DataConfig, imported, is_callable_name
 from factor_transfer.errors import ConfigError, DataError, listed
 from factor_transfer.files import cache_folder, fingerprint
 from factor_transfer.images import Images, Unreadable, corrupted, named, natural
 from factor_transfer.pixels import Pixels, decode_once, unreadable
 from factor_transfer.seeds import part_seed
-from factor_transfer.sources import UNLABELLED, WRITTEN, number_classes, open_source
+from factor_transfer.sources import UNLABELLED, WRITTEN, open_source
 from factor_transfer.splits import FileSplit, PixelSplit, Shown, Split
 from factor_transfer.views import SMALL, VERSION, Transform, held_out
 

@@ -19,6 +19,7 @@ from factor_transfer.evaluation import evaluate
 from factor_transfer.finished import ROLES, open_images, rebuild
 from factor_transfer.page import write_report
 from factor_transfer.pairs import Modules
+from factor_transfer.result import finish
 from factor_transfer.runs import environment, open_run, saved_config, saved_summary
 from factor_transfer.stages import Job
 from factor_transfer.trackers import watched
@@ -111,7 +112,7 @@ def _work(job: Job) -> None:
     paraphraser = job.paraphraser(pair)
     student = job.student(pair, paraphraser)
     baseline = job.baseline() if job.config.baseline else None
-    job.finish(pair, student, baseline)
+    finish(job, pair, student, baseline)
 
 
 def _report(folder: Path, modules: Modules, engine: Engine) -> None:

@@ -1,7 +1,6 @@
 """Where images come from: built-in digits, folders, tars, torchvision and Hugging Face datasets, WebDataset shards.
 
-Splits are resolved here: timm's own search gives all images where it does not find a split. Classes are numbered
-once, from the training images, for all splits.
+Splits are resolved here: timm's own search gives all images where it does not find a split.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import io
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -349,60 +347,3 @@ def _wds_samples(root: Path, shards: Sequence[Path], alt: str, given: str) -> Im
     if not names:
         raise DataError(given, found=f"no images in {listed([str(shard) for shard in shards])}", valid="jpg, png, webp")
     return Files(str(root), names, labels, [place.size for place in ranges], ranges)
-
-
-# -- classes
-
-
-def number_classes(source: Source, config: DataConfig, notes: list[str]) -> tuple[str, ...]:
-    """Class names in index order, the same for all splits: from `--class-map`, the dataset, or the training names.
-
-    Raises:
-        DataError: one class only, a class map that lacks a class or has doubles, validation classes without training
-            images. What is merely odd is added to `notes`.
-    """
-    if UNLABELLED in source.train.labels:
-        notes.append("no labels: top-1 cannot be measured here")
-        return _read_class_map(config.class_map) if config.class_map is not None else ()
-    given, trained = f"--data {config.data}", sorted(set(source.train.labels), key=natural)
-    classes = source.order or tuple(trained)
-    if config.class_map is not None:
-        classes = _read_class_map(config.class_map)
-        lacking = [name for name in trained if name not in set(classes)]
-        if lacking:
-            raise DataError(
-                f"--class-map {config.class_map}",
-                found=f"{len(lacking)} classes of the training images are not in it: {listed(lacking)}",
-                valid="a line for every class",
-            )
-    if len(classes) > len(trained):
-        notes.append(f"{len(classes) - len(trained)} of {len(classes)} classes have no training images")
-    if len(classes) < 2 or len(trained) < 2:
-        raise DataError(given, found=f"one class only: {listed(trained)}", valid="two classes or more")
-    if source.validation is not None:
-        foreign = sorted(set(source.validation.labels) - set(trained), key=natural)
-        if foreign:
-            raise DataError(
-                given,
-                found=f"{len(foreign)} classes in validation that training lacks: {listed(foreign)}",
-                valid=trained,
-                hint="remove them from validation, or add training images",
-            )
-    return classes
-
-
-def _read_class_map(name: str) -> tuple[str, ...]:
-    given, path = f"--class-map {name}", Path(name).expanduser()
-    valid = "a text file with one class name a line, in index order"
-    if not path.exists():
-        raise missing(given, path, valid)
-    try:
-        classes = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(given, found=str(error), valid=valid) from error
-    if not classes or "" in classes:
-        raise DataError(given, found=f"line {classes.index('') + 1} is empty" if classes else "no lines", valid=valid)
-    doubles = [name for name, count in Counter(classes).items() if count > 1]
-    if doubles:
-        raise DataError(given, found=f"named twice: {listed(doubles)}", valid=valid)
-    return classes

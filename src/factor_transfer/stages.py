@@ -18,9 +18,7 @@ from factor_transfer.data import open_data
 from factor_transfer.engine import Engine
 from factor_transfer.errors import ConfigError, ModelError, TrainingError
 from factor_transfer.evaluation import evaluate, evaluate_paraphraser
-from factor_transfer.export import EXPORT_IMAGES, export_pt2, latency_ms, metadata_of
-from factor_transfer.features import Logits
-from factor_transfer.files import cache_folder, state_fingerprint, write_json
+from factor_transfer.files import cache_folder, state_fingerprint
 from factor_transfer.frozen import FrozenTeacher, folded
 from factor_transfer.health import DEAD
 from factor_transfer.method import Paraphraser, Translator, factor_channels
@@ -320,66 +318,6 @@ class Job:
         measured = self._assess(side.network) if self._measured(terms) else {}
         self.run.record(stage, {**measured, **training, **found})
         return side
-
-    # -- stage 4: the result
-
-    def finish(self, pair: Pair, student: Side, baseline: Side | None) -> None:
-        """Export the student, measure, and write the summary."""
-        if not self.run.writes:
-            return
-        sides: dict[str, Side | None] = {"teacher": pair.teacher, "baseline": baseline, "student": student}
-        there = {role: side for role, side in sides.items() if side is not None}
-        networks = [side.network for side in there.values()]
-        latencies = latency_ms([network.module for network in networks], [network.size for network in networks])
-        summary: dict[str, Any] = {
-            role: self._described(role, side) | {"latency_ms": latency}
-            for (role, side), latency in zip(there.items(), latencies, strict=True)
-        }
-        summary |= {
-            "paraphraser": self.run.recorded("paraphraser"),
-            "seconds": {stage: found["seconds"] for stage, found in self.run.all_recorded().items()},
-            "data": {
-                "name": self.data.name,
-                "train": len(self.data.train),
-                "validation": len(self.data.validation),
-                "img_size": self.data.img_size,
-                "classes": list(self.data.classes),
-            },
-            "fingerprints": self.run.pins(),
-            "settings": self.config.to_dict(),
-            "environment": self.run.environment(),
-        }
-        summary["student"] |= self._export(student.network)
-        write_json(self.run.path("summary.json"), summary)
-
-    def _export(self, network: Network) -> dict[str, Any]:
-        """How far student.pt2 is from the student; or why there is none: hours of training are not lost to that."""
-        try:
-            images, about = self.sample(EXPORT_IMAGES), metadata_of(network, self.data.img_size, self.data.classes)
-            student = nn.Sequential(network.module, Logits())
-            return {"pt2_difference": export_pt2(student, network.norm(images), self.run.path("student.pt2"), about)}
-        except Exception as error:  # torch.export raises whatever it meets in foreign code
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            warn(f"student.pt2 was not written ({reason}); student.safetensors is whole")
-            return {"pt2_error": reason}
-
-    def _described(self, role: str, side: Side) -> dict[str, Any]:
-        network = side.network
-        found = {name: value for name, value in (self.run.recorded(role) or {}).items() if name != "seconds"}
-        tensors = network.module.state_dict().values()
-        return {
-            "name": network.name,
-            **found,
-            "parameters": count_parameters(network.module),
-            "size_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-            "layer": side.layer,
-            "img_size": network.size,
-            "mean": list(network.mean),
-            "std": list(network.std),
-            "model_args": plain(network.model_args),
-            "is_module": side.role in self.modules,
-            "fingerprint": state_fingerprint(network.module.state_dict()),
-        }
 
     # -- what stages share
 

@@ -1,0 +1,65 @@
+"""One numbering of the classes, for all splits: timm numbers each split by itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from factor_transfer.config import DataConfig
+from factor_transfer.errors import DataError, listed
+from factor_transfer.images import natural
+from factor_transfer.sources import UNLABELLED, Source, missing
+
+
+def number_classes(source: Source, config: DataConfig, notes: list[str]) -> tuple[str, ...]:
+    """Class names in index order, the same for all splits: from `--class-map`, the dataset, or the training names.
+
+    Raises:
+        DataError: one class only, a class map that lacks a class or has doubles, validation classes without training
+            images. What is merely odd is added to `notes`.
+    """
+    if UNLABELLED in source.train.labels:
+        notes.append("no labels: top-1 cannot be measured here")
+        return _read_class_map(config.class_map) if config.class_map is not None else ()
+    given, trained = f"--data {config.data}", sorted(set(source.train.labels), key=natural)
+    classes = source.order or tuple(trained)
+    if config.class_map is not None:
+        classes = _read_class_map(config.class_map)
+        lacking = [name for name in trained if name not in set(classes)]
+        if lacking:
+            raise DataError(
+                f"--class-map {config.class_map}",
+                found=f"{len(lacking)} classes of the training images are not in it: {listed(lacking)}",
+                valid="a line for every class",
+            )
+    if len(classes) > len(trained):
+        notes.append(f"{len(classes) - len(trained)} of {len(classes)} classes have no training images")
+    if len(classes) < 2 or len(trained) < 2:
+        raise DataError(given, found=f"one class only: {listed(trained)}", valid="two classes or more")
+    if source.validation is not None:
+        foreign = sorted(set(source.validation.labels) - set(trained), key=natural)
+        if foreign:
+            raise DataError(
+                given,
+                found=f"{len(foreign)} classes in validation that training lacks: {listed(foreign)}",
+                valid=trained,
+                hint="remove them from validation, or add training images",
+            )
+    return classes
+
+
+def _read_class_map(name: str) -> tuple[str, ...]:
+    given, path = f"--class-map {name}", Path(name).expanduser()
+    valid = "a text file with one class name a line, in index order"
+    if not path.exists():
+        raise missing(given, path, valid)
+    try:
+        classes = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(given, found=str(error), valid=valid) from error
+    if not classes or "" in classes:
+        raise DataError(given, found=f"line {classes.index('') + 1} is empty" if classes else "no lines", valid=valid)
+    doubles = [name for name, count in Counter(classes).items() if count > 1]
+    if doubles:
+        raise DataError(given, found=f"named twice: {listed(doubles)}", valid=valid)
+    return classes

@@ -1,0 +1,77 @@
+"""What a run leaves: the exported student and `summary.json`, which says all that was found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from factor_transfer.config import plain
+from factor_transfer.console import warn
+from factor_transfer.export import EXPORT_IMAGES, export_pt2, latency_ms, metadata_of
+from factor_transfer.features import Logits
+from factor_transfer.files import state_fingerprint, write_json
+from factor_transfer.models import Network, count_parameters
+from factor_transfer.pairs import Pair, Side
+from factor_transfer.stages import Job
+
+
+def finish(job: Job, pair: Pair, student: Side, baseline: Side | None) -> None:
+    """Export the student, measure, and write the summary."""
+    if not job.run.writes:
+        return
+    sides: dict[str, Side | None] = {"teacher": pair.teacher, "baseline": baseline, "student": student}
+    there = {role: side for role, side in sides.items() if side is not None}
+    networks = [side.network for side in there.values()]
+    latencies = latency_ms([network.module for network in networks], [network.size for network in networks])
+    summary: dict[str, Any] = {
+        role: _described(job, role, side) | {"latency_ms": latency}
+        for (role, side), latency in zip(there.items(), latencies, strict=True)
+    }
+    summary |= {
+        "paraphraser": job.run.recorded("paraphraser"),
+        "seconds": {stage: found["seconds"] for stage, found in job.run.all_recorded().items()},
+        "data": {
+            "name": job.data.name,
+            "train": len(job.data.train),
+            "validation": len(job.data.validation),
+            "img_size": job.data.img_size,
+            "classes": list(job.data.classes),
+        },
+        "fingerprints": job.run.pins(),
+        "settings": job.config.to_dict(),
+        "environment": job.run.environment(),
+    }
+    summary["student"] |= _export(job, student.network)
+    write_json(job.run.path("summary.json"), summary)
+
+
+def _export(job: Job, network: Network) -> dict[str, Any]:
+    """How far student.pt2 is from the student; or why there is none: hours of training are not lost to that."""
+    try:
+        images, about = job.sample(EXPORT_IMAGES), metadata_of(network, job.data.img_size, job.data.classes)
+        student = nn.Sequential(network.module, Logits())
+        return {"pt2_difference": export_pt2(student, network.norm(images), job.run.path("student.pt2"), about)}
+    except Exception as error:  # torch.export raises whatever it meets in foreign code
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warn(f"student.pt2 was not written ({reason}); student.safetensors is whole")
+        return {"pt2_error": reason}
+
+
+def _described(job: Job, role: str, side: Side) -> dict[str, Any]:
+    network = side.network
+    found = {name: value for name, value in (job.run.recorded(role) or {}).items() if name != "seconds"}
+    tensors = network.module.state_dict().values()
+    return {
+        "name": network.name,
+        **found,
+        "parameters": count_parameters(network.module),
+        "size_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        "layer": side.layer,
+        "img_size": network.size,
+        "mean": list(network.mean),
+        "std": list(network.std),
+        "model_args": plain(network.model_args),
+        "is_module": side.role in job.modules,
+        "fingerprint": state_fingerprint(network.module.state_dict()),
+    }
