@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from factor_transfer.cli import RECIPES, main, recipe
 from factor_transfer.config import FIELDS
+from factor_transfer.console import table
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 Told = Callable[..., str]
@@ -273,3 +274,14 @@ def test_recipes__are_settings(path: Path) -> None:
     values = yaml.safe_load(path.read_text())
     assert set(values) <= set(FIELDS)
     assert recipe(path.stem, out="x").out == "x"
+
+
+def test_table__keeps_names_whole_on_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = [["student.int8.onnx", "safetensors, factor_transfer.zoo", "1.35", "85.72", "4.8e-06"]]
+    table("exports", ["file", "needs", "MB", "top-1 %", "difference"], rows)
+    shown = capsys.readouterr().out
+    assert all(cell in shown for cell in ("student.int8.onnx", "factor_transfer.zoo", "4.8e-06"))
+    assert "…" not in shown

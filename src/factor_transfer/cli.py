@@ -117,7 +117,7 @@ def doctor(
     config
         YAML file of settings, named as the flags. Flags win over it.
     trust_config
-        Let that file name a network by package.module:callable, whose code is then run.
+        Let that file name a network or transform by package.module:callable, whose code is then run.
     """
     from factor_transfer.doctor import diagnose
     from factor_transfer.report import show_diagnosis

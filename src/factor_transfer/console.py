@@ -34,10 +34,14 @@ def warn(text: str) -> None:
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A result, on standard output: the first column to the left, the others to the right."""
+    """A result, on standard output: the first column to the left, the others to the right.
+
+    On a narrow terminal cells break between words, and a column of single words stays whole.
+    """
     made = Table(title=escape(harmless(title)), title_justify="left")
     for place, name in enumerate(header):
-        made.add_column(name, justify="left" if place == 0 else "right", no_wrap=place > 0)
+        whole = not any(" " in row[place] for row in rows)
+        made.add_column(name, justify="left" if place == 0 else "right", no_wrap=whole)
     for row in rows:
         made.add_row(*(escape(harmless(cell)) for cell in row))
     Console(highlight=False, emoji=False, quiet=_console.quiet).print(made)

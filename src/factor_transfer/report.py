@@ -90,8 +90,9 @@ def show_exports(folder: Path, found: Mapping[str, Any]) -> None:
         )
         for row in found["formats"]
     ]
-    title = f"{folder}: against the trained student, {found['reference_top1']:.2f} % on {found['images']:,} images"
-    table(title, ("file", "needs", "MB", "top-1 %", "largest difference"), rows)
+    student = f"the trained student, {found['reference_top1']:.2f} % on {found['images']:,} images"
+    title = f"{folder}: against {student}; the largest difference of a logit"
+    table(title, ("file", "needs", "MB", "top-1 %", "difference"), rows)
     timed = [
         (f"{row['network']}, {row['format']}", str(row["threads"]), str(row["batch"]), *_milliseconds(row))
         for row in found["latency"]
