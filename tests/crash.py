@@ -43,6 +43,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Weights are in channels-last and optimizers fused throughout."""
 
+LONGEST = 300
+"""Seconds that a run of these may take on a machine with much else to do."""
+
 
 def command(folder: Path, variant: str) -> list[str]:
     """The command line of a variant, whose run and cache lie in `folder`."""
@@ -62,13 +65,18 @@ def work(arguments: list[str], log: str) -> None:
     main()
 
 
-def start(folder: Path, variant: str) -> Any:
-    """Begin or continue the run."""
+def server() -> Any:
+    """The server of forks, which imports what every run does, once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["factor_transfer.stages", "factor_transfer.distillation", "factor_transfer.cli",
                                     "torch.export", "sklearn.datasets", "torch._dynamo"])  # fmt: skip
+    return context
+
+
+def start(folder: Path, variant: str) -> Any:
+    """Begin or continue the run."""
     folder.mkdir(parents=True, exist_ok=True)
-    process = context.Process(target=work, args=(command(folder, variant), str(folder / "log")))
+    process = server().Process(target=work, args=(command(folder, variant), str(folder / "log")))
     process.start()
     return process
 
@@ -122,10 +130,13 @@ def result(run: Path) -> dict[str, Any]:
 
 
 def uninterrupted(folder: Path, variant: str) -> tuple[dict[str, Any], float]:
-    """The run that nothing disturbs, and its seconds."""
+    """The run that nothing disturbs, and its seconds: without those in which the server starts, which no kill meets."""
+    warm = server().Process(target=int)
+    warm.start()
+    warm.join()
     began = time.monotonic()
     process = start(folder, variant)
-    process.join()
+    process.join(LONGEST)
     assert process.exitcode == 0, (folder / "log").read_text()
     return result(folder / "run"), time.monotonic() - began
 
@@ -136,8 +147,9 @@ def killed(folder: Path, variant: str, seconds: float, chance: random.Random, mo
     while True:
         process = start(folder, variant)
         # Loading takes its part of every attempt: short enough to be killed often, long enough to come on.
-        process.join(chance.uniform(0.1, 0.5) * seconds if len(places) < most else None)
+        process.join(chance.uniform(0.1, 0.5) * seconds if len(places) < most else LONGEST)
         if process.exitcode is None:
+            assert len(places) < most, f"it does not end: {folder / 'log'}"
             os.kill(process.pid, signal.SIGKILL)
             process.join()
         if process.exitcode == 0:
