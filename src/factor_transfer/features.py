@@ -65,6 +65,7 @@ class Tapped(nn.Module):
         kept: list[Any] = []
         with _watching(self.module.get_submodule(self.layer), kept.append):
             output = self.module(images)
+        _keep_layout(kept[-1] if kept else None)
         feature = as_map(kept[-1], self.module) if kept else None
         if feature is None:
             raise ModelError(
@@ -75,6 +76,21 @@ class Tapped(nn.Module):
                 hint=f"leave {self.flag} out: the last feature map is found by itself",
             )
         return output, feature
+
+
+def _keep_layout(found: Any) -> None:
+    """Have the gradient of a channels-last map arrive channels-last.
+
+    That of pooling does not, and every layer before it would then compute several times slower.
+    """
+    if not (isinstance(found, Tensor) and found.requires_grad and found.ndim == 4):
+        return
+    if found.is_contiguous(memory_format=torch.channels_last):
+        found.register_hook(_channels_last)  # type: ignore[no-untyped-call] # torch's own
+
+
+def _channels_last(gradient: Tensor) -> Tensor:
+    return gradient.contiguous(memory_format=torch.channels_last)
 
 
 class Logits(nn.Module):
