@@ -102,7 +102,7 @@ def comparison_values(folders: Sequence[Path]) -> dict[str, Any]:
     if curves:
         plots.append(lines("Validation top-1 of the students", curves, "top-1, %", digits=4, from_zero=False))
     return {
-        "title": f"{len(folders)} runs of Factor Transfer",
+        "title": f"{len(folders)} runs",
         "rows": rows,
         "differing": [flag(key) for key in differing],
         "groups": _groups(summaries),
