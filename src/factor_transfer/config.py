@@ -150,7 +150,7 @@ class Config(DataConfig):
     """Temperature that softens them."""
     at_weight: Annotated[float | Literal["auto"], _in("Other terms")] = 0.0
     """Weight of attention transfer (Zagoruyko & Komodakis 2017), summed over groups, each a mean over places as in
-    their program. auto: their 1000. 0: none."""
+    their program. auto: the bound of their CIFAR-10 program (1000 at 32x32, 16x16 and 8x8). 0: none."""
     hint_epochs: Annotated[int | Literal["auto"], _in("Other terms")] = 0
     """Passes of a first stage in which the student's lower half regresses the teacher's hint (FitNets, Romero et al.
     2015). auto: an eighth of --epochs. 0: none."""

@@ -179,11 +179,12 @@ def maps(module: nn.Module, images: Tensor) -> list[tuple[str, tuple[int, int, i
 
 @torch.no_grad()
 def find_groups(module: nn.Module, images: Tensor) -> list[tuple[str, tuple[int, int, int]]]:
-    """The ends of a network's groups (stages): (layer, (C, H, W)), of each height and width one, in order.
+    """The ends of a network's groups (stages): (layer, (C, H, W)), for each height and width the last, in order.
 
-    Of the layers that give maps of one size it is the outermost, and of these the last: not the next group's first
-    convolution, which may still have that size. A stem (one convolution with a size of its own) is no group, and
-    neither is a map of one place.
+    A group is a submodule that holds two or more layers with weights of its map's size; so the next group's first
+    convolution, which may still have that size, is none. Where no submodule is (a flat network), it is the last layer.
+    The last group ends where `find_layer` says. What comes before the first group (a stem) is none, and neither is a
+    map of one place.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU())
     >>> find_groups(net, torch.zeros(2, 3, 8, 8))
@@ -193,17 +194,21 @@ def find_groups(module: nn.Module, images: Tensor) -> list[tuple[str, tuple[int,
     by_size: dict[tuple[int, int], list[tuple[str, Tensor]]] = {}
     for name, output in flow:
         by_size.setdefault(_shape(output, module)[1:], []).append((name, output))
-    found, weighted = [], []
+    found = []
     for size, named in by_size.items():
-        if size == (1, 1):
-            continue
-        _, output = min(reversed(named), key=lambda each: each[0].count("."))
-        found.append((_named(flow, output), _shape(output, module)))
-        parts = (getattr(module.get_submodule(name), "weight", None) for name, _ in named)
-        weighted.append(sum(isinstance(weight, Tensor) and weight.ndim > 1 for weight in parts))
-    if len(found) > 1 and weighted[0] == 1:
-        del found[0]
-    return found
+        parts = [(name, getattr(module.get_submodule(name), "weight", None)) for name, _ in named]
+        weighted = [name for name, weight in parts if isinstance(weight, Tensor) and weight.ndim > 1]
+        groups = [each for each in named if sum(name.startswith(f"{each[0]}.") for name in weighted) > 1]
+        _, output = groups[-1] if groups else min(reversed(named), key=lambda each: each[0].count("."))
+        if size != (1, 1) and weighted:  # maps that no weights make are attention's own
+            found.append((_named(flow, output), _shape(output, module), bool(groups)))
+    found.sort(key=lambda each: each[1][1:], reverse=True)
+    last = find_layer(module, images)
+    shape = feature_shape(Tapped(module, last), images)
+    if found and found[-1][1][1:] == shape[1:]:
+        found[-1] = last, shape, True
+    stem = len(found) > 1 and not found[0][2] and any(group for *_, group in found[:-1])
+    return [(layer, shape) for layer, shape, _ in (found[1:] if stem else found)]
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from factor_transfer.config import Config, flag
 from factor_transfer.errors import ConfigError
 from factor_transfer.features import Tapped, feature_map, find_groups
 from factor_transfer.method import Translator
+from factor_transfer.methods import method_of
 from factor_transfer.pairs import Pair, Side, factor_weight
 from factor_transfer.seeds import part_seed, seeded
 from factor_transfer.terms import (
@@ -25,8 +27,8 @@ from factor_transfer.terms import (
     Term,
 )
 
-AT_WEIGHT = 1000.0
-"""`--at-weight auto`: beta of the authors' program, on CIFAR-10 and on ImageNet."""
+AT_BOUND = 1000 * sum(2 / side**2 for side in (32, 16, 8))
+"""What the term of attention transfer is at most in the authors' CIFAR-10 program: beta 1000, these maps."""
 
 
 class Objective:
@@ -45,20 +47,42 @@ class Objective:
         self.groups = groups_of(config, pair) if guided else ()
         self._shapes: dict[str, tuple[int, ...]] = {"factor": (factor_channels, *pair.size), "logits": (classes,)}
         self.terms: list[Term] = []
+        self.record: dict[str, Any] = {}
+        """Weights that the settings leave to be found, and what they follow from."""
         if config.label_weight:
             self.terms.append(Labels(config.label_weight))
         if config.kd_weight:
             self.terms.append(SoftTargets(config.kd_weight, config.kd_temperature))
         if config.beta:
-            beta, _ = factor_weight(config, factor_channels * pair.size[0] * pair.size[1])
+            elements = factor_channels * pair.size[0] * pair.size[1]
+            beta, bound = factor_weight(config, elements)
+            self.record |= {"beta": beta, "bound": bound, "elements": elements, "factor_channels": factor_channels}
             with seeded(part_seed(config.seed, "translator")):
                 translator = Translator(pair.student.shape[0], factor_channels, config.factor_batch_norm)
             self.terms.append(FactorTransfer(translator, beta, config.p))
         if config.at_weight:
-            weight = AT_WEIGHT if config.at_weight == "auto" else config.at_weight
+            bound = sum(2 / (height * width) for *_, (height, width) in self.groups)
+            weight = AT_BOUND / bound if config.at_weight == "auto" else config.at_weight
+            self.record |= {"at_weight": weight, "at_bound": weight * bound}
             self.terms.append(AttentionTransfer(self.groups, weight))
         if config.hint_weight:
             self.terms.append(self.hint(config.hint_weight))
+
+    def lines(self) -> Iterator[str]:
+        """What a user is told."""
+        found = self.record
+        yield f"student: {method_of(vars(self.config))}"
+        if "beta" in found:
+            channels, height, width = self._shapes["factor"]
+            yield (
+                f"factor: {channels} channels of {height}x{width} ({found['elements']} elements); "
+                f"beta {found['beta']:g}, so its term is at most {found['bound']:.3g}"
+            )
+        for group in self.groups:
+            at = f"{group.size[0]}x{group.size[1]}"
+            yield f"group: the teacher's {group.teacher}, the student's {group.student}, compared at {at}"
+        if "at_weight" in found:
+            yield f"attention: weight {found['at_weight']:g}, so its term is at most {found['at_bound']:.3g}"
 
     def hint(self, weight: float = 1.0) -> Hint:
         """The term of the middle group, with a fresh regressor, which belongs to --seed."""
@@ -154,6 +178,7 @@ def trained_up_to(tapped: Tapped, images: Tensor) -> Iterator[None]:
         tapped: the network and its layer.
         images: normalised images (B, 3, S, S).
     """
+    tapped.eval()  # the images shall leave no trace in its batch norms
     weights = [weight for weight in tapped.module.parameters() if weight.requires_grad]
     gradients = torch.autograd.grad(tapped(images)[1].sum(), weights, allow_unused=True)
     beyond = [weight for weight, gradient in zip(weights, gradients, strict=True) if gradient is None]

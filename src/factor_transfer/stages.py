@@ -24,10 +24,9 @@ from factor_transfer.files import cache_folder, state_fingerprint
 from factor_transfer.frozen import FrozenTeacher, folded
 from factor_transfer.health import DEAD
 from factor_transfer.method import Paraphraser, factor_channels
-from factor_transfer.methods import method_of
 from factor_transfer.models import Network, Role, count_parameters, own_size
 from factor_transfer.objective import Objective, trained_up_to
-from factor_transfer.pairs import Modules, Pair, Side, check_alive, check_knows, factor_weight, load_side
+from factor_transfer.pairs import Modules, Pair, Side, check_alive, check_knows, load_side
 from factor_transfer.runs import Run
 from factor_transfer.seeds import part_seed, seeded
 from factor_transfer.tasks import DistillationTask, ParaphraserTask, TeacherSide
@@ -84,9 +83,6 @@ class Job:
             warn("the maps meet at 1x1: factors say what and not where (try --teacher-layer, or a larger --img-size)")
         kept = self.new_paraphraser(pair, self.config.paraphraser).factor_channels if self.config.beta else 0
         self.objective = Objective(self.config, pair, kept, len(self.data.classes))
-        for group in self.objective.groups:
-            where = f"{group.size[0]}x{group.size[1]}"
-            say(f"group: teacher's {group.teacher}, student's {group.student}, compared at {where}")
         self.views = self._choose_views()
         return pair
 
@@ -191,7 +187,7 @@ class Job:
         no factor is transferred."""
         config, run = self.config, self.run
         if not config.beta:
-            say(f"student: no factor transfer (--beta 0): {method_of(vars(config))}")
+            say("no factor transfer (--beta 0), so no paraphraser")
             return None
         found = run.recorded("paraphraser")
         file = str(run.path("paraphraser.safetensors")) if found else config.paraphraser
@@ -247,9 +243,9 @@ class Job:
 
     def student(self, pair: Pair, paraphraser: Paraphraser | None) -> Side:
         """The student, by the terms that the settings name: by Factor Transfer, if there is a paraphraser."""
-        found: dict[str, Any] = {"views": self.views}
-        if paraphraser is not None:
-            found |= self._factor(pair, paraphraser.factor_channels)
+        found = {**self.objective.record, "views": self.views}
+        for line in self.objective.lines():
+            say(line)
         if not (self.config.label_weight or self.config.kd_weight):
             say("student: nothing trains a head, so it is not measured: what it has learned are features")
         if self.objective.hint_epochs:
@@ -263,16 +259,6 @@ class Job:
             if isinstance(shown, CachedTeacher):
                 shown.cache.close()
 
-    def _factor(self, pair: Pair, channels: int) -> dict[str, Any]:
-        """What is recorded of the factor, and said."""
-        elements = channels * pair.size[0] * pair.size[1]
-        beta, bound = factor_weight(self.config, elements)
-        say(
-            f"factor: {channels} channels of {pair.size[0]}x{pair.size[1]} ({elements} elements); "
-            f"beta {beta:g}, so its term is at most {bound:.3g}"
-        )
-        return {"beta": beta, "bound": bound, "elements": elements, "factor_channels": channels}
-
     def _hint(self, pair: Pair) -> None:
         """FitNets' first stage: the student up to its guided layer, and a regressor, learn the teacher's hint."""
         config, network, term = self.config, pair.student.network, self.objective.hint()
@@ -284,7 +270,7 @@ class Job:
         guided = replace(pair.student, layer=term.group.student)
         plan = Plan(stage="hint", epochs=epochs, lr=config.lr, seed=config.seed, views=self.views)
         teacher = self._teacher_side(pair, None, term.readers())
-        with trained_up_to(guided.tapped(), network.norm(self.sample(2))):
+        with trained_up_to(guided.tapped(ends=True), network.norm(self.sample(2))):
             training = self._train(guided, [term], teacher, plan, ends=True)
         self._check_unchanged("hint", teacher)
         self.run.record("hint", training)

@@ -188,7 +188,7 @@ class AttentionTransfer(Term):
 
     Args:
         groups: where the maps are compared.
-        weight: their beta, 1000 in the program, for any size of map.
+        weight: their beta, 1000 in the program.
     """
 
     name = "attention_transfer"
