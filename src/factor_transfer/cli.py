@@ -186,7 +186,8 @@ def evaluate(
     from factor_transfer.report import show_evaluation
 
     saved = _trusted(run, trust_config=trust_config)
-    images = replace(saved, data=data, data_dir=data_dir) if data else None
+    whole: dict[str, Any] = {"train_images": None, "validate_on": "validation"}
+    images = replace(saved, data=data, data_dir=data_dir, **whole) if data else None
     found = evaluate_run(run, images, device)
     if as_json:
         print(json.dumps(found))  # noqa: T201 (the command's output)

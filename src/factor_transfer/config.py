@@ -51,7 +51,13 @@ class DataConfig:
     """Side of the square image that both networks see, in pixels. Default: the images' own size up to 96, else the
     student's."""
     validation_share: float = 0.1
-    """Share of each training class that is set aside where the data has no validation set."""
+    """Share of each training class that is set aside where the data has no validation set, or for --validate-on
+    train-holdout."""
+    validate_on: Literal["validation", "train-holdout"] = "validation"
+    """Images that are measured on. train-holdout: a share of the training images, which is not trained on, so that
+    settings can be chosen and the validation images stay unseen."""
+    train_images: int | None = None
+    """Train on so many images: as many of each class (as far as it has them), chosen by --data-seed. Default: all."""
     skip_corrupt: bool = False
     """Leave out images that cannot be read, and count them, instead of stopping."""
     hflip: float | None = None
@@ -332,6 +338,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda", "mps"),
     "precision": ("auto", "fp32", "bf16"),
     "reconstruction": ("l1", "l2"),
+    "validate_on": ("validation", "train-holdout"),
     "beta": ("auto",),
     "views": ("auto",),
     "at_weight": ("auto",),
@@ -365,7 +372,7 @@ def _check_numbers(config: Config) -> None:
             raise ConfigError(f"{flag(name)} {values!r}", valid=f"{count} numbers")
     positive = ("k", "batch_size", "lr", "paraphraser_lr", "teacher_lr", "teacher_size", "img_size", "threads",
                 "clip_grad", "checkpoint_minutes", "timeout_minutes", "epochs", "decay_epochs",
-                "kd_temperature")  # fmt: skip
+                "kd_temperature", "train_images")  # fmt: skip
     not_negative = ("teacher_epochs", "paraphraser_epochs", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr",
                     "crop_padding", "color_jitter", "views", "workers", "pixel_cache_gb", "seed", "data_seed", "beta",
                     "momentum", "max_skipped", "label_weight", "kd_weight", "at_weight", "hint_weight",
