@@ -4,8 +4,6 @@ The docstring under a field is its help. Names are timm's where timm has the set
 so that `--help` answers at once.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import inspect

@@ -105,16 +105,16 @@ def saved_exports(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any] | 
     return found
 
 
-def repeat_command(settings: Mapping[str, Any]) -> str:
-    """The command that makes the run again: what differs from the defaults.
+def repeat_command(settings: Mapping[str, Any], command: str = "distill", kind: type[Config] = Config) -> str:
+    """The command that makes the run again: what differs from the defaults of `kind`.
 
     >>> repeat_command({"data": "my photos", "teacher": "a", "student": "b", "epochs": 20, "baseline": True})
     "factor-transfer distill --data 'my photos' --teacher a --student b --epochs 20 --baseline"
     """
     import json
 
-    parts = ["factor-transfer", "distill"]
-    for each in fields(Config):
+    parts = ["factor-transfer", command]
+    for each in fields(kind):
         if each.name not in settings or each.name in {"out", "overwrite"}:
             continue
         value = settings[each.name]
