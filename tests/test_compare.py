@@ -101,6 +101,7 @@ def test_planned__a_swept_protocol_has_its_own_reference() -> None:
     [
         (["--methods", "alone,ftt"], r"--methods alone,ftt\n.*no method ftt\n.*ft"),
         (["--methods", ","], r"--methods\n.*no method\n.*alone, kd"),
+        (["--kd-weight", "2"], r"--kd-weight 2.0\n.*set it themselves: alone 0.0, kd 0.9.*\n.*--sweep kd_weight=2.0"),
         (["--seeds", "0"], r"--seeds 0\n.*from 1"),
         (["--jobs", "2"], r"--jobs 2\n.*no --threads.*\n.*--threads 1"),
         (["--baseline"], r"--baseline\n.*\n.*name alone"),

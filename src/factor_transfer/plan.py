@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -124,6 +124,7 @@ def planned(config: CompareConfig) -> Plan:
     folder = Path(config.out or default_folder(config))
     variants = _variants(_methods(config.methods), _sweeps(config.sweep))
     settings = {each.name: base | settings_of(each.method, base) | each.swept for each in variants}
+    _check_given(config, settings)
     variants = tuple(each for each in variants if _first(each.name, settings))
     runs = []
     for seed in range(config.seed, config.seed + config.seeds):
@@ -132,6 +133,21 @@ def planned(config: CompareConfig) -> Plan:
             own = settings[each.name] | {"seed": seed, "out": str(folder / name), "overwrite": False}
             runs.append(PlannedRun(name, each.name, seed, Config(**own)))
     return Plan(config, variants, tuple(runs), folder)
+
+
+def _check_given(config: CompareConfig, settings: dict[str, dict[str, Any]]) -> None:
+    """A setting that was given, and that every method sets otherwise, would do nothing.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    usual = {each.name: each.default for each in fields(Config)}
+    for name in {name for method in METHODS.values() for name in method}:
+        value = getattr(config, name)
+        if value != usual[name] and all(each[name] != value for each in settings.values()):
+            found = ", ".join(f"{variant} {each[name]}" for variant, each in settings.items())
+            hint = f"leave it out, or give --sweep {name}={value}"
+            raise ConfigError(f"{flag(name)} {value}", found=f"methods that set it themselves: {found}", hint=hint)
 
 
 def default_folder(config: Config) -> str:
