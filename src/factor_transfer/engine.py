@@ -119,6 +119,15 @@ class Engine:
         """Until all processes are here."""
         self.accelerator.wait_for_everyone()
 
+    def seed_noise(self, seed: int) -> None:
+        """Seed the noise inside layers on this device.
+
+        `torch.manual_seed` seeds every kind of device there is, and takes its time for those that are not here.
+        """
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
+
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of training."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)

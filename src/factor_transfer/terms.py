@@ -50,6 +50,10 @@ class Reader(nn.Module):
         return align(feature, self.size)
 
 
+SAMPLE = 32
+"""Samples of a batch that tell whether a factor varies."""
+
+
 class Term(nn.Module):
     """One summand of the student's loss. Parameters that it owns are trained with the student."""
 
@@ -134,7 +138,7 @@ class FactorTransfer(Term):
         """Pools the student's map to the factor's height and width where it is the larger one."""
         factor = teacher["factor"]
         translated = self.translator(align(student.feature, (factor.shape[-2], factor.shape[-1])))
-        self._variety = relative_variety(translated.detach(), factor)
+        self._variety = relative_variety(translated[:SAMPLE].detach(), factor[:SAMPLE])
         return self.beta * factor_transfer_loss(translated, factor, self.p)
 
     def seen(self) -> dict[str, Tensor]:
