@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from factor_transfer.cli import main
 from factor_transfer.config import FIELDS
 from factor_transfer.console import table
+from factor_transfer.errors import DataError
+from factor_transfer.predict import find_images
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 Told = Callable[..., str]
@@ -261,6 +263,14 @@ def test_help__answers_at_once_and_names_every_setting(factor_transfer: Command)
     assert not re.search(r"\| +(torch|timm|accelerate|numpy)$", imported, re.MULTILINE), (
         f"heavy imports: {seconds:.1f} s"
     )
+
+
+def test_predict__takes_a_dash_for_standard_input(told: Told) -> None:
+    said = told("predict", "nowhere", "-", "--json")  # told of the run, and not of the dash
+    assert "error: nowhere" in said
+    assert "Unknown option" not in said
+    with pytest.raises(DataError, match=r"(?s)--tpo.*no such file.*predict --help"):
+        list(find_images(["--tpo"]))
 
 
 def test_main__unknown_commands_get_near_names(told: Told) -> None:

@@ -293,7 +293,7 @@ def export(
 @app.command
 def predict(
     student: Path,
-    images: Annotated[list[str], Parameter(negative="")],
+    images: Annotated[list[str], Parameter(negative="", allow_leading_hyphen=True)],
     *,
     top: int = 5,
     threads: int | None = None,
