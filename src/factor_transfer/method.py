@@ -1,7 +1,8 @@
 """The paper: Kim, Park, Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer",
 NeurIPS 2018, arXiv 1802.04977. Numbers of sections and equations are those of the paper.
 
-Shapes:
+Shapes::
+
     B      samples in a batch
     C      channels of a feature map (the paper's m for the teacher's)
     K      factor channels, round(C x k) with the paraphrase rate k

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import shutil
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from factor_transfer.config import Config, flag
 from factor_transfer.console import warn
-from factor_transfer.errors import ConfigError, RunError
+from factor_transfer.errors import ConfigError, RunError, TrainingError
 from factor_transfer.files import locked, read_json, sha256_file, sweep, write_atomic, write_json
 
 FREE = frozenset(
@@ -128,7 +129,16 @@ class Run:
         return {path.stem: read_json(path) for path in sorted(self.path("stages").glob("*.json"))}
 
     def record(self, stage: str, found: Mapping[str, Any]) -> dict[str, Any]:
-        """Mark a stage as finished, with what it found; its checkpoints go."""
+        """Mark a stage as finished, with what it found; its checkpoints go.
+
+        Raises:
+            TrainingError: what it found is not finite, because its very last step was too long.
+        """
+        for name, value in found.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                rate = {"teacher": "--teacher-lr", "paraphraser": "--paraphraser-lr"}.get(stage, "--lr")
+                hint = f"lower {rate}, and begin anew with --overwrite or another --out"
+                raise TrainingError(f"the trained {stage}", found=f"{name} is {value}", valid="a number", hint=hint)
         if self.writes:
             self.path("stages").mkdir(exist_ok=True)
             write_json(self.path(f"stages/{stage}.json"), dict(found))
