@@ -2,10 +2,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-all fuzz lint types contracts check clean
+.PHONY: demo compare compare-ablation test test-slow test-all fuzz lint types contracts check clean
 
 demo: .venv/installed  ## the whole job on the built-in digits, in about half a minute
 	$(BIN)/factor-transfer demo
+
+DIGITS = $(BIN)/factor-transfer compare --config src/factor_transfer/recipes/demo.yaml --no-baseline --seed 200 \
+	--seeds 10 --jobs 2 --threads 1 --log-with none
+keep = mkdir -p results/$(1) && cd runs/$(1) && tar cf - compare.json compare.md */summary.json | tar xf - -C ../../results/$(1)
+
+compare: .venv/installed  ## all methods on the built-in digits, ten seeds each, in minutes; leaves results/compare-digits
+	$(DIGITS) --methods alone,kd,at,fitnet,ft,ft+kd,at+kd --out runs/compare-digits
+	$(call keep,compare-digits)
+
+compare-ablation: .venv/installed  ## the paper's ablations on the same; leaves results/compare-digits-ablation
+	$(DIGITS) --methods alone,ft --sweep k=0.5,0.75,1,2 --sweep p=2 --sweep paraphraser_epochs=0 \
+		--sweep paraphraser=none --sweep translator=none --sweep-on validation --out runs/compare-digits-ablation
+	$(call keep,compare-digits-ablation)
 
 test: .venv/installed-dev  ## the tests that take seconds each
 	$(BIN)/python -m pytest -m "not slow"

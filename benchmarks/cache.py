@@ -26,7 +26,8 @@ from factor_transfer.method import Translator
 from factor_transfer.runs import environment
 from factor_transfer.seeds import seeded
 from factor_transfer.splits import Batch
-from factor_transfer.tasks import DistillationTask, FactorTransfer, Labels
+from factor_transfer.tasks import DistillationTask
+from factor_transfer.terms import FactorTransfer, Labels
 from factor_transfer.weights import load_paraphraser
 
 BATCHES, SIZE = 40, 128

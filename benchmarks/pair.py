@@ -25,7 +25,8 @@ from factor_transfer.runs import Run, environment
 from factor_transfer.seeds import seeded
 from factor_transfer.splits import PixelSplit
 from factor_transfer.stages import Job
-from factor_transfer.tasks import DistillationTask, FactorTransfer, Labels, ParaphraserTask, TeacherSide, Term
+from factor_transfer.tasks import DistillationTask, ParaphraserTask, TeacherSide
+from factor_transfer.terms import FactorTransfer, Labels, Term
 from factor_transfer.train import Plan, Trainer
 
 RESULTS = Path(__file__).parent.parent / "results"

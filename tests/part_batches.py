@@ -27,7 +27,8 @@ from factor_transfer.method import Paraphraser, Translator
 from factor_transfer.models import InputNorm
 from factor_transfer.runs import Run
 from factor_transfer.seeds import seeded
-from factor_transfer.tasks import DistillationTask, FactorTransfer, Labels, ParaphraserTask, TeacherSide, Term
+from factor_transfer.tasks import DistillationTask, ParaphraserTask, TeacherSide
+from factor_transfer.terms import FactorTransfer, Labels, Term
 from factor_transfer.train import Plan, Trainer
 
 NAMES = ("student", "cached", "paraphraser", "batch_norm", "float32", "skips", "stops")

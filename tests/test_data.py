@@ -13,6 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from factor_transfer.config import DataConfig
@@ -86,6 +89,67 @@ def error_of(path, **settings):
 
 def pixels(path):
     return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+
+
+# -- a share of the training images, and a validation set made of them
+
+
+def shown_of(split):
+    return set(map(bytes, everything(split)[0].flatten(1).numpy()))
+
+
+@hypothesis_settings(max_examples=25, deadline=None)
+@given(data_seed=st.integers(0, 99), count=st.integers(10, 1100), share=st.sampled_from([0.05, 0.1, 0.3]))
+def test_data__a_holdout_is_disjoint_from_what_is_trained_on(data_seed, count, share):
+    whole = opened("digits")
+    data = opened(
+        "digits", data_seed=data_seed, train_images=min(count, 850), validate_on="train-holdout", validation_share=share
+    )
+    trained, measured = shown_of(data.train), shown_of(data.validation)
+    twins = 1258 - len(shown_of(whole.train))  # images that are there twice
+    assert len(trained & measured) <= twins
+    assert trained | measured <= shown_of(whole.train)
+    assert len(measured & shown_of(whole.validation)) <= twins
+    assert len(data.train) == min(count, 850)
+    taken = np.bincount(data.train.labels, minlength=10)
+    assert taken.max() - taken.min() <= 1
+    assert np.abs(np.bincount(data.validation.labels) - share * np.bincount(whole.train.labels)).max() <= 0.5
+    rows = [set(split._rows.tolist()) for split in (data.train, data.validation)]
+    assert not rows[0] & rows[1]
+
+
+def test_data__a_holdout_leaves_the_validation_images_unread(tmp_path):
+    root = write(tmp_path, "train", "ab", n=10)
+    (root / "validation" / "a").mkdir(parents=True)
+    (root / "validation" / "a" / "0.png").write_bytes(b"no image")
+    data = opened(root, validate_on="train-holdout")
+    assert (len(data.train), len(data.validation), data.held_out) == (18, 2, True)
+    assert "train-holdout: 2 of 20 training images are held out" in data.notes[-1]
+
+
+def test_data__a_share_is_fixed_by_the_data_seed_and_fingerprinted():
+    share = opened("digits", train_images=100)
+    again, other, whole = (
+        opened("digits", train_images=100),
+        opened("digits", train_images=100, data_seed=1),
+        opened("digits"),
+    )
+    assert shown_of(share.train) == shown_of(again.train) != shown_of(other.train)
+    assert share.fingerprint == again.fingerprint
+    prints = {share.fingerprint, other.fingerprint, whole.fingerprint, opened("digits", train_images=99).fingerprint}
+    assert len(prints) == 4
+    assert shown_of(share.validation) == shown_of(whole.validation)
+    holdout = opened("digits", validate_on="train-holdout")
+    assert holdout.fingerprint not in prints
+    assert "100 of 1,258 training images, as many of each class" in share.notes[-1]
+
+
+@pytest.mark.parametrize("count", [9, 1259])
+def test_error__a_share_that_cannot_be_taken(count):
+    found = error_of("digits", train_images=count)
+    assert found.given == f"--train-images {count}"
+    assert found.found == "1,258 training images in 10 classes"
+    assert found.valid.startswith("10 to 1258")
 
 
 # -- digits

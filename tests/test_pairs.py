@@ -22,7 +22,8 @@ from factor_transfer.frozen import FrozenTeacher
 from factor_transfer.method import Paraphraser, Translator, factor_channels, portable_beta
 from factor_transfer.models import Role
 from factor_transfer.pairs import Pair, Side, feature_health, load_side
-from factor_transfer.tasks import DistillationTask, FactorTransfer, Labels, ParaphraserTask, TeacherSide
+from factor_transfer.tasks import DistillationTask, ParaphraserTask, TeacherSide
+from factor_transfer.terms import FactorTransfer, Labels
 
 SIZE, CLASSES = 32, 5
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from factor_transfer.seeds import part_seed
-from factor_transfer.views import center, crop_and_flip, hashed, held_out, permutation, random_resized_crop
+from factor_transfer.views import center, crop_and_flip, evenly, hashed, held_out, permutation, random_resized_crop
 
 MASK = 2**64 - 1
 
@@ -72,6 +72,32 @@ def test_held_out__takes_the_share_of_each_class_and_never_all():
     assert np.array_equal(chosen, held_out(labels, 0.1, seed=5))
     assert not np.array_equal(chosen, held_out(labels, 0.1, seed=6))
     assert not held_out(labels, 0.999, seed=5)[labels == 2].all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    classes=st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+)
+def test_evenly__takes_as_many_of_each_class_up_to_rounding(classes, share, seed):
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(classes)), classes))
+    count = max(len(classes), round(share * len(labels)))
+    chosen = evenly(labels, count, seed)
+    assert chosen.sum() == count
+    assert np.array_equal(chosen, evenly(labels, count, seed))
+    taken = np.bincount(labels[chosen], minlength=len(classes))
+    assert taken.min() >= 1
+    # A class gave less than the largest share only where it has no more, or for rounding.
+    assert all(got == there or got >= taken.max() - 1 for got, there in zip(taken, classes, strict=True))
+    if count < len(labels):
+        assert chosen[evenly(labels, count + 1, seed)].sum() == count, "a smaller share lies within a larger one"
+
+
+def test_evenly__chooses_others_for_another_seed():
+    labels = np.repeat(np.arange(10), 100)
+    first, second = evenly(labels, 100, 0), evenly(labels, 100, 1)
+    assert 0 <= (first & second).sum() <= 40
 
 
 @settings(max_examples=40, deadline=None)

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from factor_transfer.files import write_atomic
 from factor_transfer.finished import ROLES
 from factor_transfer.page import repeat_command
-from factor_transfer.report import LABELS
+from factor_transfer.report import label
 
 USE = """import numpy as np, onnxruntime
 
@@ -30,6 +30,9 @@ student = timm.create_model("local-dir:timm", pretrained=True).eval()"""
 
 ZOO = "import factor_transfer.zoo  # the architecture is this package's: pip install factor-transfer"
 
+METHOD = """Factor Transfer (Kim, Park, Kwak: *Paraphrasing Complex Network: Network Compression via Factor Transfer*, \
+NeurIPS 2018, arXiv 1802.04977)"""
+
 
 def write_card(path: Path, summary: Mapping[str, Any], exports: Mapping[str, Any], said: Mapping[str, Any]) -> None:
     """Write the card of a run's student.
@@ -45,8 +48,9 @@ def write_card(path: Path, summary: Mapping[str, Any], exports: Mapping[str, Any
     zoo = student["model_args"].get("architecture", "").startswith("cifar_")
     values = {
         **summary,
-        "networks": [{**summary[role], "label": LABELS[role]} for role in ROLES if role in summary],
+        "networks": [{**summary[role], "label": label(summary, role)} for role in ROLES if role in summary],
         "exports": exports,
+        "by": METHOD if summary.get("method", "Factor Transfer") == "Factor Transfer" else summary["method"],
         "classes": ", ".join(f"{place} {name}" for place, name in enumerate(summary["data"]["classes"])),
         "use": USE if "onnx" in forms else TORCH_USE,
         "timm_use": TIMM_USE % (ZOO if zoo else "") if "timm" in forms else None,

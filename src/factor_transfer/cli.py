@@ -16,6 +16,7 @@ from cyclopts.config import Dict
 from factor_transfer import __version__
 from factor_transfer.config import Config, SuggestConfig, is_callable_name
 from factor_transfer.errors import ConfigError, FactorTransferError, Interrupted
+from factor_transfer.plan import CompareConfig
 
 RECIPES = resources.files("factor_transfer") / "recipes"
 
@@ -104,6 +105,28 @@ def distill(
 
 
 @app.command
+def compare(
+    settings: Annotated[CompareConfig, Flattened],
+    *,
+    config: Annotated[str | None, Parameter(group="Run")] = None,
+    trust_config: Annotated[bool, Parameter(group="Run", negative="")] = False,
+) -> None:
+    """Run methods under one protocol, several seeds each, and say what is shown. The same command continues.
+
+    Parameters
+    ----------
+    config
+        YAML file of settings, named as the flags. Flags win over it.
+    trust_config
+        Let that file name a network or transform by package.module:callable, whose code is then run.
+    """
+    from factor_transfer.compare import compare as run_all
+    from factor_transfer.outcome import show_outcome
+
+    show_outcome(*run_all(settings))
+
+
+@app.command
 def doctor(
     settings: Annotated[Config, Flattened],
     *,
@@ -186,7 +209,8 @@ def evaluate(
     from factor_transfer.report import show_evaluation
 
     saved = _trusted(run, trust_config=trust_config)
-    images = replace(saved, data=data, data_dir=data_dir) if data else None
+    whole: dict[str, Any] = {"train_images": None, "validate_on": "validation"}
+    images = replace(saved, data=data, data_dir=data_dir, **whole) if data else None
     found = evaluate_run(run, images, device)
     if as_json:
         print(json.dumps(found))  # noqa: T201 (the command's output)
@@ -213,6 +237,7 @@ def report(
         Run the code of a network that a run names by package.module:callable.
     """
     from factor_transfer.comparison import runs_in, write_comparison
+    from factor_transfer.outcome import tabulated
     from factor_transfer.page import write_report
 
     folders = runs_in(runs)
@@ -221,7 +246,8 @@ def report(
     if len(folders) == 1:
         print(write_report(folders[0]))  # noqa: T201 (the command's output)
     else:
-        print(write_comparison(folders, out or Path("comparison.html")))  # noqa: T201
+        compared = tabulated(runs[0]) if len(runs) == 1 else None
+        print(write_comparison(folders, out or Path("comparison.html"), compared))  # noqa: T201
 
 
 @app.command

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -45,17 +45,18 @@ def runs_in(given: Sequence[Path]) -> list[Path]:
     return found
 
 
-def write_comparison(folders: Sequence[Path], out: Path) -> Path:
+def write_comparison(folders: Sequence[Path], out: Path, compared: Mapping[str, Any] | None = None) -> Path:
     """Write the page that compares finished runs.
 
     Args:
         folders: the runs, two or more.
         out: the file.
+        compared: the table and the verdicts of `factor-transfer compare`, which made them.
 
     Returns:
         The file.
     """
-    write_atomic(out, rendered("comparison.html.jinja", comparison_values(folders)))
+    write_atomic(out, rendered("comparison.html.jinja", {**comparison_values(folders), "compared": compared}))
     return out
 
 
@@ -102,7 +103,7 @@ def comparison_values(folders: Sequence[Path]) -> dict[str, Any]:
     if curves:
         plots.append(lines("Validation top-1 of the students", curves, "top-1, %", digits=4, from_zero=False))
     return {
-        "title": f"{len(folders)} runs of Factor Transfer",
+        "title": f"{len(folders)} runs",
         "rows": rows,
         "differing": [flag(key) for key in differing],
         "groups": _groups(summaries),
@@ -130,7 +131,7 @@ def _groups(summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         groups.append(
             {
                 "name": f"{members[0]['teacher']['name']} to {members[0]['student']['name']}, "
-                f"{members[0]['settings']['epochs']} passes",
+                f"{members[0].get('method', 'Factor Transfer')}, {members[0]['settings']['epochs']} passes",
                 "n": len(members),
                 "columns": [_spread(values) for values in (student, alone, gains)],
             }

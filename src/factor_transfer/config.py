@@ -4,8 +4,6 @@ The docstring under a field is its help. Names are timm's where timm has the set
 so that `--help` answers at once.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import inspect
@@ -19,11 +17,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import Group, Parameter, Token
+from cyclopts import Group, Parameter
 
+from factor_transfer.arguments import MODEL_ARGS, ModelArgs
 from factor_transfer.errors import ConfigError
 
-_ORDER = ("Data", "Teacher", "Student", "Factor transfer", "Training", "Machine", "Run")
+_ORDER = ("Data", "Teacher", "Student", "Factor transfer", "Other terms", "Training", "Machine", "Run")
 _GROUPS = {name: Group(name, sort_key=place) for place, name in enumerate(_ORDER)}
 
 
@@ -31,37 +30,7 @@ def _in(group: str, **how: Any) -> Parameter:
     return Parameter(group=_GROUPS[group], negative_iterable=(), negative_none=(), **how)
 
 
-def parse_model_args(_: Any, tokens: Sequence[Token]) -> dict[str, Any]:
-    """Constructor arguments as timm's `--model-kwargs` takes them: `layers=(3,3,3) channels=(16,32,64)`; or JSON.
-
-    >>> parse_model_args(dict, [Token(value="layers=(3,3,3)"), Token(value="act=gelu")])
-    {'layers': (3, 3, 3), 'act': 'gelu'}
-    """
-    text = " ".join(token.value for token in tokens)
-    if text.lstrip().startswith("{"):
-        values = json.loads(text)
-    else:
-        pairs = [pair.partition("=") for pair in re.split(r"\s+(?=\w+=)", text.strip())]
-        if not all(name.isidentifier() and equals for name, equals, _ in pairs):
-            raise ValueError(f"{text!r}: give name=value pairs, such as layers=(3,3,3), or a JSON object")
-        values = {name: _literal(value) for name, _, value in pairs}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        if text[:1] in "([{'\"":
-            raise ValueError(f"{text!r}: a bracket or quote that does not close") from None
-        return text
-
-
 Rgb = tuple[float, float, float]
-ModelArgs = dict[str, Any]
-MODEL_ARGS: dict[str, Any] = {
-    "converter": parse_model_args, "accepts_keys": False, "n_tokens": -1, "consume_multiple": True,
-}  # fmt: skip
 
 
 @Parameter(name="*", group=_GROUPS["Data"], negative_iterable=())
@@ -80,7 +49,13 @@ class DataConfig:
     """Side of the square image that both networks see, in pixels. Default: the images' own size up to 96, else the
     student's."""
     validation_share: float = 0.1
-    """Share of each training class that is set aside where the data has no validation set."""
+    """Share of each training class that is set aside where the data has no validation set, or for --validate-on
+    train-holdout."""
+    validate_on: Literal["validation", "train-holdout"] = "validation"
+    """Images that are measured on. train-holdout: a share of the training images, which is not trained on, so that
+    settings can be chosen and the validation images stay unseen."""
+    train_images: int | None = None
+    """Train on so many images: as many of each class (as far as it has them), chosen by --data-seed. Default: all."""
     skip_corrupt: bool = False
     """Leave out images that cannot be read, and count them, instead of stopping."""
     hflip: float | None = None
@@ -171,11 +146,25 @@ class Config(DataConfig):
     """Norm of the factor difference. The paper's choice is 1; 2 is nearly the same."""
     beta: Annotated[float | Literal["auto"], _in("Factor transfer")] = "auto"
     """Weight of the factor loss. auto: the bound 2 x beta / sqrt(elements) of the authors' CIFAR-10 program (beta
-    500 at 2048)."""
-    kd_weight: Annotated[float, _in("Factor transfer")] = 0.0
-    """Weight of the teacher's softened predictions (knowledge distillation), beside the factors. 0: none."""
-    kd_temperature: Annotated[float, _in("Factor transfer")] = 4.0
+    500 at 2048). 0: no factor transfer, and no paraphraser."""
+    kd_weight: Annotated[float, _in("Other terms")] = 0.0
+    """Weight of the teacher's softened predictions (knowledge distillation, Hinton et al. 2015), times the
+    temperature's square. 0: none."""
+    kd_temperature: Annotated[float, _in("Other terms")] = 4.0
     """Temperature that softens them."""
+    at_weight: Annotated[float | Literal["auto"], _in("Other terms")] = 0.0
+    """Weight of attention transfer (Zagoruyko & Komodakis 2017), summed over groups, each a mean over places as in
+    their program. auto: the bound of their CIFAR-10 program (1000 at 32x32, 16x16 and 8x8). 0: none."""
+    hint_epochs: Annotated[int | Literal["auto"], _in("Other terms")] = 0
+    """Passes of a first stage in which the student's lower half regresses the teacher's hint (FitNets, Romero et al.
+    2015). auto: an eighth of --epochs. 0: none."""
+    hint_weight: Annotated[float, _in("Other terms")] = 0.0
+    """Weight of the same regression as a term beside the others. It is a whole map, so the teacher stays live."""
+    teacher_groups: Annotated[str | None, _in("Other terms")] = None
+    """Teacher's layers, with commas, for attention (all) and hint (the middle one). Default: the end of each group
+    (stage) of another size."""
+    student_groups: Annotated[str | None, _in("Other terms")] = None
+    """The student's layers, as many. Default: its groups, the last beside the teacher's last."""
     reconstruction: Annotated[Literal["l1", "l2"], _in("Factor transfer")] = "l1"
     """Paraphraser's loss: l1 (mean, the authors' program) or l2 (squared, the paper's text)."""
     factor_batch_norm: Annotated[bool, _in("Factor transfer")] = False
@@ -267,6 +256,12 @@ class Config(DataConfig):
             raise ConfigError(f"--p {self.p}", valid="1 or more: below 1 it is no norm")
         if self.baseline and not self.label_weight:
             raise ConfigError("--baseline with --label-weight 0", found="a student alone that would learn nothing")
+        if not (self.label_weight or self.beta or self.kd_weight or self.at_weight or self.hint_weight):
+            raise ConfigError(
+                "--label-weight 0 with --beta 0",
+                found="a student that would learn nothing",
+                valid="labels, factors, or another term: --kd-weight, --at-weight or --hint-weight above 0",
+            )
         if not 0 < self.validation_share < 1:
             raise ConfigError(f"--validation-share {self.validation_share}", valid="above 0 and below 1")
         if self.hflip is not None and not 0 <= self.hflip <= 1:
@@ -341,10 +336,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda", "mps"),
     "precision": ("auto", "fp32", "bf16"),
     "reconstruction": ("l1", "l2"),
+    "validate_on": ("validation", "train-holdout"),
     "beta": ("auto",),
     "views": ("auto",),
+    "at_weight": ("auto",),
+    "hint_epochs": ("auto",),
 }
-"""Words that a field takes; `beta` and `views` take numbers too."""
+"""Words that a field takes; those with `auto` alone take numbers too."""
 
 FIELDS = tuple(f.name for f in fields(Config))
 
@@ -372,10 +370,11 @@ def _check_numbers(config: Config) -> None:
             raise ConfigError(f"{flag(name)} {values!r}", valid=f"{count} numbers")
     positive = ("k", "batch_size", "lr", "paraphraser_lr", "teacher_lr", "teacher_size", "img_size", "threads",
                 "clip_grad", "checkpoint_minutes", "timeout_minutes", "epochs", "decay_epochs",
-                "kd_temperature")  # fmt: skip
+                "kd_temperature", "train_images")  # fmt: skip
     not_negative = ("teacher_epochs", "paraphraser_epochs", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr",
                     "crop_padding", "color_jitter", "views", "workers", "pixel_cache_gb", "seed", "data_seed", "beta",
-                    "momentum", "max_skipped", "label_weight", "kd_weight")  # fmt: skip
+                    "momentum", "max_skipped", "label_weight", "kd_weight", "at_weight", "hint_weight",
+                    "hint_epochs")  # fmt: skip
     for name in (*positive, *not_negative):
         value = getattr(config, name)
         if value is None or (isinstance(value, str) and name in CHOICES):

@@ -21,7 +21,7 @@ from factor_transfer.pixels import Pixels, decode_once, unreadable
 from factor_transfer.seeds import part_seed
 from factor_transfer.sources import UNLABELLED, WRITTEN, open_source
 from factor_transfer.splits import FileSplit, PixelSplit, Shown, Split
-from factor_transfer.views import SMALL, VERSION, Transform, held_out
+from factor_transfer.views import SMALL, VERSION, Transform, evenly, held_out
 
 TRANSFORM = "a function from an RGB image to an image, or uint8 pixels (3, S, S), of the size that the networks see"
 TRACES = 8
@@ -81,40 +81,60 @@ def open_data(config: DataConfig, default_size: Callable[[], int], transform: Tr
     )
     if shown.padding >= size:
         raise DataError(f"--crop-padding {shown.padding}", found=f"images of {size}x{size}", valid=f"below {size}")
-    parts = [source.train] if source.validation is None else [source.train, source.validation]
+    apart = source.validation is None or config.validate_on == "train-holdout"
+    parts = [source.train] if apart or source.validation is None else [source.train, source.validation]
     loaded = _load(parts, classes, shown, config, notes)
     transform = transform or _imported(config)
-    if source.validation is None:
-        chosen = _held_out(loaded[0], config, notes)
-        train, validation = loaded[0].split(shown, config, ~chosen, transform), loaded[0].split(shown, config, chosen)
-    else:
-        train, validation = loaded[0].split(shown, config, transform=transform), loaded[1].split(shown, config)
-    digest = fingerprint(
-        {
-            "views": VERSION,
-            "shown": asdict(shown),
-            "classes": classes,
-            "share": config.validation_share if source.validation is None else None,
-            "images": [part.digest() for part in loaded],
-            "transform": _shown_by(train, config) if isinstance(train, FileSplit) and transform else None,
-        }
-    )
+    aside = _held_out(loaded[0], config, notes) if apart else np.zeros(len(loaded[0].labels), dtype=bool)
+    chosen = _share(loaded[0], ~aside, config, notes)
+    train = loaded[0].split(shown, config, chosen, transform)
+    validation = loaded[0].split(shown, config, aside) if apart else loaded[1].split(shown, config)
+    described = {
+        "views": VERSION,
+        "shown": asdict(shown),
+        "classes": classes,
+        "share": config.validation_share if apart else None,
+        "images": [part.digest() for part in loaded],
+        "transform": _shown_by(train, config) if isinstance(train, FileSplit) and transform else None,
+    }
+    digest = fingerprint(described | ({"train": config.train_images} if config.train_images else {}))
     labelled = UNLABELLED not in source.train.labels
-    apart = source.validation is None
     return Dataset(config.data, train, validation, classes, size, tuple(notes), apart, digest, labelled)
+
+
+def _share(train: _Loaded, there: np.ndarray, config: DataConfig, notes: list[str]) -> np.ndarray:
+    """Which of the training images that are `there`, (n,) bool, are trained on: `--train-images`, or all."""
+    count, rows = config.train_images, np.flatnonzero(there)
+    if count is None:
+        return there
+    fewest = len(np.unique(train.labels))
+    if not fewest <= count <= len(rows):
+        raise DataError(
+            f"--train-images {count}",
+            found=f"{len(rows):,} training images in {fewest:,} classes",
+            valid=f"{fewest} to {len(rows)}: one of each class or more",
+        )
+    chosen = np.zeros_like(there)
+    chosen[rows[evenly(train.labels[rows], count, part_seed(config.data_seed, "train images"))]] = True
+    notes.append(
+        f"{count:,} of {len(rows):,} training images, as many of each class (--train-images {count}, by --data-seed "
+        f"{config.data_seed})"
+    )
+    return chosen
 
 
 def _held_out(train: _Loaded, config: DataConfig, notes: list[str]) -> np.ndarray:
     """Which training images are set aside for validation, (n,) bool."""
     chosen = held_out(train.labels, config.validation_share, part_seed(config.data_seed, "split"))
+    why = "--validate-on train-holdout" if config.validate_on == "train-holdout" else "no validation set"
     notes.append(
-        f"no validation set: {chosen.sum():,} of {len(chosen):,} training images are held out "
+        f"{why}: {chosen.sum():,} of {len(chosen):,} training images are held out "
         f"({config.validation_share:.0%} of each class, by --data-seed {config.data_seed})"
     )
     if not chosen.any():
         raise DataError(
             f"--data {config.data}",
-            found="one training image in each class, and no validation set",
+            found=f"one training image in each class, and {why}",
             valid="two images or more in a class",
         )
     return chosen

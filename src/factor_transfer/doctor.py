@@ -7,13 +7,14 @@ Shapes: B images, C channels, K factor channels, H x W a feature map, N classes.
 
 from __future__ import annotations
 
+import math
 import resource
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,13 +35,15 @@ from factor_transfer.errors import FactorTransferError
 from factor_transfer.features import Logits, follower, maps
 from factor_transfer.files import state_fingerprint
 from factor_transfer.frozen import FrozenTeacher
-from factor_transfer.method import Translator, factor_channels
+from factor_transfer.method import factor_channels
+from factor_transfer.methods import method_of
 from factor_transfer.models import InputNorm, Network, count_parameters
 from factor_transfer.pairs import Modules, Pair, Side, check_alive, check_knows, factor_weight
 from factor_transfer.runs import Run
 from factor_transfer.splits import Batch, Split
 from factor_transfer.stages import Job
-from factor_transfer.tasks import DistillationTask, FactorTransfer, StudentOutputs, TeacherSide
+from factor_transfer.tasks import DistillationTask, TeacherSide
+from factor_transfer.terms import StudentOutputs
 from factor_transfer.views import SMALL
 
 SAMPLE = 512
@@ -111,12 +114,12 @@ def quick(config: Config, pair: Pair, images: Tensor) -> Iterator[Finding]:
     """
     channels = pair.teacher.shape[0]
     kept = factor_channels(channels, config.k)
-    if kept < channels / 8:
+    if config.beta and kept < channels / 8:
         found = f"{kept} factor channels for {channels} of the teacher's: little of its map is left"
         yield Finding("warning", f"--k {config.k:g}: {found}", "the paper uses --k 0.5 to 1")
     for name in ("lr", "paraphraser_lr"):
         adaptive = "adam" in config.opt or config.opt.startswith(("lion", "lamb"))
-        unused = name == "paraphraser_lr" and config.paraphraser is not None
+        unused = name == "paraphraser_lr" and (config.paraphraser is not None or not config.beta)
         if adaptive and getattr(config, name) > 0.02 and not unused:
             what = f"{flag(name)} {getattr(config, name):g} with --opt {config.opt}: such optimizers diverge there"
             yield Finding("warning", what, f"{flag(name)} 1e-3")
@@ -267,52 +270,63 @@ def _order(logits: Tensor, labels: Tensor) -> np.ndarray:
 
 def _losses(job: Job, pair: Pair, found: Diagnosis) -> Iterator[Finding]:
     """One batch through teacher, paraphraser, student and translator: sizes, gradients, seconds."""
-    config, data = job.config, job.data
-    paraphraser = job.new_paraphraser(pair, config.paraphraser)
-    kept = paraphraser.factor_channels
-    elements = kept * pair.size[0] * pair.size[1]
-    beta, bound = factor_weight(config, elements)
-    translator = Translator(pair.student.shape[0], kept, config.factor_batch_norm)
+    config, data, objective = job.config, job.data, job.objective
+    paraphraser = job.new_paraphraser(pair, config.paraphraser) if config.beta else None
     (batch,) = data.train.batches([np.arange(min(config.batch_size, len(data.train)))], view=0)
-    teacher = FrozenTeacher(TeacherSide(pair.teacher.tapped(), pair.teacher.network.norm, pair.size, paraphraser))
-    terms = job.terms(FactorTransfer(translator, beta, config.p))
-    sizes, norms = _term_sizes(pair.student, teacher, terms, batch)
-    task = DistillationTask(pair.student.tapped(), pair.student.network.norm, terms, teacher).train()
+    network = pair.teacher.tapped(objective.teacher_layers)
+    teacher = FrozenTeacher(TeacherSide(network, pair.teacher.network.norm, pair.size, paraphraser, objective.readers))
+    task = job.student_task(pair.student, objective.terms, teacher)
+    sizes, norms = _term_sizes(task, batch)
+    task.train()
     seconds = min(_step_seconds(task, batch, job.engine) for _ in range(2))
     steps = -(-len(data.train) // config.batch_size)
-    shape = f"{kept}x{pair.size[0]}x{pair.size[1]}"
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    ratio = sizes["factor_transfer"] / max(sizes["cross_entropy"], 1e-9) if config.label_weight else 1.0
     found.tables.append(("losses on one batch", ("", "size", "gradient in the student's map"), [
         (name.replace("_", " "), f"{sizes[name]:.3g}", f"{norms[name]:.3g}") for name in sizes
     ]))  # fmt: skip
-    found.tables.append(("factor transfer", ("", "value"), [
-        ("shapes", f"{_shape(pair.teacher)} -> paraphraser -> {shape} <- translator <- {_shape(pair.student)}"),
-        ("beta", f"{beta:g}: its term is at most {bound:.3g}"),
+    rows: list[Sequence[str]] = []
+    if paraphraser is not None:
+        shape = f"{paraphraser.factor_channels}x{pair.size[0]}x{pair.size[1]}"
+        beta, bound = factor_weight(config, paraphraser.factor_channels * pair.size[0] * pair.size[1])
+        maps = f"{_shape(pair.teacher)} -> paraphraser -> {shape} <- translator <- {_shape(pair.student)}"
+        rows += [("shapes", maps), ("beta", f"{beta:g}: its term is at most {bound:.3g}")]
+    each = 2 * sum(math.prod(shape or ()) for shape in objective.outputs.values())
+    rows += [
         ("a pass of the student", f"about {seconds * steps:,.0f} s ({steps:,} steps), {memory:.1f} GB of memory"),
-        ("factor cache", f"{2 * elements * len(data.train) / 1e9:.2f} GB a view; --views {job.views or 'not in use'}"),
-    ]))  # fmt: skip
+        ("factor cache", f"{each * len(data.train) / 1e9:.2f} GB a view; --views {job.views or 'not in use'}"),
+    ]
+    found.tables.append(("factor transfer" if config.beta else method_of(vars(config)), ("", "value"), rows))
+    yield from _weights(config, sizes, norms)
+
+
+def _weights(config: Config, sizes: Mapping[str, float], norms: Mapping[str, float]) -> Iterator[Finding]:
+    """Whether factor term and cross-entropy are both heard."""
     if not all(np.isfinite([*sizes.values(), *norms.values()])):
         yield Finding("error", "the losses or their gradients are not finite on the first batch", "--precision fp32")
-    elif ratio < NEGLIGIBLE:
-        what = f"--beta {beta:g}: the factor term is {ratio:.2g} of the cross-entropy: the teacher will hardly be heard"
+    if not {"factor_transfer", "cross_entropy"} <= sizes.keys():
+        return
+    ratio = sizes["factor_transfer"] / max(sizes["cross_entropy"], 1e-9)
+    beta = config.beta if config.beta == "auto" else f"{config.beta:g}"
+    if ratio < NEGLIGIBLE:
+        what = f"--beta {beta}: the factor term is {ratio:.2g} of the cross-entropy: the teacher will hardly be heard"
         yield Finding("warning", what, "--beta auto")
     elif ratio > DROWNING:
-        what = f"--beta {beta:g}: the factor term is {ratio:.2g} times the cross-entropy: the labels will drown"
+        what = f"--beta {beta}: the factor term is {ratio:.2g} times the cross-entropy: the labels will drown"
         yield Finding("warning", what, "--beta auto")
 
 
-def _term_sizes(
-    student: Side, teacher: nn.Module, terms: Sequence[Any], batch: Batch
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Of each term its size, and the norm of its gradient in the student's feature map."""
-    output, feature = student.tapped().eval()(student.network.norm(batch.image))
-    outputs = StudentOutputs(Logits()(output), feature)
+def _term_sizes(task: DistillationTask, batch: Batch) -> tuple[dict[str, float], dict[str, float]]:
+    """Of each term its size, and the norm of its gradient in the student's feature maps that it reads."""
+    trainee, teacher = task.trainable_module.eval(), task.teacher
+    output, maps = trainee.student.maps(trainee.norm(batch.image))
+    student = StudentOutputs(Logits()(output), maps[trainee.student.layer], maps)
+    outputs = {} if teacher is None else teacher(batch.image)
     sizes, norms = {}, {}
-    for term in terms:
-        loss = term(outputs, teacher(batch.image), batch.label)
-        (gradient,) = torch.autograd.grad(loss, feature, retain_graph=True)
-        sizes[term.name], norms[term.name] = loss.item(), gradient.norm().item()
+    for term in task.terms:
+        loss = term(student, outputs, batch.label)
+        read = [maps[layer] for layer in term.taps] or [student.feature]
+        gradients = torch.autograd.grad(loss, read, retain_graph=True)
+        sizes[term.name], norms[term.name] = loss.item(), float(nn.utils.get_total_norm(gradients))
     return sizes, norms
 
 

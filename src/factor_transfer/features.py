@@ -6,8 +6,9 @@ Shapes: B samples, C channels, H x W the map, N tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class Tapped(nn.Module):
         module: the network.
         layer: dotted name of the submodule, as `named_modules` gives it.
         flag: the setting that named the layer, for messages.
+        also: other submodules whose maps `maps` gives too.
+        ends: the network runs no further than the layer, and its output is None.
 
     Raises:
         ModelError: there is no such submodule; the message lists what there is.
@@ -47,34 +50,59 @@ class Tapped(nn.Module):
     (torch.Size([2, 8]), torch.Size([2, 8, 4, 4]))
     """
 
-    def __init__(self, module: nn.Module, layer: str, *, flag: str = "layer") -> None:
+    def __init__(
+        self, module: nn.Module, layer: str, *, flag: str = "layer", also: Sequence[str] = (), ends: bool = False
+    ) -> None:
         super().__init__()
+        self.module, self.layer, self.flag, self.ends = module, layer, flag, ends
+        self.layers = tuple(dict.fromkeys((layer, *also)))
         names = [name for name, _ in module.named_modules() if name]
-        if layer not in names:
-            raise ModelError(
-                f"{flag} {layer}",
-                found="no submodule of that name",
-                valid=f"one of its {len(names)}, such as "
-                + listed(near(layer, names) or [name for name in names if "." not in name]),
-                hint=f"leave {flag} out to have it found; all: [name for name, _ in network.named_modules()]",
-            )
-        self.module, self.layer, self.flag = module, layer, flag
+        for each in self.layers:
+            if each not in names:
+                raise ModelError(
+                    f"{flag} {each}",
+                    found="no submodule of that name",
+                    valid=f"one of its {len(names)}, such as "
+                    + listed(near(each, names) or [name for name in names if "." not in name]),
+                    hint=f"leave {flag} out to have it found; all: [name for name, _ in network.named_modules()]",
+                )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images (B, 3, H, W) -> the network's output, and the feature map (B, C, H, W)."""
-        kept: list[Any] = []
-        with _watching(self.module.get_submodule(self.layer), kept.append):
+        output, found = self.maps(images)
+        return output, found[self.layer]
+
+    def maps(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Normalised images (B, 3, H, W) -> the network's output, and the map (B, C, H, W) of every layer by name."""
+        kept: dict[str, Any] = {}
+        output: Any = None
+        with ExitStack() as stack, suppress(_Reached):
+            for layer in self.layers:
+                stack.enter_context(_watching(self.module.get_submodule(layer), partial(self._keep, kept, layer)))
             output = self.module(images)
-        feature = as_map(kept[-1], self.module) if kept else None
+        return output, {layer: self._as_map(layer, kept, images) for layer in self.layers}
+
+    def _keep(self, kept: dict[str, Any], layer: str, output: Any) -> None:
+        kept[layer] = output
+        if self.ends and layer == self.layer:
+            raise _Reached
+
+    def _as_map(self, layer: str, kept: Mapping[str, Any], images: Tensor) -> Tensor:
+        feature = as_map(kept[layer], self.module) if layer in kept else None
         if feature is None:
+            found = f"{_described(kept[layer])}, which is no feature map" if layer in kept else None
             raise ModelError(
-                f"{self.flag} {self.layer}",
-                found=f"{_described(kept[-1])}, which is no feature map" if kept else "not used when the network runs",
+                f"{self.flag} {layer}",
+                found=found or "not used when the network runs",
                 valid="a layer that gives (B, C, H, W), or (B, N, C) tokens of a square image: "
                 + listed([f"{name} {'x'.join(map(str, shape))}" for name, shape in maps(self.module, images[:2])]),
                 hint=f"leave {self.flag} out: the last feature map is found by itself",
             )
-        return output, feature
+        return feature
+
+
+class _Reached(Exception):  # noqa: N818 (no error)
+    """The last layer that is wanted has run."""
 
 
 class Logits(nn.Module):
@@ -147,6 +175,40 @@ def maps(module: nn.Module, images: Tensor) -> list[tuple[str, tuple[int, int, i
     order = [id(output) for _, output in flow]
     found = sorted(last.values(), key=lambda output: order.index(id(output)))
     return [(_named(flow, output), _shape(output, module)) for output in found]
+
+
+@torch.no_grad()
+def find_groups(module: nn.Module, images: Tensor) -> list[tuple[str, tuple[int, int, int]]]:
+    """The ends of a network's groups (stages): (layer, (C, H, W)), for each height and width the last, in order.
+
+    A group is a submodule that holds two or more layers with weights of its map's size; so the next group's first
+    convolution, which may still have that size, is none. Where no submodule is (a flat network), it is the last layer.
+    The last group ends where `find_layer` says. What comes before the first group (a stem) is none, and neither is a
+    map of one place.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU())
+    >>> find_groups(net, torch.zeros(2, 3, 8, 8))
+    [('2', (8, 6, 6)), ('4', (16, 2, 2))]
+    """
+    flow, _ = _flow(module, images)
+    by_size: dict[tuple[int, int], list[tuple[str, Tensor]]] = {}
+    for name, output in flow:
+        by_size.setdefault(_shape(output, module)[1:], []).append((name, output))
+    found = []
+    for size, named in by_size.items():
+        parts = [(name, getattr(module.get_submodule(name), "weight", None)) for name, _ in named]
+        weighted = [name for name, weight in parts if isinstance(weight, Tensor) and weight.ndim > 1]
+        groups = [each for each in named if sum(name.startswith(f"{each[0]}.") for name in weighted) > 1]
+        _, output = groups[-1] if groups else min(reversed(named), key=lambda each: each[0].count("."))
+        if size != (1, 1) and weighted:  # maps that no weights make are attention's own
+            found.append((_named(flow, output), _shape(output, module), bool(groups)))
+    found.sort(key=lambda each: each[1][1:], reverse=True)
+    last = find_layer(module, images)
+    shape = feature_shape(Tapped(module, last), images)
+    if found and found[-1][1][1:] == shape[1:]:
+        found[-1] = last, shape, True
+    stem = len(found) > 1 and not found[0][2] and any(group for *_, group in found[:-1])
+    return [(layer, shape) for layer, shape, _ in (found[1:] if stem else found)]
 
 
 @torch.no_grad()

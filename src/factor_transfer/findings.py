@@ -98,6 +98,8 @@ def _read_back(folder: Path, config: Config, summary: Mapping[str, Any], modules
         shapes[role] = feature_shape(nets.tapped[role], example)
     if not {"teacher", "student"} <= shapes.keys():
         return nets
+    if not config.beta:
+        return nets
     (channels, *teacher), (own, *student) = shapes["teacher"], shapes["student"]
     nets.size = min(teacher[0], student[0]), min(teacher[1], student[1])
     try:

@@ -73,7 +73,7 @@ def folded(plain: Tapped, images: Tensor) -> Folding:
     convolution feeds something else that no module shows, comparing outputs tells, and the batch norm stays.
 
     Args:
-        plain: the network; the tapped layer keeps its meaning.
+        plain: the network; the tapped layers keep their meaning.
         images: normalised images (B, 3, H, W) to watch and compare, on the CPU: a GPU's TF32 would cover what differs.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -82,12 +82,12 @@ def folded(plain: Tapped, images: Tensor) -> Folding:
     (1, Identity())
     """
     watched = deepcopy(plain).cpu().eval()
-    expected = watched(images)
-    pairs = [(conv, norm) for conv, norm in _pairs(watched.module, images) if conv != plain.layer]
+    expected = _outputs(watched, images)
+    pairs = [(conv, norm) for conv, norm in _pairs(watched.module, images) if conv not in plain.layers]
 
     def attempt(pairs: list[tuple[str, str]]) -> Folding:
         made = _fold(deepcopy(plain).cpu().eval(), pairs)
-        return Folding(made, len(pairs), _difference(made(images), expected))
+        return Folding(made, len(pairs), _difference(_outputs(made, images), expected))
 
     folding = attempt(pairs)
     if not folding.difference < TOLERANCE:  # some convolution feeds more than its batch norm
@@ -103,6 +103,11 @@ def _fold(network: Tapped, pairs: Sequence[tuple[str, str]]) -> Tapped:
         after = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
         module.set_submodule(norm_name, after)
     return network
+
+
+def _outputs(network: Tapped, images: Tensor) -> list[Any]:
+    output, maps = network.maps(images)
+    return [output, *maps.values()]
 
 
 def _difference(found: Sequence[Any], expected: Sequence[Any]) -> float:

@@ -23,13 +23,17 @@ from factor_transfer.findings import findings
 from factor_transfer.finished import ROLES
 from factor_transfer.pairs import Modules
 from factor_transfer.plots import Point, bars, dumbbell, heat, lines, scatter
-from factor_transfer.report import LABELS, verdict
+from factor_transfer.report import LABELS, label, verdict
 from factor_transfer.runs import Run, saved_summary
 
 KINDS = {"teacher": "teacher", "baseline": "alone", "student": "student"}
 """The style of a role."""
 
 SHORT = {"teacher": "teacher", "baseline": "alone", "student": "student"}
+
+
+OTHERS = ("factor_transfer", "attention_transfer", "soft_targets", "hint")
+"""Terms of which the first that there is is shown beside the labels' own."""
 
 
 def write_report(folder: Path, modules: Modules | None = None, engine: Engine | None = None) -> Path:
@@ -56,12 +60,15 @@ def report_values(folder: Path, found: Mapping[str, Any]) -> dict[str, Any]:
     run, summary = Run(folder), saved_summary(folder)
     exports = saved_exports(folder, summary)
     roles = [role for role in ROLES if role in summary]
-    networks = [{**summary[role], "label": LABELS[role], "short": SHORT[role], "kind": KINDS[role]} for role in roles]
-    classes = summary["data"]["classes"]
+    networks = [
+        {**summary[role], "label": label(summary, role), "short": SHORT[role], "kind": KINDS[role]} for role in roles
+    ]
+    classes, method = summary["data"]["classes"], summary.get("method", "Factor Transfer")
     intervals = _intervals(summary, found)
     per_class = _per_class(classes, roles, found)
     return {
-        "title": f"{summary['teacher']['name']} to {summary['student']['name']}: Factor Transfer",
+        "title": f"{summary['teacher']['name']} to {summary['student']['name']}: {method}",
+        "method": method,
         "summary": summary,
         "verdict": " ".join(verdict(summary)),
         "tiles": _tiles(summary, intervals),
@@ -98,16 +105,16 @@ def saved_exports(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any] | 
     return found
 
 
-def repeat_command(settings: Mapping[str, Any]) -> str:
-    """The command that makes the run again: what differs from the defaults.
+def repeat_command(settings: Mapping[str, Any], command: str = "distill", kind: type[Config] = Config) -> str:
+    """The command that makes the run again: what differs from the defaults of `kind`.
 
     >>> repeat_command({"data": "my photos", "teacher": "a", "student": "b", "epochs": 20, "baseline": True})
     "factor-transfer distill --data 'my photos' --teacher a --student b --epochs 20 --baseline"
     """
     import json
 
-    parts = ["factor-transfer", "distill"]
-    for each in fields(Config):
+    parts = ["factor-transfer", command]
+    for each in fields(kind):
         if each.name not in settings or each.name in {"out", "overwrite"}:
             continue
         value = settings[each.name]
@@ -148,13 +155,13 @@ def _trade_offs(summary: Mapping[str, Any], roles: Sequence[str], exports: Mappi
     """Accuracy against latency, and against size; int8 beside the others where it was measured in one runtime."""
     by_time, by_size = [], []
     for role in roles:
-        there, label = summary[role], SHORT[role]
-        tip = f"{LABELS[role]}: {there['top1']:.2f} %"
+        there, short = summary[role], SHORT[role]
+        tip = f"{label(summary, role)}: {there['top1']:.2f} %"
         latency, size = there["latency_ms"], there["size_bytes"] / 1e6
-        by_time.append(Point(label, KINDS[role], latency, there["top1"], f"{tip}, {latency:.2f} ms"))
-        by_size.append(Point(label, KINDS[role], size, there["top1"], f"{tip}, {size:.2f} MB"))
+        by_time.append(Point(short, KINDS[role], latency, there["top1"], f"{tip}, {latency:.2f} ms"))
+        by_size.append(Point(short, KINDS[role], size, there["top1"], f"{tip}, {size:.2f} MB"))
     int8 = next((row for row in (exports or {}).get("formats", []) if row["format"] == "onnx-int8"), None)
-    label = "one image, ms (torch)"
+    unit = "one image, ms (torch)"
     if int8 is not None and exports is not None:
         size, tip = int8["bytes"] / 1e6, f"student in int8: {int8['top1']:.2f} %"
         by_size.append(Point("int8", "int8", size, int8["top1"], f"{tip}, {size:.2f} MB"))
@@ -164,16 +171,18 @@ def _trade_offs(summary: Mapping[str, Any], roles: Sequence[str], exports: Mappi
             if row["batch"] == 1 and row["threads"] == 1
         }
         if timed.keys() >= {("teacher", "onnx"), ("student", "onnx"), ("student", "onnx-int8")}:
-            label = "one image, ms (onnxruntime, 1 thread, p50)"
+            unit = "one image, ms (onnxruntime, 1 thread, p50)"
             at = {role: timed["teacher" if role == "teacher" else "student", "onnx"] for role in roles}
             by_time = [
-                Point(SHORT[role], KINDS[role], at[role], top1, f"{LABELS[role]}: {top1:.2f} %, {at[role]:.2f} ms")
+                Point(
+                    SHORT[role], KINDS[role], at[role], top1, f"{label(summary, role)}: {top1:.2f} %, {at[role]:.2f} ms"
+                )
                 for role, top1 in ((role, summary[role]["top1"]) for role in roles)
             ]
             latency = timed["student", "onnx-int8"]
             by_time.append(Point("int8", "int8", latency, int8["top1"], f"{tip}, {latency:.2f} ms"))
     return [
-        scatter("Accuracy against latency", by_time, label, "top-1, %"),
+        scatter("Accuracy against latency", by_time, unit, "top-1, %"),
         scatter("Accuracy against size", by_size, "weights or file, MB", "top-1, %"),
     ]
 
@@ -189,7 +198,7 @@ def _latency_rows(exports: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 
 def _curves(run: Run, summary: Mapping[str, Any]) -> list[Markup]:
     """Every stage's curves."""
-    rows = {stage: run.metrics(stage) for stage in ("teacher", "paraphraser", "student", "baseline")}
+    rows = {stage: run.metrics(stage) for stage in ("teacher", "paraphraser", "hint", "student", "baseline")}
     found = []
 
     def column(stage: str, name: str) -> list[float | None]:
@@ -203,13 +212,16 @@ def _curves(run: Run, summary: Mapping[str, Any]) -> list[Markup]:
         found.append(lines("Validation top-1", shown, "top-1, %", level=level, digits=4, from_zero=False))
     for stage, kind in (("student", "student"), ("baseline", "alone"), ("teacher", "teacher")):
         if rows[stage]:
-            named = {"cross_entropy": kind, "factor_transfer": f"{kind} second"}
+            others = [name for name in OTHERS if name in rows[stage][-1]]
+            named = {"cross_entropy": kind} | dict.fromkeys(others[:1], f"{kind} second")
             terms = {
                 name.replace("_", " "): (style, column(stage, name))
                 for name, style in named.items()
                 if name in rows[stage][-1]
             }
-            found.append(lines(f"Training loss: {LABELS[stage]}", terms, "loss"))
+            found.append(lines(f"Training loss: {label(summary, stage)}", terms, "loss"))
+    if rows["hint"]:
+        found.append(lines("Training loss: hint", {"regression": ("student", column("hint", "loss"))}, "loss"))
     if rows["paraphraser"]:
         loss = {"reconstruction": ("teacher", column("paraphraser", "loss"))}
         found.append(lines("Training loss: paraphraser", loss, "reconstruction loss"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +36,9 @@ class Side:
     layer: str
     shape: tuple[int, int, int]  # (C, H, W)
 
-    def tapped(self) -> Tapped:
-        """The network with its feature map."""
-        return Tapped(self.network.module, self.layer, flag=f"--{self.role}-layer")
+    def tapped(self, also: Sequence[str] = (), *, ends: bool = False) -> Tapped:
+        """The network with its feature map, and those of other layers; with `ends` it runs no further than its own."""
+        return Tapped(self.network.module, self.layer, flag=f"--{self.role}-layer", also=also, ends=ends)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from factor_transfer.console import say, table, warn
+from factor_transfer.methods import ALONE
+from factor_transfer.runs import saved_summary
 
-STAGES = ("teacher", "paraphraser", "student", "baseline")
-LABELS = {"teacher": "teacher", "baseline": "student alone", "student": "student by Factor Transfer"}
+STAGES = ("teacher", "paraphraser", "hint", "student", "baseline")
+LABELS = {"teacher": "teacher", "baseline": "student alone", "student": "student"}
+
+
+def label(summary: Mapping[str, Any], role: str) -> str:
+    """What a network of a run is called; the student by its method.
+
+    >>> label({"method": "attention transfer"}, "student"), label({}, "baseline")
+    ('student by attention transfer', 'student alone')
+    """
+    return f"student by {summary.get('method', 'Factor Transfer')}" if role == "student" else LABELS[role]
 
 
 def show(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -17,7 +28,7 @@ def show(folder: Path, summary: Mapping[str, Any]) -> None:
     there = {role: summary[role] for role in LABELS if role in summary}
     rows = [
         (
-            LABELS[role],
+            label(summary, role),
             f"{found['top1']:.2f}" if "top1" in found else "-",
             f"{found['parameters']:,}",
             f"{found['size_bytes'] / 1e6:.2f}",
@@ -43,7 +54,8 @@ def show(folder: Path, summary: Mapping[str, Any]) -> None:
 
 def show_evaluation(folder: Path, found: Mapping[str, Mapping[str, float]]) -> None:
     """Print what `evaluate` measured."""
-    rows = [(LABELS[role], f"{values['top1']:.2f}", f"{values['loss']:.4f}") for role, values in found.items()]
+    summary = saved_summary(folder)
+    rows = [(label(summary, role), f"{values['top1']:.2f}", f"{values['loss']:.4f}") for role, values in found.items()]
     table(str(folder), ("", "top-1 %", "loss"), rows)
 
 
@@ -116,9 +128,11 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
     size = f"1/{ratio:.1f} of" if ratio > 1 else f"{1 / ratio:.2f} times"
     gained = f" and {_than(student, teacher)} top-1" if "top1" in teacher and "top1" in student else ""
     lines = [f"The student has {size} the teacher's parameters{gained}."]
-    if "baseline" in summary:
+    what = summary.get("method", "Factor Transfer")
+    if "baseline" in summary and what != ALONE:
         against = _than(student, summary["baseline"])
-        lines.append(f"Factor Transfer gave it {against} than training alone did. One seed is no proof: try several.")
+        gave = f"{what[:1].upper()}{what[1:]} gave it {against} than training alone did."
+        lines.append(f"{gave} One seed is no proof: try several.")
     return lines
 
 

@@ -11,6 +11,7 @@ from factor_transfer.console import warn
 from factor_transfer.export import EXPORT_IMAGES, export_pt2, latency_ms, metadata_of
 from factor_transfer.features import Logits
 from factor_transfer.files import state_fingerprint, write_json
+from factor_transfer.methods import method_of
 from factor_transfer.models import Network, count_parameters
 from factor_transfer.pairs import Pair, Side
 from factor_transfer.stages import Job
@@ -29,6 +30,8 @@ def finish(job: Job, pair: Pair, student: Side, baseline: Side | None) -> None:
         for (role, side), latency in zip(there.items(), latencies, strict=True)
     }
     summary |= {
+        "method": method_of(vars(job.config)),
+        "groups": [{"teacher": group.teacher, "student": group.student} for group in job.objective.groups],
         "paraphraser": job.run.recorded("paraphraser"),
         "seconds": {stage: found["seconds"] for stage, found in job.run.all_recorded().items()},
         "data": {

@@ -6,7 +6,8 @@ RUN/config.json         settings as resolved
     stages/NAME.json    what a finished stage found; a stage without it is continued
     metrics.jsonl       one line a pass and stage
     checkpoints/        STAGE-EPOCH-STEP.pt with its .sha256, the last two of the stage under way
-    *.safetensors       teacher (if trained here), paraphraser, student, baseline
+    *.safetensors       teacher (if trained here), paraphraser, translator, hint (the student after it), student,
+                        baseline
     summary.json        the result, written last
 """
 

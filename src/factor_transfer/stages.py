@@ -5,7 +5,9 @@ Each is skipped where the run folder says that it is finished, and continued whe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,20 +23,14 @@ from factor_transfer.evaluation import evaluate, evaluate_paraphraser
 from factor_transfer.files import cache_folder, state_fingerprint
 from factor_transfer.frozen import FrozenTeacher, folded
 from factor_transfer.health import DEAD
-from factor_transfer.method import Paraphraser, Translator, factor_channels
+from factor_transfer.method import Paraphraser, factor_channels
 from factor_transfer.models import Network, Role, count_parameters, own_size
-from factor_transfer.pairs import Modules, Pair, Side, check_alive, check_knows, factor_weight, load_side
+from factor_transfer.objective import Objective, trained_up_to
+from factor_transfer.pairs import Modules, Pair, Side, check_alive, check_knows, load_side
 from factor_transfer.runs import Run
 from factor_transfer.seeds import part_seed, seeded
-from factor_transfer.tasks import (
-    DistillationTask,
-    FactorTransfer,
-    Labels,
-    ParaphraserTask,
-    SoftTargets,
-    TeacherSide,
-    Term,
-)
+from factor_transfer.tasks import DistillationTask, ParaphraserTask, TeacherSide
+from factor_transfer.terms import FactorTransfer, Labels, Reader, SoftTargets, Term
 from factor_transfer.train import Plan, Trainer
 from factor_transfer.views import Transform
 from factor_transfer.weights import load_paraphraser, load_weights, paraphraser_metadata
@@ -85,17 +81,23 @@ class Job:
             say(f"{side.role}: {side.network.name}, layer {side.layer}, {feature}")
         if pair.size == (1, 1):
             warn("the maps meet at 1x1: factors say what and not where (try --teacher-layer, or a larger --img-size)")
-        paraphraser = self.new_paraphraser(pair, self.config.paraphraser)
-        self.views = self._choose_views(paraphraser.factor_channels * pair.size[0] * pair.size[1])
+        kept = self.new_paraphraser(pair, self.config.paraphraser).factor_channels if self.config.beta else 0
+        self.objective = Objective(self.config, pair, kept, len(self.data.classes))
+        self.views = self._choose_views()
         return pair
 
-    def _choose_views(self, elements: int) -> int:
+    def _choose_views(self) -> int:
         """Views that are shown in turn; what `auto` chose when the run began stays."""
         config, run = self.config, self.run
         if config.views != "auto":
             return config.views
         if "views" not in run.pins():
-            chosen = choose_views(2 * elements, len(self.data.train), config.epochs, cache_folder(config.cache_dir))
+            shapes = list(self.objective.outputs.values())
+            row_bytes = 2 * sum(math.prod(shape) for shape in shapes if shape is not None)
+            chosen = 0
+            if row_bytes and None not in shapes:
+                folder = cache_folder(config.cache_dir)
+                chosen = choose_views(row_bytes, len(self.data.train), config.epochs, folder)
             run.pin("views", str(chosen), "--views auto chose otherwise when the run began")
             say(f"factor cache: --views auto chose {f'{chosen} views' if chosen else 'a live teacher'}")
             return chosen
@@ -138,7 +140,7 @@ class Job:
             check_knows(found["top1"], len(self.data.classes), config.teacher, trained)
         else:
             say(f"teacher: {side.network.name}, {size}, its accuracy cannot be measured here: its features teach")
-        self._folding = folded(side.tapped(), side.network.norm(self.sample(2)))
+        self._folding = folded(side.tapped(self.objective.teacher_layers), side.network.norm(self.sample(2)))
         if self._folding.count:
             say(
                 f"teacher: {self._folding.count} batch norms folded into their convolutions "
@@ -180,9 +182,13 @@ class Job:
 
     # -- stage 1: the paraphraser
 
-    def paraphraser(self, pair: Pair) -> Paraphraser:
-        """The trained paraphraser, given or trained here without labels; its error is measured either way."""
+    def paraphraser(self, pair: Pair) -> Paraphraser | None:
+        """The trained paraphraser, given or trained here without labels; its error is measured either way. None, where
+        no factor is transferred."""
         config, run = self.config, self.run
+        if not config.beta:
+            say("no factor transfer (--beta 0), so no paraphraser")
+            return None
         found = run.recorded("paraphraser")
         file = str(run.path("paraphraser.safetensors")) if found else config.paraphraser
         paraphraser = self.new_paraphraser(pair, file)
@@ -235,57 +241,60 @@ class Job:
 
     # -- stages 2 and 3: the student, and the student alone
 
-    def student(self, pair: Pair, paraphraser: Paraphraser) -> Side:
-        """The student, by Factor Transfer."""
-        config = self.config
-        elements = paraphraser.factor_channels * pair.size[0] * pair.size[1]
-        beta, bound = factor_weight(config, elements)
-        say(
-            f"factor: {paraphraser.factor_channels} channels of {pair.size[0]}x{pair.size[1]} ({elements} elements); "
-            f"beta {beta:g}, so its term is at most {bound:.3g}"
-        )
-        with seeded(part_seed(config.seed, "translator")):
-            translator = Translator(pair.student.shape[0], paraphraser.factor_channels, config.factor_batch_norm)
-        terms = self.terms(FactorTransfer(translator, beta, config.p))
-        if not (config.label_weight or config.kd_weight):
+    def student(self, pair: Pair, paraphraser: Paraphraser | None) -> Side:
+        """The student, by the terms that the settings name: by Factor Transfer, if there is a paraphraser."""
+        found = {**self.objective.record, "views": self.views}
+        for line in self.objective.lines():
+            say(line)
+        if not (self.config.label_weight or self.config.kd_weight):
             say("student: nothing trains a head, so it is not measured: what it has learned are features")
-        found = {
-            "beta": beta,
-            "bound": bound,
-            "elements": elements,
-            "factor_channels": paraphraser.factor_channels,
-            "views": self.views,
-        }
-        teacher = self._teacher_side(pair, paraphraser)
-        shown = self._cached(teacher, pair, paraphraser) if self.views else teacher
+        if self.objective.hint_epochs:
+            self._hint(pair)
+        terms, readers = self.objective.terms, self.objective.readers
+        teacher = self._teacher_side(pair, paraphraser, readers)
+        shown = self._cached(teacher, pair, paraphraser) if self.views and self.objective.outputs else teacher
         try:
             return self._student("student", pair.student, terms, shown, found)
         finally:
             if isinstance(shown, CachedTeacher):
                 shown.cache.close()
 
-    def terms(self, factor_transfer: FactorTransfer) -> list[Term]:
-        """The summands of the student's loss, those of weight 0 left out."""
-        config = self.config
-        labels = [Labels(config.label_weight)] if config.label_weight else []
-        soft = [SoftTargets(config.kd_weight, config.kd_temperature)] if config.kd_weight else []
-        return [*labels, *soft, factor_transfer]
+    def _hint(self, pair: Pair) -> None:
+        """FitNets' first stage: the student up to its guided layer, and a regressor, learn the teacher's hint."""
+        config, network, term = self.config, pair.student.network, self.objective.hint()
+        if self.run.recorded("hint") is not None:
+            self._fetch(network, "hint")
+            return
+        epochs = self.objective.hint_epochs
+        say(f"hint: {term.group.student} learns the teacher's {term.group.teacher} for {epochs} passes, teacher live")
+        guided = replace(pair.student, layer=term.group.student)
+        plan = Plan(stage="hint", epochs=epochs, lr=config.lr, seed=config.seed, views=self.views)
+        teacher = self._teacher_side(pair, None, term.readers())
+        with trained_up_to(guided.tapped(ends=True), network.norm(self.sample(2))):
+            training = self._train(guided, [term], teacher, plan, ends=True)
+        self._check_unchanged("hint", teacher)
+        self.run.record("hint", training)
 
-    def _cached(self, live: FrozenTeacher, pair: Pair, paraphraser: Paraphraser) -> FrozenTeacher | CachedTeacher:
-        """The live teacher behind the factor cache; alone where the cache's folder cannot be written."""
-        network = pair.teacher.network
+    def _cached(
+        self, live: FrozenTeacher, pair: Pair, paraphraser: Paraphraser | None
+    ) -> FrozenTeacher | CachedTeacher:
+        """The live teacher behind the factor cache; alone where a term's output, or its folder, cannot take it."""
+        network, outputs = pair.teacher.network, self.objective.outputs
+        shapes = {name: shape for name, shape in outputs.items() if shape is not None}
+        if shapes.keys() != outputs.keys():
+            warn(f"no factor cache: {', '.join(outputs.keys() - shapes.keys())} is too large; the teacher stays live")
+            return live
         identity = {
             "architecture": [network.name, type(network.module).__name__, plain(network.model_args)],
             "teacher": state_fingerprint(network.module.state_dict()),
             "teacher layer": pair.teacher.layer,
             "teacher normalisation": [network.mean, network.std, network.size],
-            "paraphraser": state_fingerprint(paraphraser.state_dict()),
+            "paraphraser": None if paraphraser is None else state_fingerprint(paraphraser.state_dict()),
             "images": self.data.fingerprint,
             "precision": self.engine.describe()["precision"],
         }
-        shapes: dict[str, Sequence[int]] = {"factor": (paraphraser.factor_channels, *pair.size)}
-        if self.config.kd_weight:
-            shapes["logits"] = (len(self.data.classes),)
+        if self.objective.readers:
+            identity["other layers"] = {name: reader.layer for name, reader in self.objective.readers.items()}
         try:
             cache = FactorCache(cache_folder(self.config.cache_dir), identity, shapes, len(self.data.train), self.views)
         except OSError as error:
@@ -326,10 +335,22 @@ class Job:
         data = self.data
         return load_side(role, self.config, len(data.classes), data.img_size, self.modules.get(role))
 
-    def _train(self, side: Side, terms: Sequence[Term], teacher: nn.Module | None, plan: Plan) -> dict[str, float]:
-        """Train a network on its terms and save it under the stage's name; returns what is recorded of it."""
-        network = side.network
-        task = DistillationTask(side.tapped(), network.norm, terms, teacher)
+    @staticmethod
+    def student_task(
+        side: Side, terms: Sequence[Term], teacher: nn.Module | None, *, ends: bool = False
+    ) -> DistillationTask:
+        """A network and its terms."""
+        tapped = side.tapped([layer for term in terms for layer in term.taps], ends=ends)
+        return DistillationTask(tapped, side.network.norm, terms, teacher)
+
+    def _train(
+        self, side: Side, terms: Sequence[Term], teacher: nn.Module | None, plan: Plan, *, ends: bool = False
+    ) -> dict[str, float]:
+        """Train a network on its terms and save it under the stage's name; returns what is recorded of it.
+
+        With `ends` the network runs no further than the side's layer.
+        """
+        network, task = side.network, self.student_task(side, terms, teacher, ends=ends)
         validation = self.data.validation if self._measured(terms) else None
         trainer = Trainer(task, plan, self.data.train, self.engine, self.config, self.run, validation)
         training = trainer.fit().record()
@@ -356,6 +377,8 @@ class Job:
             network.classifier, self.data.validation, self.engine, batch_size=self.config.batch_size, precise=True
         )
 
-    def _teacher_side(self, pair: Pair, paraphraser: Paraphraser | None = None) -> FrozenTeacher:
-        side = TeacherSide(self._folding.network, pair.teacher.network.norm, pair.size, paraphraser)
+    def _teacher_side(
+        self, pair: Pair, paraphraser: Paraphraser | None = None, readers: Mapping[str, Reader] | None = None
+    ) -> FrozenTeacher:
+        side = TeacherSide(self._folding.network, pair.teacher.network.norm, pair.size, paraphraser, readers)
         return self.engine.place(FrozenTeacher(side))

@@ -1,40 +1,26 @@
-"""The objectives. One distillation task adds up small terms over one shared forward of teacher and student.
-
-A term is a class of about 20 lines: it says which teacher outputs it `needs`, owns what it trains (a translator), and
-returns its weighted loss. A new method is a new term; see `FactorTransfer`.
+"""The objectives: one distillation task, which adds up its terms (see `terms`) over one shared forward of teacher and
+student; and the paraphraser's.
 
 Shapes: B samples, C channels, K factor channels, H x W the feature map, N classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from factor_transfer.features import Logits, Tapped, align
-from factor_transfer.health import DEAD, relative_variety
-from factor_transfer.method import (
-    Paraphraser,
-    Translator,
-    factor_transfer_loss,
-    reconstruction_loss,
-)
+from factor_transfer.health import DEAD
+from factor_transfer.method import Paraphraser, reconstruction_loss
+from factor_transfer.terms import Labels, Reader, StudentOutputs, Term
 
 Result = dict[str, Any]
 """What a task's forward returns: `loss`, `output` (logits or None), and its parts by name."""
-
-
-class StudentOutputs(NamedTuple):
-    """What the student gave for one batch."""
-
-    logits: Tensor  # (B, N)
-    feature: Tensor  # (B, C, H, W)
 
 
 class TeacherSide(nn.Module):
@@ -44,111 +30,35 @@ class TeacherSide(nn.Module):
         network: the teacher, tapped at its layer.
         norm: its own input normalisation.
         size: height and width (H, W) that its feature map is pooled to where it is the larger one.
-        paraphraser: makes the factors; None while it is itself being trained.
+        paraphraser: makes the factors; None while it is itself being trained, and where no term reads them.
+        readers: make further outputs, by name, of the maps of other layers, which `network` taps too.
     """
 
     def __init__(
-        self, network: Tapped, norm: nn.Module, size: tuple[int, int], paraphraser: Paraphraser | None = None
+        self,
+        network: Tapped,
+        norm: nn.Module,
+        size: tuple[int, int],
+        paraphraser: Paraphraser | None = None,
+        readers: Mapping[str, Reader] | None = None,
     ) -> None:
         super().__init__()
         self.network, self.norm, self.size, self.paraphraser = network, norm, size, paraphraser
+        self.readers = nn.ModuleDict(readers)
 
     def forward(self, images: Tensor, index: Tensor | None = None, view: int = 0) -> dict[str, Tensor]:
-        """uint8 images (B, 3, H, W) -> `logits` (B, N), `feature` (B, C, H, W), and `factor` (B, K, H, W).
+        """uint8 images (B, 3, H, W) -> `logits` (B, N), `feature` (B, C, H, W), `factor` (B, K, H, W), the readers'.
 
         `index` and `view` say which images they are; only a cached teacher needs to know.
         """
-        output, feature = self.network(self.norm(images))
-        feature = align(feature, self.size)
+        output, maps = self.network.maps(self.norm(images))
+        feature = align(maps[self.network.layer], self.size)
         outputs = {"logits": Logits()(output), "feature": feature}
         if self.paraphraser is not None:
             outputs["factor"] = self.paraphraser.encode(feature)
+        for name, reader in self.readers.items():
+            outputs[name] = reader(maps[str(reader.layer)])
         return outputs
-
-
-class Term(nn.Module):
-    """One summand of the student's loss."""
-
-    name: ClassVar[str]
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """Outputs of `TeacherSide` that the term reads; a task without such a term runs no teacher."""
-
-    def forward(self, student: StudentOutputs, teacher: dict[str, Tensor], labels: Tensor) -> Tensor:
-        """The weighted loss, a scalar averaged over the batch."""
-        raise NotImplementedError
-
-    def seen(self) -> dict[str, Tensor]:
-        """What the last forward showed besides its loss, for the curves: scalars by name."""
-        return {}
-
-
-class Labels(Term):
-    """Cross-entropy with the images' own labels (equation 3).
-
-    Args:
-        weight: its weight.
-    """
-
-    name = "cross_entropy"
-
-    def __init__(self, weight: float = 1.0) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, student: StudentOutputs, teacher: dict[str, Tensor], labels: Tensor) -> Tensor:
-        """labels: (B,) class indices."""
-        logits = student.logits if student.logits.dtype == torch.float64 else student.logits.float()
-        return self.weight * F.cross_entropy(logits, labels)
-
-
-class SoftTargets(Term):
-    """Knowledge distillation (Hinton, Vinyals, Dean, arXiv 1503.02531): T^2 x KL(teacher || student) at temperature T.
-
-    Args:
-        weight: its weight.
-        temperature: T.
-    """
-
-    name = "soft_targets"
-    needs = frozenset({"logits"})
-
-    def __init__(self, weight: float, temperature: float = 4.0) -> None:
-        super().__init__()
-        self.weight, self.temperature = weight, temperature
-
-    def forward(self, student: StudentOutputs, teacher: dict[str, Tensor], labels: Tensor) -> Tensor:
-        """Compares logits (B, N); `labels` are not read."""
-        ours, theirs = (F.log_softmax(x.float() / self.temperature, 1) for x in (student.logits, teacher["logits"]))
-        divergence = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-        return self.weight * self.temperature**2 * divergence
-
-
-class FactorTransfer(Term):
-    """beta x factor transfer loss (equations 2 and 4), through a translator that is trained with the student.
-
-    Args:
-        translator: from the student's channels to the factor's.
-        beta: weight.
-        p: norm of the difference.
-    """
-
-    name = "factor_transfer"
-    needs = frozenset({"factor"})
-
-    def __init__(self, translator: Translator, beta: float, p: float = 1) -> None:
-        super().__init__()
-        self.translator, self.beta, self.p = translator, beta, p
-
-    def forward(self, student: StudentOutputs, teacher: dict[str, Tensor], labels: Tensor) -> Tensor:
-        """Pools the student's map to the factor's height and width where it is the larger one."""
-        factor = teacher["factor"]
-        translated = self.translator(align(student.feature, (factor.shape[-2], factor.shape[-1])))
-        self._variety = relative_variety(translated.detach(), factor)
-        return self.beta * factor_transfer_loss(translated, factor, self.p)
-
-    def seen(self) -> dict[str, Tensor]:
-        """How much the translator's output varies over a batch, as a share of how much the factors do."""
-        return {"factor_variety": self._variety}
 
 
 class Trainee(nn.Module):
@@ -161,8 +71,8 @@ class Trainee(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor, teacher: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """uint8 images (B, 3, H, W) -> logits (B, N) and the weighted loss of every term."""
-        output, feature = self.student(self.norm(images))
-        student = StudentOutputs(Logits()(output), feature)
+        output, maps = self.student.maps(self.norm(images))
+        student = StudentOutputs(Logits()(output), maps[self.student.layer], maps)
         return student.logits, {name: term(student, teacher, labels) for name, term in self.terms.items()}
 
     def classifier(self) -> nn.Module:
@@ -188,6 +98,7 @@ class DistillationTask(TrainingTask):  # type: ignore[misc] # timm ships no type
         super().__init__(verbose=False)
         needs = frozenset[str]().union(*(term.needs for term in terms))
         assert teacher is not None or not needs, f"terms need {sorted(needs)} of a teacher"
+        self.terms = tuple(terms)  # no submodules: the trainee has them
         self.trainable_module = Trainee(student, norm, terms)
         self.teacher = teacher if needs else None
 

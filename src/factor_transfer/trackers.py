@@ -21,7 +21,8 @@ from factor_transfer.features import align
 from factor_transfer.method import normalize_factor
 from factor_transfer.pictures import strongest, tiles
 from factor_transfer.runs import Run
-from factor_transfer.tasks import DistillationTask, FactorTransfer
+from factor_transfer.tasks import DistillationTask
+from factor_transfer.terms import FactorTransfer
 from factor_transfer.train import Trainer
 
 PICTURED = 4

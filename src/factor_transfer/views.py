@@ -87,6 +87,33 @@ def held_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
     return chosen
 
 
+def evenly(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Which `count` samples form a share with as many of each class, up to rounding; a class too small gives all.
+
+    The samples of a smaller share are among those of a larger one.
+
+    Args:
+        labels: class index of each sample, (n,).
+        count: from 1 to n.
+        seed: owns the choice.
+
+    Returns:
+        bool (n,), true for the chosen.
+
+    >>> labels = np.array([0] * 10 + [1] * 20 + [2])
+    >>> np.bincount(labels[evenly(labels, 9, seed=0)])
+    array([4, 4, 1])
+    """
+    bits = hashed(seed, np.arange(len(labels)))
+    place = np.empty(len(labels), dtype=np.int64)  # within its class
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        place[members[np.argsort(bits[members], kind="stable")]] = np.arange(len(members))
+    chosen = np.zeros(len(labels), dtype=bool)
+    chosen[np.lexsort((bits, place))[:count]] = True  # the first of each class, then the second of each, ...
+    return chosen
+
+
 def crop_and_flip(pixels: Tensor, index: np.ndarray, view: int, seed: int, padding: int, hflip: float) -> Tensor:
     """Zero-pad, crop at random to the old size, flip at random: small images, a whole batch at once.
 

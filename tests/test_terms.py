@@ -1,0 +1,296 @@
+"""The terms beside Factor Transfer, each against its paper; and the methods that the settings make of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.task import LogitDistillationTask
+from torch import Tensor, nn
+
+import factor_transfer.zoo  # noqa: F401
+from factor_transfer import distill
+from factor_transfer.config import Config
+from factor_transfer.errors import ConfigError, Interrupted, ModelError
+from factor_transfer.features import find_groups
+from factor_transfer.methods import METHODS, method_of, settings_of
+from factor_transfer.models import load_network
+from factor_transfer.objective import Objective, groups_of
+from factor_transfer.pairs import Pair, load_side
+from factor_transfer.terms import AttentionTransfer, Group, Hint, SoftTargets, StudentOutputs, attention
+from factor_transfer.train import Trainer
+
+LABELS = torch.zeros(4, dtype=torch.long)
+LOGITS = torch.zeros(4, 5, dtype=torch.float64)
+
+
+def maps(channels: int, side: int, seed: int) -> Tensor:
+    return torch.randn(4, channels, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+# -- each term, against its paper
+
+
+def test_soft_targets__is_timms_distillation() -> None:
+    """timm's own task is the oracle, for the loss and for the gradient in the student."""
+    torch.manual_seed(0)
+    student, teacher = (timm.create_model("cifar_resnet20", layers=(1, 1, 1), channels=(4, 4, 8)) for _ in range(2))
+    for network in (student, teacher):
+        network.eval().pretrained_cfg = {**network.pretrained_cfg, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    images, labels = torch.randn(4, 3, 16, 16), torch.arange(4)
+    oracle = LogitDistillationTask(
+        student, teacher, nn.CrossEntropyLoss(), task_loss_weight=0.0, distill_loss_weight=0.9, temperature=4.0,
+        verbose=False,
+    )  # fmt: skip
+    wanted = oracle(images, labels)["loss"]
+    weights = list(student.parameters())
+    theirs = torch.autograd.grad(wanted, weights, allow_unused=True)
+    with torch.no_grad():
+        logits = teacher(images)
+    term = SoftTargets(0.9, 4.0)
+    found = term(StudentOutputs(student(images), images), {"logits": logits}, labels)
+    torch.testing.assert_close(found, wanted)
+    for one, other in zip(torch.autograd.grad(found, weights, allow_unused=True), theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_attention__is_the_normalised_sum_of_squares() -> None:
+    feature = torch.tensor([[[[3.0, 0.0], [0.0, 1.0]], [[4.0, 0.0], [0.0, 1.0]]]])
+    energy = torch.tensor([25.0, 0.0, 0.0, 2.0])  # the mean over channels has the same direction
+    torch.testing.assert_close(attention(feature, (2, 2)).flatten(), energy / energy.norm())
+    assert attention(7 * feature, (2, 2)).allclose(attention(feature, (2, 2)))
+    assert attention(torch.zeros(1, 2, 2, 2), (2, 2)).abs().max() == 0
+
+
+def program_at(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The authors' program in numpy: at(x) = normalize(x.pow(2).mean(1).view(B, -1)), (at(x) - at(y)).pow(2).mean()."""
+    found = []
+    for feature in (ours, theirs):
+        flat = np.square(feature).mean(1).reshape(len(feature), -1)
+        found.append(flat / np.sqrt(np.square(flat).sum(1, keepdims=True)))
+    return float(np.square(found[0] - found[1]).mean())
+
+
+def test_attention_transfer__is_the_authors_programs_loss_and_gradient() -> None:
+    """In float64 against numpy; the gradient against numpy's central differences."""
+    groups = [Group("a", "c", (6, 3), (4, 4)), Group("b", "d", (8, 5), (2, 2))]
+    ours = {"c": maps(3, 4, 0).requires_grad_(), "d": maps(5, 2, 1).requires_grad_()}
+    theirs = {"a": maps(6, 4, 2), "b": maps(8, 2, 3)}
+    term = AttentionTransfer(groups)
+    assert term.taps == ("c", "d")
+    teacher = {name: reader(theirs[reader.layer]) for name, reader in term.readers().items()}
+    assert set(teacher) == term.needs
+    assert {name: tuple(value.shape[1:]) for name, value in teacher.items()} == {
+        name: reader.shape for name, reader in term.readers().items()
+    }
+
+    def loss() -> Tensor:
+        return term(StudentOutputs(LOGITS, ours["d"], ours), teacher, LABELS)
+
+    def wanted(c: np.ndarray, d: np.ndarray) -> float:
+        return 1000 * (program_at(c, theirs["a"].numpy()) + program_at(d, theirs["b"].numpy()))
+
+    c, d = (value.detach().numpy().copy() for value in ours.values())
+    assert loss().item() == pytest.approx(wanted(c, d), rel=1e-6)
+    gradient = torch.autograd.grad(loss(), ours["c"])[0]
+    for place in [(0, 0, 0, 0), (2, 1, 3, 2), (3, 2, 1, 1)]:
+        values = []
+        for step in (1e-5, -1e-5):
+            moved = c.copy()
+            moved[place] += step
+            values.append(wanted(moved, d))
+        assert gradient[place].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-4)
+
+
+def test_attention_transfer__pools_squares_where_sizes_differ() -> None:
+    """Energy is what is pooled: two opposite halves of a channel do not cancel out."""
+    theirs = torch.tensor([[[[1.0, -1.0], [1.0, -1.0]]]]).repeat(1, 1, 1, 2)  # (1, 1, 2, 4)
+    assert attention(theirs, (1, 2)).flatten().tolist() == pytest.approx([0.5**0.5] * 2)
+    term = AttentionTransfer([Group("a", "c", (6, 3), (2, 2))], 1.0)
+    teacher = {name: reader(maps(6, 8, 0)) for name, reader in term.readers().items()}
+    student = {"c": maps(3, 2, 1)}
+    assert 0 < term(StudentOutputs(LOGITS, student["c"], student), teacher, LABELS) < 2 / 4
+
+
+def test_hint__is_a_regression_in_numpy() -> None:
+    term = Hint(Group("a", "c", (6, 3), (4, 4)), 0.5).double()
+    ours, theirs = maps(3, 4, 0).requires_grad_(), maps(6, 8, 1)
+    teacher = {name: reader(theirs) for name, reader in term.readers().items()}
+    student = StudentOutputs(LOGITS, ours, {"c": ours})
+    loss = term(student, teacher, LABELS)
+    weight, bias = (value.detach().numpy() for value in term.regressor.parameters())
+    x, y = ours.detach().numpy(), theirs.numpy().reshape(4, 6, 4, 2, 4, 2).mean((3, 5))
+    error = np.einsum("kc,bchw->bkhw", weight[:, :, 0, 0], x) + bias[None, :, None, None] - y
+    assert loss.item() == pytest.approx(0.5 * np.square(error).mean(), rel=1e-6)
+    wanted = np.einsum("kc,bkhw->bchw", weight[:, :, 0, 0], error) / error.size
+    np.testing.assert_allclose(torch.autograd.grad(loss, ours)[0].numpy(), wanted, rtol=1e-5, atol=1e-9)
+
+
+# -- where they look
+
+
+@pytest.mark.parametrize(("name", "side", "wanted"), [
+    ("cifar_resnet20", 32, ["layer1", "layer2", "layer3"]),
+    ("cifar_wrn_16_2", 32, ["layer1", "layer2", "relu"]),  # pre-activation: the last activation stands alone
+    ("resnet18", 64, ["layer1", "layer2", "layer3", "layer4"]),  # the stem's 32x32 is no group
+    ("resnet50", 64, ["layer1", "layer2", "layer3", "layer4"]),  # layer2's first 1x1 still has layer1's size
+    ("mobilenetv3_small_050", 64, ["blocks.0", "blocks.1", "blocks.3", "blocks"]),
+    ("convnext_atto", 64, ["stages.0", "stages.1", "stages.2", "stages"]),
+    ("swin_tiny_patch4_window7_224", 224, ["layers.0", "layers.1", "layers.2", "norm"]),
+    ("vit_tiny_patch16_224", 64, ["norm"]),  # one resolution, one group
+    ("pvt_v2_b0", 64, ["stages.0", "stages.1", "stages.2", "stages"]),  # its attention makes smaller maps on the way
+    ("regnetx_002", 64, ["s1", "s2", "s3", "s4"]),
+    ("densenet121", 64, ["features.denseblock1", "features.denseblock2", "features.denseblock3", "features"]),
+    ("torchvision/resnet18", 64, ["layer1", "layer2", "layer3", "layer4"]),
+    ("cifar_vgg13", 32, ["layer1", "layer2", "layer3", "layer4", "layer5"]),
+])  # fmt: skip
+def test_find_groups__names_what_a_person_would(name: str, side: int, wanted: list[str]) -> None:
+    args = {"embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8)} if name.startswith("swin") else {}
+    network = load_network(name, role="teacher", num_classes=10, img_size=side, seed=0, args=args)
+    found = find_groups(network.module, torch.zeros(2, 3, side, side))
+    sizes = [shape[1:] for _, shape in found]
+    assert sizes == sorted(set(sizes), reverse=True)
+    assert [layer for layer, _ in found] == wanted
+
+
+def test_groups_of__refuses_what_cannot_be_paired() -> None:
+    names = {"teacher": "cifar_resnet20", "student": "cifar_resnet20_b"}
+
+    def pair(side: int = 16, **settings: Any) -> tuple[Config, Pair]:
+        config = Config(data="digits", at_weight="auto", beta=0, **names, **settings)
+        return config, Pair(load_side("teacher", config, 10, side), load_side("student", config, 10, side))
+
+    config, networks = pair(32)
+    assert Objective(config, networks, 0, 10).record["at_weight"] == pytest.approx(1000)  # the authors' program
+    assert [group[:2] for group in groups_of(*pair())] == [(f"layer{n}", f"layer{n}") for n in (1, 2, 3)]
+    (group,) = groups_of(*pair(teacher_groups="layer1", student_groups="layer2"))
+    assert group == Group("layer1", "layer2", (16, 32), (8, 8))
+    with pytest.raises(ConfigError, match="2 of the teacher, 3 of the student"):
+        groups_of(*pair(teacher_groups="layer1,layer2"))
+    with pytest.raises(ModelError, match=r"--teacher-groups layer9\n  found: no submodule of that name"):
+        groups_of(*pair(teacher_groups="layer9", student_groups="layer1"))
+    with pytest.raises(ModelError, match=r"--teacher-groups global_pool\n  found: an output of shape \(2, 64\)"):
+        groups_of(*pair(teacher_groups="global_pool", student_groups="layer1"))
+    with pytest.raises(ConfigError, match="maps of 1x1 and 4x4, which meet at one place"):
+        groups_of(*pair(4, teacher_groups="layer3", student_groups="layer1"))
+
+
+# -- the methods, run
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings of a short run on digits, with a teacher that was trained beforehand."""
+    folder = tmp_path_factory.mktemp("taught")
+    settings: dict[str, Any] = {
+        "teacher_args": {"layers": (1, 1, 1), "channels": (8, 16, 32)},
+        "student_args": {"layers": (1, 1, 1), "channels": (4, 8, 8)},
+        "paraphraser_epochs": 1, "epochs": 2, "threads": 1, "log_with": "none",
+    }  # fmt: skip
+    distill("cifar_resnet20", "cifar_resnet20_b", "digits", teacher_epochs=4, out=folder, beta=0, **settings)
+    return {**settings, "teacher_weights": str(folder / "teacher.safetensors")}
+
+
+def run(settings: dict[str, Any], out: Path, **more: Any) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
+    """(hash of the student's weights, summary, metrics) of a run."""
+    result = distill("cifar_resnet20", "cifar_resnet20_b", "digits", out=out, **{**settings, **more})
+    weights = hashlib.sha256()
+    for name, value in sorted(load_file(out / "student.safetensors").items()):
+        weights.update(name.encode() + value.numpy().tobytes())
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return weights.hexdigest(), result.summary, rows
+
+
+TERMS = {
+    "alone": {"cross_entropy"},
+    "kd": {"cross_entropy", "soft_targets"},
+    "at": {"cross_entropy", "attention_transfer"},
+    "fitnet": {"cross_entropy", "soft_targets"},
+    "ft": {"cross_entropy", "factor_transfer"},
+    "ft+kd": {"cross_entropy", "soft_targets", "factor_transfer"},
+    "at+kd": {"cross_entropy", "soft_targets", "attention_transfer"},
+}
+KNOWN = {*set().union(*TERMS.values()), "hint"}
+
+
+def test_methods__each_trains_by_its_own_terms(taught: dict[str, Any], tmp_path: Path) -> None:
+    assert list(METHODS) == list(TERMS) == ["alone", "kd", "at", "fitnet", "ft", "ft+kd", "at+kd"]
+    weights = {}
+    for name in METHODS:
+        settings = {**taught, **settings_of(name, {}), "baseline": name == "alone"}
+        out = tmp_path / name
+        weights[name], summary, rows = run(settings, out)
+        last = rows[-2 if name == "alone" else -1]
+        assert set(last) & KNOWN == TERMS[name], name
+        assert summary["method"] == method_of(METHODS[name])
+        assert summary["method"] in (out / "report.html").read_text().replace("Labels", "labels")
+        assert (
+            (summary["paraphraser"] is not None) == (out / "paraphraser.safetensors").exists() == name.startswith("ft")
+        )
+        assert [row["stage"] for row in rows].count("hint") == (name == "fitnet")
+        assert ("hint" in summary["seconds"]) == (name == "fitnet")
+        if name == "alone":
+            same = (load_file(out / f"{role}.safetensors") for role in ("student", "baseline"))
+            torch.testing.assert_close(*same, rtol=0, atol=0)
+    assert len(set(weights.values())) == len(METHODS)
+
+
+def test_hint__is_learned_first_by_the_lower_half_alone(
+    taught: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The regression improves, what lies above the guided layer stays, and a stopped run ends the same."""
+    settings = {**taught, "beta": 0, "hint_epochs": 3, "epochs": 1}
+    whole, _, rows = run(settings, tmp_path / "whole")
+    losses = [row["hint"] for row in rows if row["stage"] == "hint"]
+    assert len(losses) == 3
+    assert losses[-1] < 0.9 * losses[0]
+    config = Config(data="digits", teacher="cifar_resnet20", student="cifar_resnet20_b", **taught)
+    first = load_side("student", config, 10, 8).network.module.state_dict()
+    after = load_file(tmp_path / "whole" / "hint.safetensors")
+    moved = {name.partition(".")[0] for name in first if not torch.equal(first[name], after[name])}
+    assert moved == {"conv1", "bn1", "layer1", "layer2"}
+
+    leave = Trainer._leave
+
+    def stop(self: Trainer, signum: int) -> None:
+        leave(self, 15 if (self.plan.stage, self.progress.epoch) == ("hint", 2) else signum)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_leave", stop)
+        with pytest.raises(Interrupted):
+            run(settings, tmp_path / "stopped")
+    again, _, rows = run(settings, tmp_path / "stopped")
+    assert [row["hint"] for row in rows if row["stage"] == "hint"] == losses
+    assert again == whole
+
+
+def test_terms__are_cached_where_they_can_be(
+    taught: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Attention maps come back from disk; a hint keeps the teacher live, and the run says so."""
+    caching = {**taught, **settings_of("at+kd", {}), "views": 1, "cache_dir": str(tmp_path / "cache"), "epochs": 3}
+    once, _, rows = run(caching, tmp_path / "once")
+    (meta,) = (tmp_path / "cache").rglob("meta.json")
+    outputs = json.loads(meta.read_text())["outputs"]
+    assert outputs == {"logits": [10], "attention_0": [1, 8, 8], "attention_1": [1, 4, 4], "attention_2": [1, 2, 2]}
+    twice, _, _ = run(caching, tmp_path / "twice")
+    assert once == twice
+    _, _, live = run({**caching, "views": 0}, tmp_path / "live", data_seed=0)
+    assert rows[0]["attention_transfer"] == pytest.approx(live[0]["attention_transfer"], rel=1e-3)
+    capsys.readouterr()
+    run({**caching, "hint_weight": 1.0}, tmp_path / "hint")
+    assert "no factor cache: hint is too large; the teacher stays live" in " ".join(capsys.readouterr().err.split())
+
+
+def test_config__refuses_a_student_that_would_learn_nothing() -> None:
+    with pytest.raises(ConfigError, match="a student that would learn nothing"):
+        Config(data="digits", teacher="a", student="b", beta=0, label_weight=0)
+    with pytest.raises(ConfigError, match="--at-weight -1"):
+        Config(data="digits", teacher="a", student="b", at_weight=-1)
