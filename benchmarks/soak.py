@@ -94,6 +94,8 @@ def result(rows: list[dict[str, float]]) -> dict[str, object]:
 
 def slope(values: np.ndarray) -> dict[str, float]:
     """Least squares over runs, with the standard error of the slope."""
+    if np.ptp(values) == 0:
+        return {"slope": 0.0, "standard_error": 0.0}
     fit = linregress(np.arange(len(values)), values)
     return {"slope": float(fit.slope), "standard_error": float(fit.stderr)}
 
