@@ -36,6 +36,9 @@ TOLERANCE = 1e-4
 EXPORT_IMAGES = 64
 """Validation images on which the export at a run's end is compared with the trained student."""
 
+UNMEASURED = 3
+"""Forward passes that warm a network up before each of its turns at being timed."""
+
 READABLE = 0o644
 """safetensors makes files that only their owner can read; these are made to leave."""
 
@@ -189,21 +192,23 @@ def export_timm(module: nn.Module, folder: Path, metadata: Metadata) -> None:
     (folder / "model.safetensors").chmod(READABLE)
 
 
-def latency_ms(modules: Sequence[nn.Module], sizes: Sequence[int], repeats: int = 30) -> list[float]:
+def latency_ms(modules: Sequence[nn.Module], sizes: Sequence[int], rounds: int = 7, repeats: int = 5) -> list[float]:
     """Median milliseconds of one image, of its `size` x `size` pixels, through each module, on the CPU, in float32.
 
-    The modules take turns, so that a disturbance of the machine meets all of them.
+    The modules take turns, so that a disturbance of the machine meets all of them. In each of its turns a module first
+    runs unmeasured: others have emptied the processor's caches, and in use no other network runs between two images.
     """
     images = [torch.zeros(1, 3, size, size) for size in sizes]
     copies = [plain_copy(module) for module in modules]
     times: list[list[float]] = [[] for _ in copies]
     with torch.no_grad():
-        for turn in range(repeats + 3):  # the first three warm up
+        for _ in range(rounds):
             for module, image, taken in zip(copies, images, times, strict=True):
-                start = time.perf_counter()
-                module(image)
-                if turn >= 3:
-                    taken.append(1000 * (time.perf_counter() - start))
+                for turn in range(UNMEASURED + repeats):
+                    start = time.perf_counter()
+                    module(image)
+                    if turn >= UNMEASURED:
+                        taken.append(1000 * (time.perf_counter() - start))
     return [statistics.median(taken) for taken in times]
 
 
