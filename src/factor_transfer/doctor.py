@@ -32,8 +32,9 @@ from factor_transfer.config import Config, Rgb, flag
 from factor_transfer.data import Dataset
 from factor_transfer.engine import Engine
 from factor_transfer.errors import FactorTransferError
-from factor_transfer.features import Logits, follower, maps
+from factor_transfer.features import Logits, maps
 from factor_transfer.files import state_fingerprint
+from factor_transfer.followers import follower
 from factor_transfer.frozen import FrozenTeacher
 from factor_transfer.method import factor_channels
 from factor_transfer.methods import method_of
