@@ -249,13 +249,19 @@ def straight(tmp_path_factory: pytest.TempPathFactory, factor_transfer: Command)
 
 
 @pytest.mark.slow
-def test_compare__makes_what_is_shared_once(straight: Path) -> None:
+def test_compare__makes_what_is_shared_once(straight: Path, factor_transfer: Command) -> None:
     summaries = {path.parent.name: json.loads(path.read_text()) for path in straight.glob("*/summary.json")}
     assert len(summaries) == 6
     assert [name for name, each in summaries.items() if each["settings"]["teacher_epochs"]] == ["alone-s0"]
     assert [name for name, each in summaries.items() if each["seconds"].get("paraphraser")] == ["ft-s0"]
     assert len({each["fingerprints"]["teacher"] for each in summaries.values()}) == 1
     assert len({each["fingerprints"]["student"] for each in summaries.values()}) == 2
+    page = straight / "page.html"
+    done = factor_transfer("report", straight, "--out", page)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((straight / "compare.json").read_text())
+    for each in found["methods"][1:]:
+        assert each["to_alone"]["verdict"] in page.read_text()
 
 
 @pytest.mark.slow
@@ -312,6 +318,15 @@ def test_compare__killed_and_stopped_and_continued_two_at_once_ends_with_the_sam
     assert refused.returncode == 2
     assert "--min-lr 0.0 there, 0.01 here" in said
     assert figures(folder) == figures(straight)
+
+
+@pytest.mark.slow
+def test_compare__fills_a_factor_cache_once(factor_transfer: Command, tmp_path: Path) -> None:
+    which = ["--methods", "ft", "--seeds", 2, "--jobs", 2, "--views", 2, "--cache-dir", "cache", "--out", "c"]
+    done = factor_transfer("compare", *JOB, *which, cwd=tmp_path, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert "is new: 2 views" in (tmp_path / "c" / "ft-s0.log").read_text()
+    assert "holds 400 of 400 factors" in (tmp_path / "c" / "ft-s1.log").read_text()
 
 
 @pytest.mark.slow
