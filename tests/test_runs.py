@@ -55,6 +55,15 @@ def test_record__names_the_rate_of_a_stage_that_ended_with_no_finite_output(tmp_
         assert run.recorded("paraphraser") is None
 
 
+def test_open_run__a_setting_that_an_early_version_did_not_have_was_at_its_default(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run", config(epochs=3), environment()) as run:
+        run.record("teacher", {"top1": 50.0})
+        write_json(run.path("config.json"), {name: v for name, v in config(epochs=3).to_dict().items() if name != "k"})
+    begin(tmp_path / "run", epochs=3)
+    with pytest.raises(RunError, match=r"--k 0.5 there, 1.0 here"):
+        begin(tmp_path / "run", epochs=3, k=1.0)
+
+
 def test_open_run__overwrite_begins_anew(tmp_path: Path) -> None:
     begin(tmp_path / "run", epochs=3)
     (tmp_path / "run" / "stages").mkdir()

@@ -29,10 +29,10 @@ from factor_transfer.console import say, warn
 from factor_transfer.engine import stop_signals
 from factor_transfer.errors import Interrupted, RunError
 from factor_transfer.files import fingerprint, locked, read_json
-from factor_transfer.outcome import DEFAULTS, outcome, write_outcome
+from factor_transfer.outcome import outcome, write_outcome
 from factor_transfer.page import repeat_command
 from factor_transfer.plan import CompareConfig, Plan, PlannedRun, planned
-from factor_transfer.runs import FREE, Run
+from factor_transfer.runs import DEFAULTS, FREE, Run
 
 Made = Literal["teacher", "paraphraser"]
 """What runs share."""
