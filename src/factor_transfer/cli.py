@@ -13,7 +13,8 @@ from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
 from cyclopts.config import Dict
 
 from factor_transfer import __version__
-from factor_transfer.config import Config, SuggestConfig, is_callable_name
+from factor_transfer.arguments import is_callable_name
+from factor_transfer.config import Config, SuggestConfig
 from factor_transfer.errors import ConfigError, FactorTransferError, Interrupted
 from factor_transfer.plan import CompareConfig
 from factor_transfer.settings import RECIPE, read_settings, recipe, recipes

@@ -130,6 +130,22 @@ class Paraphraser(_Encoder):
         return self.decode(self.encode(feature))
 
 
+class Straight(nn.Module):
+    """No paraphraser: the factor is the feature map itself (an ablation).
+
+    >>> Straight(64).encode(torch.zeros(2, 64, 8, 8)).shape
+    torch.Size([2, 64, 8, 8])
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.factor_channels = channels
+
+    def encode(self, feature: Tensor) -> Tensor:
+        """(B, C, H, W), as it is."""
+        return feature
+
+
 def reconstruction_loss(reconstruction: Tensor, feature: Tensor, norm: Literal["l1", "l2"] = "l1") -> Tensor:
     """The paraphraser's loss (equation 1) on maps of shape (B, C, H, W); a scalar, in float32 at least.
 
