@@ -224,6 +224,12 @@ def test_compare__leaves_a_foreign_folder_alone(tmp_path: Path, name: str) -> No
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_compare__is_started_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="2 processes"):
+        compare(config(out=str(tmp_path / "c")))
+
+
 # -- real runs
 
 

@@ -29,7 +29,7 @@ from factor_transfer.arguments import names_in
 from factor_transfer.config import flag
 from factor_transfer.console import say, warn
 from factor_transfer.engine import stop_signals
-from factor_transfer.errors import Interrupted, RunError
+from factor_transfer.errors import ConfigError, Interrupted, RunError
 from factor_transfer.files import fingerprint, locked, read_json
 from factor_transfer.outcome import outcome, write_outcome
 from factor_transfer.page import repeat_command
@@ -68,6 +68,9 @@ def compare(config: CompareConfig) -> tuple[Path, dict[str, Any]]:
         RunError: the folder is foreign, in use, or has runs with other settings; or runs failed.
         Interrupted: SIGINT or SIGTERM came; the runs under way are saved.
     """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        found = f"{os.environ['WORLD_SIZE']} processes, of which each would start every run"
+        raise ConfigError("compare under a launcher", found=found, hint="start it once, with --jobs for runs at once")
     plan = planned(config)
     _check_folder(plan.folder)
     try:
