@@ -2,9 +2,9 @@
 
     python benchmarks/soak.py --minutes 45    # leaves results/soak.json
 
-Each run is the whole job on the built-in digits (paraphraser, factor cache, student, the student alone, export) from a
-teacher that the first run trained. The first `WARM_UP` runs fill torch's and the allocator's own caches and are left
-out of the slope.
+Each run is the whole job on the built-in digits (paraphraser, factor cache, student, the student alone, export, report)
+from a teacher that the first run trained. Growth is the slope of a straight line over the runs of the second half; the
+first half fills torch's and the allocator's own caches. Flat is a slope of at most `FLAT` a run.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import linregress
 
 from factor_transfer.config import Config
 from factor_transfer.console import silence
@@ -27,7 +28,8 @@ from factor_transfer.runs import environment
 
 RESULT = Path(__file__).parent.parent / "results" / "soak.json"
 WORK = Path("runs/soak")
-WARM_UP = 10
+FLAT = {"resident_mb": 0.01, "open_files": 0.0, "threads": 0.0, "python_threads": 0.0}
+"""The largest growth by a run that is called flat: 1 MB in a hundred runs, and no file or thread at all."""
 
 
 def config(out: Path, teacher: Path | None) -> Config:
@@ -61,7 +63,8 @@ def main() -> None:
     silence()
     shutil.rmtree(WORK, ignore_errors=True)
     run_distillation(config(WORK / "first", None))
-    began, rows = time.monotonic(), []
+    began: float = time.monotonic()
+    rows: list[dict[str, float]] = []
     while time.monotonic() - began < 60 * minutes:
         shutil.rmtree(WORK / "cache")  # so that every run fills it anew
         run_distillation(config(WORK / "again", WORK / "first" / "teacher.safetensors"))
@@ -74,23 +77,27 @@ def main() -> None:
 
 
 def result(rows: list[dict[str, float]]) -> dict[str, object]:
-    """The figures, and the slope of each over runs after the warm-up."""
-    later = rows[WARM_UP:]
-    names = [name for name in rows[0] if name != "minutes"]
-    slopes = {}
-    if len(later) > 2:
-        runs = np.arange(len(later))
-        slopes = {name: float(np.polyfit(runs, [row[name] for row in later], 1)[0]) for name in names}
+    """The figures, and the slope of each over the runs of the second half."""
+    later = rows[len(rows) // 2 :]
+    growth = {name: slope(np.array([row[name] for row in later])) for name in FLAT} if len(later) > 2 else {}
     return {
         "command": "python benchmarks/soak.py",
         "environment": environment(),
         "runs": len(rows),
         "minutes": rows[-1]["minutes"],
-        "warm_up_runs": WARM_UP,
-        "growth_per_run": slopes,
-        "last_less_first_after_warm_up": {name: later[-1][name] - later[0][name] for name in names} if later else {},
+        "second_half": {"runs": len(later), "growth_per_run": growth, "flat_is_at_most": FLAT,
+                        "flat": {name: found["slope"] <= FLAT[name] + 1e-9 for name, found in growth.items()},
+                        "last_less_first": {name: later[-1][name] - later[0][name] for name in FLAT}},
         "rows": rows,
-    }
+    }  # fmt: skip
+
+
+def slope(values: np.ndarray) -> dict[str, float]:
+    """Least squares over runs, with the standard error of the slope."""
+    if np.ptp(values) == 0:
+        return {"slope": 0.0, "standard_error": 0.0}
+    fit = linregress(np.arange(len(values)), values)
+    return {"slope": float(fit.slope), "standard_error": float(fit.stderr)}
 
 
 if __name__ == "__main__":

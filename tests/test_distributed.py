@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from factor_transfer.engine import Engine
 from factor_transfer.errors import ConfigError
-from factor_transfer.files import state_fingerprint
+from factor_transfer.files import read_json, state_fingerprint
 from factor_transfer.runs import Run
 from factor_transfer.train import training_chunks
 from factor_transfer.views import permutation
@@ -258,6 +258,27 @@ def test_torchrun__a_process_that_dies_ends_the_run_and_the_same_command_continu
     left(launch(tmp_path), code=0)
     assert passes(tmp_path) == PASSES
     assert bits(tmp_path) == bits(straight)
+
+
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+
+
+@pytest.mark.slow
+def test_accelerate_launch__gives_the_bits_of_torchrun(straight: Path, tmp_path: Path) -> None:
+    left(launch(tmp_path, how=[*ACCELERATE, "--multi_gpu"], HF_HOME=str(tmp_path)), code=0)
+    assert read_json(tmp_path / "run/environment.json")["processes"] == 2
+    assert passes(tmp_path) == PASSES
+    assert bits(tmp_path) == bits(straight)
+
+
+@pytest.mark.slow
+def test_accelerate_launch__that_starts_one_process_for_two_is_refused(tmp_path: Path) -> None:
+    run = launch(tmp_path, how=[*ACCELERATE, "--cpu"], HF_HOME=str(tmp_path))
+    said = left(run)
+    assert run.returncode != 0
+    assert "found: one process" in said
+    assert "accelerate launch --multi_gpu --num_processes N" in said
+    assert not (tmp_path / "run/config.json").exists()
 
 
 @pytest.fixture

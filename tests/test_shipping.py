@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from factor_transfer import distill
 from factor_transfer.config import DataConfig
 from factor_transfer.data import open_data
 from factor_transfer.errors import ConfigError, DataError, RunError
+from factor_transfer.export import export_onnx, export_pt2
 from factor_transfer.finished import rebuild
 from factor_transfer.predict import find_images, open_student
 from factor_transfer.shipping import Choices, export_run
@@ -252,3 +254,20 @@ def test_example__needs_onnxruntime_numpy_and_pillow_alone(
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     done = factor_transfer("predict", "cifar", *files, "--top", 1, cwd=real)
     assert said == done.stdout.replace(": ", " ")
+
+
+def test_export__leaves_nothing_of_torchs_in_the_process(tmp_path: Path) -> None:
+    from torch.fx import graph_module
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    def kept() -> tuple[int, int]:
+        gc.collect()
+        return sum(type(each) is ShapeEnv for each in gc.get_objects()), len(graph_module._loader.eval_cache)
+
+    module, images = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(2)).eval(), torch.randn(4, 3, 8, 8)
+    for round_ in range(4):
+        export_pt2(module, images, tmp_path / "student.pt2")
+        export_onnx(module, images, tmp_path / "student.onnx", {})
+        if round_ == 1:
+            before = kept()  # the last export's shapes are still in use
+    assert kept() == before

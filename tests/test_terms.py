@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import factor_transfer.zoo  # noqa: F401
 from factor_transfer import distill
-from factor_transfer.config import Config
+from factor_transfer.config import Config, flag
 from factor_transfer.errors import ConfigError, Interrupted, ModelError
 from factor_transfer.features import find_groups
 from factor_transfer.methods import METHODS, method_of, settings_of
@@ -27,6 +27,7 @@ from factor_transfer.pairs import Pair, load_side
 from factor_transfer.terms import AttentionTransfer, Group, Hint, SoftTargets, StudentOutputs, attention
 from factor_transfer.train import Trainer
 
+ROOT = Path(__file__).parent.parent
 LABELS = torch.zeros(4, dtype=torch.long)
 LOGITS = torch.zeros(4, 5, dtype=torch.float64)
 
@@ -369,3 +370,42 @@ def test_ablations__change_what_they_say(
     both = {"student_args": {"layers": (1, 1, 1), "channels": (4, 8, 32)}, "translator": "none", "paraphraser": "none"}
     feature, _, _ = run({**taught, **both}, tmp_path / "both")
     assert len({straight, drawn, bare, feature}) == 4
+
+
+# -- a term of the user's own
+
+
+def test_term__of_the_users_own_is_added_and_cached(
+    taught: dict[str, Any], tmp_path: Path, factor_transfer: Any
+) -> None:
+    """The worked example, by the command that its docstring gives, twice: its teacher output comes back from disk."""
+    settings = {**taught, "views": 1, "cache_dir": tmp_path / "cache"}
+    arguments = ["--data", "digits", "--teacher", "cifar_resnet20", "--student", "cifar_resnet20_b"]
+    for name, value in settings.items():
+        arguments += [flag(name), json.dumps(value) if isinstance(value, dict) else str(value)]
+    example = ROOT / "examples"
+    arguments += ["--beta", "0", "--term", "new_method:Distances"]
+    for out in ("a", "b"):
+        done = factor_transfer("distill", *arguments, "--out", tmp_path / out, cwd=example)
+        assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] == pytest.approx(rows[-1]["cross_entropy"] + rows[-1]["distances"])
+    assert rows[-1]["distances"] < rows[0]["distances"]
+    (meta,) = (tmp_path / "cache").rglob("meta.json")
+    assert json.loads(meta.read_text())["outputs"] == {"pooled": [32, 1, 1]}
+    torch.testing.assert_close(*(load_file(tmp_path / out / "student.safetensors") for out in "ab"), rtol=0, atol=0)
+    assert "new_method:Distances" in json.loads((tmp_path / "a" / "summary.json").read_text())["method"]
+    told = factor_transfer("distill", *arguments[:-1], "json:loads", "--out", tmp_path / "c", cwd=example)
+    assert told.returncode == 2
+    assert "error: --term json:loads" in told.stderr
+    settings_file = tmp_path / "job.yaml"
+    settings_file.write_text("term: new_method:Distances\n")
+    told = factor_transfer("distill", *arguments[:-2], "--config", settings_file, "--out", tmp_path / "d", cwd=example)
+    assert "term: new_method:Distances, which is code that would be run" in told.stderr
+
+
+def test_methods_page__shows_the_example_and_every_method() -> None:
+    page, example = ((ROOT / name).read_text() for name in ("docs/methods.md", "examples/new_method.py"))
+    assert example[example.index("import") :] in page
+    assert all(f"`{name}`" in page for name in METHODS)
+    assert len(example.splitlines()) < 50

@@ -38,7 +38,7 @@ def settings_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
 
 def _check_trust(path: str, values: dict[str, Any], *, trusted: bool) -> None:
     """Files come from anywhere: one does not get to run code unless its user says so."""
-    code = [name for name in ("teacher", "student", "transform") if is_callable_name(str(values.get(name, "")))]
+    code = [name for name in ("teacher", "student", "transform", "term") if is_callable_name(str(values.get(name, "")))]
     if code and not trusted:
         raise ConfigError(
             path,
@@ -81,7 +81,7 @@ def distill(
     config
         YAML file of settings, named as the flags, or recipe:NAME (see `factor-transfer recipes`). Flags win over it.
     trust_config
-        Let that file name a network or transform by package.module:callable, whose code is then run.
+        Let that file name a network, transform or term by package.module:callable, whose code is then run.
     """
     from factor_transfer.distillation import run_distillation
     from factor_transfer.report import show
@@ -104,7 +104,7 @@ def compare(
     config
         YAML file of settings, named as the flags, or recipe:NAME (see `factor-transfer recipes`). Flags win over it.
     trust_config
-        Let that file name a network or transform by package.module:callable, whose code is then run.
+        Let that file name a network, transform or term by package.module:callable, whose code is then run.
     """
     from factor_transfer.compare import compare as run_all
     from factor_transfer.outcome import show_outcome
@@ -126,7 +126,7 @@ def doctor(
     config
         YAML file of settings, named as the flags, or recipe:NAME (see `factor-transfer recipes`). Flags win over it.
     trust_config
-        Let that file name a network or transform by package.module:callable, whose code is then run.
+        Let that file name a network, transform or term by package.module:callable, whose code is then run.
     """
     from factor_transfer.doctor import diagnose
     from factor_transfer.report import show_diagnosis

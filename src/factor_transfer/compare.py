@@ -42,14 +42,15 @@ Made = Literal["teacher", "paraphraser"]
 
 NO_MATTER: dict[Made, frozenset[str]] = {
     "teacher": frozenset(
-        {"k", "p", "beta", "kd_weight", "kd_temperature", "at_weight", "hint_epochs", "hint_weight", "teacher_groups",
-         "student_groups", "reconstruction", "factor_batch_norm", "paraphraser", "paraphraser_epochs",
-         "paraphraser_lr", "translator", "views", "epochs", "student_weights", "student_layer", "teacher_layer",
-         "label_weight", "model_ema", "model_ema_decay", "seed"}
+        {"k", "p", "beta", "kd_weight", "kd_temperature", "at_weight", "hint_epochs", "hint_weight", "term",
+         "teacher_groups", "student_groups", "reconstruction", "factor_batch_norm", "paraphraser",
+         "paraphraser_epochs", "paraphraser_lr", "translator", "views", "epochs", "student_weights", "student_layer",
+         "teacher_layer", "label_weight", "model_ema", "model_ema_decay", "seed"}
     ),
     "paraphraser": frozenset(
-        {"p", "beta", "kd_weight", "kd_temperature", "at_weight", "hint_epochs", "hint_weight", "teacher_groups",
-         "student_groups", "translator", "label_weight", "lr", "model_ema", "model_ema_decay", "seed"}
+        {"p", "beta", "kd_weight", "kd_temperature", "at_weight", "hint_epochs", "hint_weight", "term",
+         "teacher_groups", "student_groups", "translator", "label_weight", "lr", "model_ema", "model_ema_decay",
+         "seed"}
     ),
 }  # fmt: skip
 """Settings with which teacher, or paraphraser, are still the same: any other that differs makes another one."""
@@ -264,7 +265,8 @@ def _needs(run: PlannedRun) -> list[Made]:
     """What a run would train besides its student, were it alone."""
     config = run.config
     needs: list[Made] = ["teacher"] if config.teacher_epochs else []
-    return [*needs, "paraphraser"] if config.beta and config.paraphraser is None else needs
+    several = len(names_in(config.teacher_layer)) > 1  # a file each: every run makes its own
+    return [*needs, "paraphraser"] if config.beta and config.paraphraser is None and not several else needs
 
 
 def _stages(what: Made, run: PlannedRun) -> list[str]:

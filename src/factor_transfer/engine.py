@@ -90,6 +90,8 @@ class Engine:
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         if self.processes > 1:
             atexit.register(_leave_group)
+        else:
+            _check_alone()
         # Of torchrun, which numbers processes host by host.
         self.hosts = self.processes // int(os.environ.get("LOCAL_WORLD_SIZE", self.processes))
         self.bf16 = precision == "bf16" or (precision == "auto" and _has_bf16(self.device))
@@ -256,6 +258,22 @@ def stop_signals() -> Iterator[StopRequest]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def _check_alone() -> None:
+    """Accelerate's `--cpu` leaves starting processes to MPI: without it several are asked for and one comes.
+
+    Raises:
+        ConfigError: that happened.
+    """
+    environ = os.environ
+    if environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in environ and "WORLD_SIZE" not in environ:
+        raise ConfigError(
+            "accelerate launch --cpu --num_processes N",
+            found="one process: with --cpu Accelerate starts no more, but through MPI",
+            valid="accelerate launch --multi_gpu --num_processes N -m factor_transfer ... --device cpu, on CPUs too",
+            hint="or torchrun --standalone --nproc-per-node N -m factor_transfer ...",
+        )
 
 
 def _leave_group() -> None:
