@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from factor_transfer.cli import app, main
-from factor_transfer.compare import compare
+from factor_transfer.compare import _Runner, compare
 from factor_transfer.config import DataConfig
 from factor_transfer.data import open_data
 from factor_transfer.errors import ConfigError, RunError
@@ -228,6 +228,32 @@ def test_compare__is_started_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="2 processes"):
         compare(config(out=str(tmp_path / "c")))
+
+
+@pytest.mark.parametrize(
+    ("views", "pinned", "passes", "waits"),
+    [(2, None, 1, True), (2, None, 2, False), (0, None, 0, False), ("auto", None, 0, True), ("auto", "3", 2, True),
+     ("auto", "3", 3, False), ("auto", "0", 0, False)],
+)  # fmt: skip
+def test_compare__waits_while_a_run_of_the_same_method_fills_the_factor_cache(
+    tmp_path: Path, views: Any, pinned: str | None, passes: int, waits: bool
+) -> None:
+    plan = planned(config(methods="kd,ft", seeds=2, jobs=2, threads=1, views=views, out=str(tmp_path), epochs=9))
+    runner = _Runner(plan)
+    _, ft, next_kd, next_ft = plan.runs
+    folder = Path(ft.config.out or "")
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"stage": "student", "epoch": 1}\n' * passes)
+    if pinned:
+        write_json(folder / "fingerprints.json", {"views": pinned})
+    runner.pending = [next_kd, next_ft]
+    runner.running, runner.makes = {ft.name: (ft, subprocess.Popen(["true"]))}, {ft.name: set()}
+    (folder / "paraphraser.safetensors").touch()
+    (folder / "stages").mkdir()
+    (folder / "stages" / "paraphraser.json").touch()
+    assert (runner._settings(next_ft, {}) is None) == waits
+    assert runner._settings(next_kd, {}) is not None
+    runner.running[ft.name][1].wait()
 
 
 # -- real runs

@@ -265,8 +265,7 @@ def _needs(run: PlannedRun) -> list[Made]:
     """What a run would train besides its student, were it alone."""
     config = run.config
     needs: list[Made] = ["teacher"] if config.teacher_epochs else []
-    several = len(names_in(config.teacher_layer)) > 1  # a file each: every run makes its own
-    return [*needs, "paraphraser"] if config.beta and config.paraphraser is None and not several else needs
+    return [*needs, "paraphraser"] if config.beta and config.paraphraser is None else needs
 
 
 def _stages(what: Made, run: PlannedRun) -> list[str]:
