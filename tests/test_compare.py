@@ -170,7 +170,7 @@ def test_outcome__is_what_the_runs_say(tmp_path: Path) -> None:
     assert [run["top1"] for run in found["runs"] if run["method"] == "ft"] == TOPS["ft"]
     said = in_words(found)
     assert "| ft | 83.00 | 83.60 | 83.10 |" in said
-    assert f"- ft {ft['to_alone']['verdict']}; {ft['to_kd']['verdict']}" in said
+    assert f"- ft: {ft['to_alone']['verdict']}; {ft['to_kd']['verdict']}" in said
     assert found["command"] in said
 
 

@@ -301,7 +301,7 @@ def _two(value: float | None) -> str:
 
 def _verdicts(found: Mapping[str, Any]) -> list[str]:
     return [
-        f"{each['name']} " + "; ".join(to["verdict"] for to in (each["to_alone"], each["to_kd"]) if to)
+        f"{each['name']}: " + "; ".join(to["verdict"] for to in (each["to_alone"], each["to_kd"]) if to)
         for each in found["methods"]
         if each["to_alone"] or each["to_kd"]
     ]
