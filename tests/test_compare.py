@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from factor_transfer.cli import app, main
-from factor_transfer.compare import _Runner, compare
+from factor_transfer.compare import _delete, _Runner, compare
 from factor_transfer.config import DataConfig
 from factor_transfer.data import open_data
 from factor_transfer.errors import ConfigError, RunError
@@ -228,6 +228,35 @@ def test_compare__is_started_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="2 processes"):
         compare(config(out=str(tmp_path / "c")))
+
+
+def test_compare__knows_who_shares_a_teacher_and_a_paraphraser(tmp_path: Path) -> None:
+    sweep = ("k=0.5,1", "lr=0.1,0.2", "teacher_layer=layer2,layer3", "paraphraser=none")
+    given = config(methods="alone,ft,ft+kd", seeds=1, teacher_epochs=2, sweep=sweep, out=str(tmp_path / "c"))
+    plan = planned(given)
+    keys = {run.variant: _Runner(plan).keys[run.name] for run in plan.runs}
+    assert keys["alone"].keys() == keys["ft paraphraser=none"].keys() == {"teacher"}
+    teachers = {name: each["teacher"] for name, each in keys.items()}
+    assert len({key for name, key in teachers.items() if "lr=0.2" not in name}) == 1
+    assert len({key for name, key in teachers.items() if "lr=0.2" in name}) == 1
+    assert teachers["alone"] != teachers["alone lr=0.2"], "--teacher-lr is --lr by default"
+    paraphrasers = {name: each["paraphraser"] for name, each in keys.items() if "paraphraser" in each}
+    for name, key in paraphrasers.items():
+        if name.startswith("ft "):
+            assert key == paraphrasers[name.replace("ft ", "ft+kd ")]
+    assert paraphrasers["ft lr=0.2"] != paraphrasers["ft k=0.5"], "it learned from another teacher"
+    assert len(set(paraphrasers.values())) == 5, "k = 1, two layers, another teacher, and all others"
+    plan = planned(config(methods="ft", seeds=2, sweep=("lr=0.1,0.2",), out=str(tmp_path / "c")))
+    given_teacher = [_Runner(plan).keys[run.name]["paraphraser"] for run in plan.runs]
+    assert len(set(given_teacher)) == 1, "a paraphraser has a learning rate of its own"
+
+
+def test_compare__overwrite_deletes_its_own_runs_and_no_others(tmp_path: Path) -> None:
+    given = config(methods="alone,ft", seeds=2, out=str(tmp_path), threads=1, overwrite=True)
+    write_summaries(tmp_path, TOPS, given)
+    shutil.copytree(tmp_path / "ft-s1", tmp_path / "kd-s1")
+    _delete(planned(given))
+    assert [path.name for path in tmp_path.iterdir()] == ["kd-s1"]
 
 
 @pytest.mark.parametrize(

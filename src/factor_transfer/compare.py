@@ -278,7 +278,8 @@ def _key(what: Made, run: PlannedRun) -> str:
     """The same for runs whose settings would make the same teacher, or paraphraser."""
     without = NO_MATTER[what] | FREE
     decides = {name: value for name, value in run.config.to_dict().items() if name not in without}
-    return f"{what} {fingerprint(decides)}"
+    teacher = _key("teacher", run) if what == "paraphraser" and run.config.teacher_epochs else ""
+    return f"{what} {fingerprint([decides, teacher])}"
 
 
 def _saved(run: PlannedRun) -> dict[str, Any] | None:
