@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo compare compare-ablation test test-slow test-all fuzz lint types contracts check clean
+.PHONY: demo compare compare-ablation test test-slow test-all fuzz lint types contracts docs check clean
 
 demo: .venv/installed  ## the whole job on the built-in digits, in about half a minute
 	$(BIN)/factor-transfer demo
@@ -42,7 +42,10 @@ types: .venv/installed-dev
 contracts: .venv/installed-dev
 	$(BIN)/lint-imports
 
-check: lint types contracts test  ## what a change must pass
+docs: .venv/installed-dev  ## the pages of docs/ as a site in docs/_build; a warning is an error
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env docs docs/_build
+
+check: lint types contracts docs test  ## what a change must pass
 
 .venv/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "factor-transfer needs Python 3.11 or newer; set PYTHON=python3.11")'

@@ -22,13 +22,13 @@ import numpy as np
 from PIL import Image
 from scipy import stats
 
-from factor_transfer.cli import recipe
 from factor_transfer.config import Config, DataConfig
 from factor_transfer.console import silence
 from factor_transfer.data import open_data
 from factor_transfer.distillation import run_distillation
 from factor_transfer.files import write_json
 from factor_transfer.runs import environment
+from factor_transfer.settings import recipe
 
 RESULTS = Path(__file__).parent.parent / "results"
 WORK = Path("runs/demo-choice")

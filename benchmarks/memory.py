@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from pair import keep, measured
+from reference import Reference
 
 from factor_transfer.runs import environment
 
@@ -26,7 +27,7 @@ def work(shared: Path, kind: str) -> None:
     """Train, and print the peak resident memory in MB."""
     with measured(shared, images=12_800) as pair:
         if kind == "reference":
-            pair.reference(graph=True).run(STEPS)
+            Reference(**pair.reference_parts(graph=True)).run(STEPS)
         elif kind != "nothing":
             trainer = pair.trainer(kind)
             trainer.task.train()

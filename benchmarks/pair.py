@@ -6,12 +6,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from reference import Cifar, Reference
+from reference import Cifar, Loop, apart
 from torch import nn
 
 from factor_transfer.cache import CachedTeacher, FactorCache
@@ -52,6 +52,7 @@ class Measured:
             cache_dir=str(work),
             threads=threads,
         )
+        self.threads = threads
         self.work, self.engine = work, Engine("cpu", self.config.precision, threads)
         self.job = Job(self.config, self.engine, Run(work), {})
         split = self.job.data.train
@@ -91,18 +92,24 @@ class Measured:
             task = DistillationTask(student.tapped(), student.network.norm, terms, teachers[name])
         return Trainer(task, plan, self.train, self.engine, self.config, Run(self.work))
 
-    def reference(self, *, graph: bool) -> Reference:
-        """The published procedure on the same images and networks."""
-        rows = self.train._rows
+    def reference(self, *, graph: bool) -> AbstractContextManager[Loop]:
+        """The published procedure on the same images and networks, in a process of its own."""
+        return apart(self.threads, **self.reference_parts(graph=graph))
+
+    def reference_parts(self, *, graph: bool) -> dict[str, Any]:
+        """What a `Reference` is made of."""
+        pixels = np.ascontiguousarray(self.train._pixels[self.train._rows])
         teacher, student = self.job.load("teacher"), self.job.load("student")
-        images = Cifar(
-            np.ascontiguousarray(self.train._pixels[rows]),
-            self.train.labels,
-            list(teacher.network.mean),
-            list(teacher.network.std),
-        )
+        norm = teacher.network
         with seeded(0):
-            return Reference(teacher.tapped(), student.tapped(), Paraphraser(64, 32), images, graph=graph)
+            return {
+                "teacher": teacher.tapped(),
+                "student": student.tapped(),
+                "paraphraser": Paraphraser(64, 32),
+                "translator": Translator(64, 32),
+                "images": Cifar(pixels, self.train.labels, list(norm.mean), list(norm.std)),
+                "graph": graph,
+            }
 
 
 @contextmanager
@@ -113,18 +120,24 @@ def measured(shared: Path, images: int | None = None, threads: int = 2) -> Itera
         yield Measured(shared, Path(folder), images, threads)
 
 
-def take_turns(works: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
-    """Seconds of each, taking turns, so that a disturbance meets all; a first turn, not counted, warms up."""
+Works = dict[str, Callable[[], Any]]
+
+
+def take_turns(works: Works, turns: int, warm_up: Works | None = None) -> dict[str, list[float]]:
+    """Seconds of each, taking turns, so that a disturbance meets all.
+
+    `warm_up` comes first and is not counted: a turn, where it is not given.
+    """
+    for work in (warm_up or works).values():
+        work()
     seconds: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(turns + 1):
+    for _ in range(turns):
         for name, work in works.items():
             time.sleep(1)  # for processes that still load images for the one before
             start = time.perf_counter()
             work()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-        if turn:
-            print({name: round(times[-1], 3) for name, times in seconds.items()}, flush=True)
+            seconds[name].append(time.perf_counter() - start)
+        print({name: round(times[-1], 3) for name, times in seconds.items()}, flush=True)
     return seconds
 
 

@@ -6,14 +6,17 @@ the teacher's graph is recorded by autograd although nothing is trained through 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
@@ -50,6 +53,7 @@ class Reference:
         teacher: gives (logits, feature).
         student: likewise.
         paraphraser: its encoder makes the teacher's factors.
+        translator: makes the student's.
         images: what is shown.
         graph: let autograd record the teacher's pass, as the published program does.
         workers: processes of the DataLoader.
@@ -60,13 +64,14 @@ class Reference:
         teacher: nn.Module,
         student: nn.Module,
         paraphraser: Paraphraser,
+        translator: Translator,
         images: Cifar,
         *,
         graph: bool,
         workers: int = 2,
     ) -> None:
         self.teacher, self.student, self.paraphraser = teacher.eval(), student.train(), paraphraser.eval()
-        self.translator, self.graph = Translator(64, 32), graph
+        self.translator, self.graph = translator, graph
         self.loader = DataLoader(images, batch_size=128, shuffle=True, num_workers=workers)
         self.optimizers = [
             torch.optim.SGD(part.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
@@ -101,3 +106,57 @@ class Reference:
         for optimizer in self.optimizers:
             optimizer.step()
         loss.item()  # as there, printed as a running mean
+
+
+class Loop(Protocol):
+    """What trains with the published procedure."""
+
+    def run(self, steps: int) -> None:
+        """Train for some steps."""
+
+    def run_pass(self) -> None:
+        """Train for one pass."""
+
+
+class _Remote:
+    """A `Reference` in another process, which does one thing at a time and is waited for."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe = pipe
+
+    def run(self, steps: int) -> None:
+        self.pipe.send(steps)
+        self.pipe.recv()
+
+    def run_pass(self) -> None:
+        self.run(0)
+
+
+@contextmanager
+def apart(threads: int, **parts: Any) -> Iterator[Loop]:
+    """A `Reference` of these parts in a process of its own, as it would be run: our settings of memory touch it not."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, threads, parts))
+    process.start()
+    theirs.close()
+    try:
+        yield _Remote(ours)
+    finally:
+        ours.close()
+        process.join()
+
+
+def _serve(pipe: Connection, threads: int, parts: Mapping[str, Any]) -> None:
+    torch.set_num_threads(threads)
+    reference = Reference(**parts)
+    while True:
+        try:
+            steps = pipe.recv()
+        except EOFError:
+            return
+        if steps:
+            reference.run(steps)
+        else:
+            reference.run_pass()
+        pipe.send(None)

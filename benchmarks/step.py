@@ -13,8 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from pair import keep, measured, summed_up, take_turns
-from reference import Reference
+from pair import Works, keep, measured, summed_up, take_turns
 
 from factor_transfer.train import Trainer
 
@@ -32,14 +31,13 @@ def main(shared: Path) -> None:
             for batch in of.train.batches(chunks, view=0):
                 of._step(batch, 128, view=0)
 
-        references: dict[str, Reference] = {
-            "reference": pair.reference(graph=True),
-            "reference without graph": pair.reference(graph=False),
-        }
-        works = {name: partial(loop.run, STEPS) for name, loop in references.items()}
-        seconds = take_turns(
-            {**works, **{name: partial(turn, pair.trainer(name)) for name in ("live", "cached", "alone")}}, TURNS
-        )
+        with pair.reference(graph=True) as recorded, pair.reference(graph=False) as plain:
+            works: Works = {
+                "reference": partial(recorded.run, STEPS),
+                "reference without graph": partial(plain.run, STEPS),
+            }
+            works |= {name: partial(turn, pair.trainer(name)) for name in ("live", "cached", "alone")}
+            seconds = take_turns(works, TURNS)
         keep("step", summed_up(seconds, STEPS, pair.engine) | {"turns": TURNS, "steps_a_turn": STEPS})
 
 

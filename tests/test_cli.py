@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from safetensors.torch import save_file
 
-from factor_transfer.cli import RECIPES, main, recipe
+from factor_transfer.cli import main
 from factor_transfer.config import FIELDS
 from factor_transfer.console import table
+from factor_transfer.errors import DataError
+from factor_transfer.predict import find_images
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 Told = Callable[..., str]
@@ -264,16 +265,17 @@ def test_help__answers_at_once_and_names_every_setting(factor_transfer: Command)
     )
 
 
+def test_predict__takes_a_dash_for_standard_input(told: Told) -> None:
+    said = told("predict", "nowhere", "-", "--json")  # told of the run, and not of the dash
+    assert "error: nowhere" in said
+    assert "Unknown option" not in said
+    with pytest.raises(DataError, match=r"(?s)--tpo.*no such file.*predict --help"):
+        list(find_images(["--tpo"]))
+
+
 def test_main__unknown_commands_get_near_names(told: Told) -> None:
     assert "distill" in told("distil")
     assert "Traceback" not in told("evaluate")
-
-
-@pytest.mark.parametrize("path", sorted(Path(str(RECIPES)).glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes__are_settings(path: Path) -> None:
-    values = yaml.safe_load(path.read_text())
-    assert set(values) <= set(FIELDS)
-    assert recipe(path.stem, out="x").out == "x"
 
 
 def test_table__keeps_names_whole_on_a_narrow_terminal(

@@ -35,8 +35,9 @@ JOB = [
     "--teacher-args", "layers=(1,1,1) channels=(8,16,32)", "--student-args", "layers=(1,1,1) channels=(4,8,16)",
     "--teacher-epochs", "4", "--teacher-lr", "0.05", "--paraphraser-epochs", "2", "--paraphraser-lr", "0.01",
     "--epochs", "3", "--lr", "0.05", "--batch-size", "32", "--threads", "1", "--device", "cpu", "--log-with", "none",
-    "--checkpoint-minutes", "0.0001", "--methods", "alone,kd,ft", "--seeds", "2",
+    "--checkpoint-minutes", "0.0001",
 ]  # fmt: skip
+WHICH = ["--methods", "alone,kd,ft", "--seeds", "2"]
 
 
 def config(**changed: Any) -> CompareConfig:
@@ -240,7 +241,7 @@ def figures(folder: Path) -> dict[str, tuple[Any, ...]]:
 def straight(tmp_path_factory: pytest.TempPathFactory, factor_transfer: Command) -> Path:
     """A comparison that nothing disturbs, one run after another."""
     folder = tmp_path_factory.mktemp("straight")
-    done = factor_transfer("compare", *JOB, "--out", folder / "c", cwd=folder, timeout=900)
+    done = factor_transfer("compare", *JOB, *WHICH, "--out", folder / "c", cwd=folder, timeout=900)
     assert done.returncode == 0, done.stderr
     assert "to alone" in done.stdout
     assert "no difference" in done.stderr or "gains" in done.stderr or "loses" in done.stderr
@@ -248,19 +249,24 @@ def straight(tmp_path_factory: pytest.TempPathFactory, factor_transfer: Command)
 
 
 @pytest.mark.slow
-def test_compare__makes_what_is_shared_once(straight: Path) -> None:
+def test_compare__makes_what_is_shared_once(straight: Path, factor_transfer: Command) -> None:
     summaries = {path.parent.name: json.loads(path.read_text()) for path in straight.glob("*/summary.json")}
     assert len(summaries) == 6
     assert [name for name, each in summaries.items() if each["settings"]["teacher_epochs"]] == ["alone-s0"]
     assert [name for name, each in summaries.items() if each["seconds"].get("paraphraser")] == ["ft-s0"]
     assert len({each["fingerprints"]["teacher"] for each in summaries.values()}) == 1
     assert len({each["fingerprints"]["student"] for each in summaries.values()}) == 2
+    page = straight / "page.html"
+    done = factor_transfer("report", straight, "--out", page)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((straight / "compare.json").read_text())
+    for each in found["methods"][1:]:
+        assert each["to_alone"]["verdict"] in page.read_text()
 
 
 @pytest.mark.slow
 def test_compare__alone_is_the_baseline_of_distill(straight: Path, factor_transfer: Command, tmp_path: Path) -> None:
-    job = JOB[: JOB.index("--methods")]
-    done = factor_transfer("distill", *job, "--baseline", "--out", "run", "--seed", 1, cwd=tmp_path, timeout=900)
+    done = factor_transfer("distill", *JOB, "--baseline", "--out", "run", "--seed", 1, cwd=tmp_path, timeout=900)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     both = figures(straight)
@@ -269,7 +275,7 @@ def test_compare__alone_is_the_baseline_of_distill(straight: Path, factor_transf
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "factor_transfer", "compare", *JOB, "--jobs", "2", "--out", "c", *more]
+    command = [sys.executable, "-m", "factor_transfer", "compare", *JOB, *WHICH, "--jobs", "2", "--out", "c", *more]
     environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -307,17 +313,27 @@ def test_compare__killed_and_stopped_and_continued_two_at_once_ends_with_the_sam
     said = process.communicate(timeout=900)[0]
     assert process.returncode == 0, said
     assert figures(folder) == figures(straight)
-    refused = start(tmp_path, "--lr", "0.06")
+    refused = start(tmp_path, "--min-lr", "0.01")
     said = refused.communicate(timeout=120)[0]
     assert refused.returncode == 2
-    assert "--lr 0.05 there, 0.06 here" in said
+    assert "--min-lr 0.0 there, 0.01 here" in said
     assert figures(folder) == figures(straight)
 
 
 @pytest.mark.slow
+def test_compare__fills_a_factor_cache_once(factor_transfer: Command, tmp_path: Path) -> None:
+    which = ["--methods", "ft", "--seeds", 2, "--jobs", 2, "--views", 2, "--cache-dir", "cache", "--out", "c"]
+    done = factor_transfer("compare", *JOB, *which, cwd=tmp_path, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert "is new: 2 views" in (tmp_path / "c" / "ft-s0.log").read_text()
+    assert "holds 400 of 400 factors" in (tmp_path / "c" / "ft-s1.log").read_text()
+
+
+@pytest.mark.slow
 def test_compare__says_why_a_run_failed_and_lets_the_others_go_on(factor_transfer: Command, tmp_path: Path) -> None:
-    job = [*JOB, "--seeds", 1, "--methods", "alone,ft", "--sweep", "k=0.001,0.5", "--out", "c"]
-    done = factor_transfer("compare", *job, cwd=tmp_path, timeout=900)
+    job = [*JOB, "--seeds", 1, "--out", "c"]
+    sweep = ["--methods", "alone,ft", "--sweep", "k=0.001,0.5"]
+    done = factor_transfer("compare", *job, *sweep, cwd=tmp_path, timeout=900)
     assert done.returncode == 2
     assert "1 of 3 runs failed: ft-k=0.001-s0" in done.stderr
     assert "0 factor channels" in done.stderr
@@ -328,8 +344,7 @@ def test_compare__says_why_a_run_failed_and_lets_the_others_go_on(factor_transfe
     whole = open_data(DataConfig(data="digits"), default_size=lambda: 8)
     assert found["data"]["validation"] == round(0.1 * len(whole.train)) != len(whole.validation)
     shutil.rmtree(tmp_path / "c")
-    job[job.index("k=0.001,0.5")] = "lr=1e30"
-    done = factor_transfer("compare", *job, cwd=tmp_path, timeout=900)
+    done = factor_transfer("compare", *job, "--methods", "ft,alone", "--k", 0.001, cwd=tmp_path, timeout=900)
     assert done.returncode == 2
     assert "1 of 2 runs failed" in done.stderr, "the first failed before any was through: none is started after it"
 

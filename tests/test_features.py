@@ -80,6 +80,16 @@ def test_tapped__gives_the_layers_output_with_its_gradient_and_leaves_no_hook() 
     assert not any(part._forward_hooks for part in module.modules())
 
 
+def test_tapped__the_gradient_of_a_channels_last_map_is_channels_last_too() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    images = torch.randn(2, 3, 6, 6).to(memory_format=torch.channels_last)
+    output, feature = Tapped(net.to(memory_format=torch.channels_last), "1")(images)
+    (gradient,) = torch.autograd.grad(output.square().sum(), feature)
+    expected = (2 * output / 16).detach()[:, :, None, None].expand(2, 8, 4, 4)
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
+    assert gradient.allclose(expected)
+
+
 def test_tapped__survives_deepcopy() -> None:
     """An average of weights is a deep copy: it must read its own features."""
     tapped = Tapped(Plain().eval(), "body")

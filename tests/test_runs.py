@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from factor_transfer.config import FIELDS, Config
-from factor_transfer.errors import RunError
+from factor_transfer.errors import RunError, TrainingError
 from factor_transfer.files import locked, read_json, state_fingerprint, write_atomic, write_json
 from factor_transfer.runs import Run, environment, open_run, saved_config, saved_summary
 
@@ -46,6 +46,22 @@ def test_open_run__refuses_other_settings_and_names_them(tmp_path: Path) -> None
     with pytest.raises(RunError, match="(?s)--epochs 3 there, 4 here.*--overwrite"):
         begin(tmp_path / "run", epochs=4, beta="auto")
     begin(tmp_path / "run", epochs=3, workers=7, checkpoint_minutes=1.0)  # these change no result
+
+
+def test_record__names_the_rate_of_a_stage_that_ended_with_no_finite_output(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run", config(), environment()) as run:
+        with pytest.raises(TrainingError, match="(?s)paraphraser.*relative_error is nan.*lower --paraphraser-lr"):
+            run.record("paraphraser", {"relative_error": float("nan"), "factor_variety": 1.0})
+        assert run.recorded("paraphraser") is None
+
+
+def test_open_run__a_setting_that_an_early_version_did_not_have_was_at_its_default(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run", config(epochs=3), environment()) as run:
+        run.record("teacher", {"top1": 50.0})
+        write_json(run.path("config.json"), {name: v for name, v in config(epochs=3).to_dict().items() if name != "k"})
+    begin(tmp_path / "run", epochs=3)
+    with pytest.raises(RunError, match=r"--k 0.5 there, 1.0 here"):
+        begin(tmp_path / "run", epochs=3, k=1.0)
 
 
 def test_open_run__overwrite_begins_anew(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from factor_transfer.errors import ConfigError, Interrupted, ModelError
 from factor_transfer.features import find_groups
 from factor_transfer.methods import METHODS, method_of, settings_of
 from factor_transfer.models import load_network
-from factor_transfer.objective import Objective, groups_of
+from factor_transfer.objective import Objective, groups_of, new_paraphraser
 from factor_transfer.pairs import Pair, load_side
 from factor_transfer.terms import AttentionTransfer, Group, Hint, SoftTargets, StudentOutputs, attention
 from factor_transfer.train import Trainer
@@ -168,7 +168,7 @@ def test_groups_of__refuses_what_cannot_be_paired() -> None:
         return config, Pair(load_side("teacher", config, 10, side), load_side("student", config, 10, side))
 
     config, networks = pair(32)
-    assert Objective(config, networks, 0, 10).record["at_weight"] == pytest.approx(1000)  # the authors' program
+    assert Objective(config, networks, [], 10).record["at_weight"] == pytest.approx(1000)  # the authors' program
     assert [group[:2] for group in groups_of(*pair())] == [(f"layer{n}", f"layer{n}") for n in (1, 2, 3)]
     (group,) = groups_of(*pair(teacher_groups="layer1", student_groups="layer2"))
     assert group == Group("layer1", "layer2", (16, 32), (8, 8))
@@ -294,3 +294,78 @@ def test_config__refuses_a_student_that_would_learn_nothing() -> None:
         Config(data="digits", teacher="a", student="b", beta=0, label_weight=0)
     with pytest.raises(ConfigError, match="--at-weight -1"):
         Config(data="digits", teacher="a", student="b", at_weight=-1)
+
+
+# -- several layers, and the paper's ablations
+
+
+def test_layers__have_a_paraphraser_and_a_translator_each(
+    taught: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = {**taught, "teacher_layer": "layer3,layer2", "student_layer": "layer3,layer1"}
+    live, summary, rows = run(two, tmp_path / "live")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "of layer2 for layer1: 8 channels of 4x4 (128 elements); beta 125" in said
+    assert [(pair["teacher"], pair["student"], pair["factor"]) for pair in summary["pairs"]] == [
+        ("layer3", "layer3", [16, 2, 2]), ("layer2", "layer1", [8, 4, 4])
+    ]  # fmt: skip
+    assert [pair["weight"] for pair in summary["pairs"]] == [pair["beta"] / 2 for pair in summary["pairs"]]
+    last = rows[-1]
+    assert last["loss"] == pytest.approx(last["cross_entropy"] + last["factor_transfer"] + last["factor_transfer_1"])
+    assert {row["stage"] for row in rows} == {"paraphraser", "paraphraser_1", "student"}
+    sizes = {name: tuple(load_file(tmp_path / "live" / f"{name}.safetensors")["conv0.weight"].shape[:2])
+             for name in ("paraphraser", "paraphraser_1", "translator", "translator_1")}  # fmt: skip
+    assert sizes == {"paraphraser": (32, 32), "paraphraser_1": (16, 16), "translator": (8, 8), "translator_1": (4, 4)}
+
+    single, _, only = run({**taught, "teacher_layer": "layer3", "student_layer": "layer3"}, tmp_path / "single")
+    assert only[0]["loss"] == rows[0]["loss"]  # the first paraphraser is the one of a single pair
+    assert single != live
+
+    caching = {**two, "views": 1, "cache_dir": str(tmp_path / "cache")}
+    once, twice = (run(caching, tmp_path / name) for name in ("once", "twice"))
+    (meta,) = (tmp_path / "cache").rglob("meta.json")
+    assert json.loads(meta.read_text())["outputs"] == {"factor": [16, 2, 2], "factor_1": [8, 4, 4]}
+    assert once[0] == twice[0]
+    given = ",".join(str(tmp_path / "live" / f"{name}.safetensors") for name in ("paraphraser", "paraphraser_1"))
+    same, _, _ = run({**two, "paraphraser": given}, tmp_path / "given")
+    assert same == live
+
+
+def test_layers__that_cannot_be_paired_are_told(taught: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="2 of the teacher, 0 of the student"):
+        run({**taught, "teacher_layer": "layer2,layer3"}, tmp_path / "a")
+    two = {**taught, "teacher_layer": "layer2,layer3", "student_layer": "layer2,linear"}
+    with pytest.raises(ModelError, match=r"(?s)--student-layer linear\n.*of shape.*layer1 4x8x8, layer2 8x4x4"):
+        run(two, tmp_path / "b")
+    with pytest.raises(ConfigError, match="1 for 2 pairs of layers"):
+        run({**two, "student_layer": "layer2,layer3", "paraphraser": "one.safetensors"}, tmp_path / "c")
+
+
+def test_ablations__change_what_they_say(
+    taught: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No paraphraser, one that is not trained, and no translator."""
+    straight, summary, rows = run({**taught, "paraphraser": "none"}, tmp_path / "straight")
+    assert {row["stage"] for row in rows} == {"student"}
+    assert summary["pairs"][0]["factor"] == [32, 2, 2]
+    assert summary["paraphraser"] is None
+    assert not (tmp_path / "straight" / "paraphraser.safetensors").exists()
+    assert (tmp_path / "straight" / "report.html").exists()
+
+    drawn, _, rows = run({**taught, "paraphraser_epochs": 0}, tmp_path / "drawn")
+    assert {row["stage"] for row in rows} == {"student"}
+    config = Config(data="digits", teacher="cifar_resnet20", student="cifar_resnet20_b", **taught)
+    pair = Pair(load_side("teacher", config, 10, 8), load_side("student", config, 10, 8))
+    fresh = new_paraphraser(config, pair, None).state_dict()
+    torch.testing.assert_close(load_file(tmp_path / "drawn" / "paraphraser.safetensors"), dict(fresh), rtol=0, atol=0)
+
+    bare, _, rows = run({**taught, "k": 0.25, "translator": "none"}, tmp_path / "bare")
+    assert not any(load_file(tmp_path / "bare" / "translator.safetensors"))
+    assert "similarity" in json.loads((tmp_path / "bare" / "findings.json").read_text())
+    with pytest.raises(ConfigError, match=r"(?s)8 channels of the student's layer3, 16 of the factor.*--k 0.25"):
+        run({**taught, "translator": "none"}, tmp_path / "wrong")
+    with pytest.raises(ConfigError, match=r"8 channels .* 32 of the factor\n  valid: a student's layer of 32 channels"):
+        run({**taught, "translator": "none", "paraphraser": "none"}, tmp_path / "wrong")
+    both = {"student_args": {"layers": (1, 1, 1), "channels": (4, 8, 32)}, "translator": "none", "paraphraser": "none"}
+    feature, _, _ = run({**taught, **both}, tmp_path / "both")
+    assert len({straight, drawn, bare, feature}) == 4

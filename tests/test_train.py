@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
 import os
 import signal
@@ -358,6 +359,23 @@ def test_engine__precision_is_ours_whatever_accelerates_environment_says() -> No
     environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "bf16"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["no"]
+
+
+def test_engine__keeps_freed_memory_for_the_next_step() -> None:
+    program = """
+import resource, torch
+from factor_transfer.engine import Engine
+Engine("cpu")
+faults = []
+for turn in range(20):
+    torch.ones(2**24)  # 64 MB, freed at once
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[9])
+"""
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("this C library is not glibc")
+    faults = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert int(faults) < 5 * 16_384  # ten times as many pages were handed out
 
 
 def test_seeds__are_addressed_and_give_the_state_back() -> None:

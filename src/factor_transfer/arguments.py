@@ -1,11 +1,14 @@
-"""Constructor arguments of networks, as the command line takes them."""
+"""What the text of a setting means: constructor arguments, names of code, lists of names."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from cyclopts import Token
@@ -43,3 +46,35 @@ MODEL_ARGS: dict[str, Any] = {
     "converter": parse_model_args, "accepts_keys": False, "n_tokens": -1, "consume_multiple": True,
 }  # fmt: skip
 """How cyclopts reads them."""
+
+
+def is_callable_name(name: str) -> bool:
+    """True for `package.module:callable`, whose code is run; not for timm's `local-dir:FOLDER`.
+
+    >>> is_callable_name("nets.small:make"), is_callable_name("local-dir:nets"), is_callable_name("resnet18")
+    (True, False, False)
+    """
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name) is not None
+
+
+def imported(name: str) -> Any:
+    """What `package.module:attribute` names; modules in the working folder are found too.
+
+    >>> imported("math:sqrt")(16)
+    4.0
+    """
+    path, _, attribute = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(path), attribute)
+    finally:
+        sys.path.remove(str(Path.cwd()))
+
+
+def names_in(value: str | None) -> list[str]:
+    """The names in a setting that takes several, with commas.
+
+    >>> names_in("layer2, layer3"), names_in(None)
+    (['layer2', 'layer3'], [])
+    """
+    return [name.strip() for name in (value or "").split(",") if name.strip()]

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import sys
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,11 +13,11 @@ from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
 from cyclopts.config import Dict
 
 from factor_transfer import __version__
-from factor_transfer.config import Config, SuggestConfig, is_callable_name
+from factor_transfer.arguments import is_callable_name
+from factor_transfer.config import Config, SuggestConfig
 from factor_transfer.errors import ConfigError, FactorTransferError, Interrupted
 from factor_transfer.plan import CompareConfig
-
-RECIPES = resources.files("factor_transfer") / "recipes"
+from factor_transfer.settings import RECIPE, read_settings, recipe, recipes
 
 Flattened = Parameter(name="*")
 
@@ -28,7 +27,7 @@ def settings_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
     for argument in arguments:
         if "--config" in argument.names and argument.tokens:
             path = argument.tokens[0].value
-            values = read_yaml(path)
+            values = read_settings(path)
             _check_trust(
                 f"--config {path}", values, trusted=any("--trust-config" in a.names and a.tokens for a in arguments)
             )
@@ -59,19 +58,6 @@ def _trusted(run: Path, *, trust_config: bool) -> Config:
     return saved
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """The settings in a YAML file."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path}", found=str(error), valid="a YAML file of settings") from error
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise ConfigError(f"--config {path}", found=str(values)[:60], valid="settings, one a line: `epochs: 20`")
-    return values
-
-
 app = App(
     name="factor-transfer",
     help="Compress a trained vision network into a smaller one by Factor Transfer (Kim, Park, Kwak, NeurIPS 2018).",
@@ -93,7 +79,7 @@ def distill(
     Parameters
     ----------
     config
-        YAML file of settings, named as the flags. Flags win over it.
+        YAML file of settings, named as the flags, or recipe:NAME (see `factor-transfer recipes`). Flags win over it.
     trust_config
         Let that file name a network or transform by package.module:callable, whose code is then run.
     """
@@ -116,7 +102,7 @@ def compare(
     Parameters
     ----------
     config
-        YAML file of settings, named as the flags. Flags win over it.
+        YAML file of settings, named as the flags, or recipe:NAME (see `factor-transfer recipes`). Flags win over it.
     trust_config
         Let that file name a network or transform by package.module:callable, whose code is then run.
     """
@@ -138,7 +124,7 @@ def doctor(
     Parameters
     ----------
     config
-        YAML file of settings, named as the flags. Flags win over it.
+        YAML file of settings, named as the flags, or recipe:NAME (see `factor-transfer recipes`). Flags win over it.
     trust_config
         Let that file name a network or transform by package.module:callable, whose code is then run.
     """
@@ -308,7 +294,7 @@ def export(
 @app.command
 def predict(
     student: Path,
-    images: Annotated[list[str], Parameter(negative="")],
+    images: Annotated[list[str], Parameter(negative="", allow_leading_hyphen=True)],
     *,
     top: int = 5,
     threads: int | None = None,
@@ -354,10 +340,11 @@ def demo(*, out: str = "runs/demo", seed: int = 0, overwrite: bool = False) -> N
     show(result.folder, result.summary)
 
 
-def recipe(name: str, **changed: Any) -> Config:
-    """The settings of a shipped recipe, with some changed."""
-    with resources.as_file(RECIPES / f"{name}.yaml") as path:
-        return Config(**read_yaml(str(path)), **changed)
+@app.command(name="recipes")
+def list_recipes() -> None:
+    """List the shipped recipes: settings of published runs, and of common jobs, for `--config recipe:NAME`."""
+    for name, what in recipes().items():
+        print(f"{RECIPE}{name}\n    {what}")  # noqa: T201 (the command's output)
 
 
 def main() -> None:

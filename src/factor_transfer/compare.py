@@ -28,11 +28,11 @@ from factor_transfer.config import flag
 from factor_transfer.console import say, warn
 from factor_transfer.engine import stop_signals
 from factor_transfer.errors import Interrupted, RunError
-from factor_transfer.files import locked, read_json
-from factor_transfer.outcome import DEFAULTS, outcome, write_outcome
+from factor_transfer.files import fingerprint, locked, read_json
+from factor_transfer.outcome import outcome, write_outcome
 from factor_transfer.page import repeat_command
 from factor_transfer.plan import CompareConfig, Plan, PlannedRun, planned
-from factor_transfer.runs import FREE, Run
+from factor_transfer.runs import DEFAULTS, FREE, Run
 
 Made = Literal["teacher", "paraphraser"]
 """What runs share."""
@@ -51,7 +51,7 @@ NO_MATTER: dict[Made, frozenset[str]] = {
 }  # fmt: skip
 """Settings with which teacher, or paraphraser, are still the same: any other that differs makes another one."""
 
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.5
 
 
 def compare(config: CompareConfig) -> tuple[Path, dict[str, Any]]:
@@ -96,6 +96,11 @@ class _Runner:
         self.pending = [run for run in plan.runs if not finished(run)]
         self.running: dict[str, tuple[PlannedRun, subprocess.Popen[bytes]]] = {}
         self.makes: dict[str, set[Made]] = {}  # of the runs that were started here
+        self.keys = {run.name: {what: _key(what, run) for what in _needs(run)} for run in plan.runs}
+        self.sharing: dict[str, list[PlannedRun]] = {}
+        for run in plan.runs:
+            for key in self.keys[run.name].values():
+                self.sharing.setdefault(key, []).append(run)
         self.failures: dict[str, str] = {}
         self.done, self.began = 0, time.monotonic()
 
@@ -121,8 +126,9 @@ class _Runner:
 
     def _start_next(self) -> bool:
         """Start the first pending run that need not wait for another; False where there is none."""
+        known: dict[str, Path | bool] = {}
         for run in self.pending:
-            settings = None if _held(_folder(run)) else self._settings(run)
+            settings = None if _held(_folder(run)) else self._settings(run, known)
             if settings is not None:
                 self.pending.remove(run)
                 self._start(run, settings)
@@ -182,27 +188,43 @@ class _Runner:
 
     # -- what runs share
 
-    def _settings(self, run: PlannedRun) -> dict[str, Any] | None:
-        """The settings to start a run with; None while another makes what it will take."""
-        settings = run.config.to_dict()
+    def _settings(self, run: PlannedRun, known: dict[str, Path | bool]) -> dict[str, Any] | None:
+        """The settings to start a run with; None while another makes what it will take. `known`: by key, `_shared`."""
         if self._cache_is_filling(run):
             return None
+        needs = self.keys[run.name]
         if Run(_folder(run)).begun:
-            settings |= _taken_by(run)
-            self.makes[run.name] = {what for what in _needs(run) if not taken(what, settings)}
+            settings = run.config.to_dict() | _taken_by(run)
+            self.makes[run.name] = {what for what in needs if not taken(what, settings)}
             return settings
-        makes: set[Made] = set()
-        for what in _needs(run):
-            file = self._made(what, run)
-            if file is not None:
-                settings |= {"teacher_weights": str(file), "teacher_epochs": 0} if what == "teacher" else {}
-                settings |= {"paraphraser": str(file)} if what == "paraphraser" else {}
-            elif self._awaited(what, run):
+        for what, key in needs.items():
+            if key not in known:
+                known[key] = self._shared(what, key)
+            if known[key] is True:
                 return None
-            else:
-                makes.add(what)
-        self.makes[run.name] = makes
+        settings, there = run.config.to_dict(), {what: known[key] for what, key in needs.items() if known[key]}
+        if "teacher" in there:
+            settings |= {"teacher_weights": str(there["teacher"]), "teacher_epochs": 0}
+        if "paraphraser" in there:
+            settings["paraphraser"] = str(there["paraphraser"])
+        self.makes[run.name] = needs.keys() - there.keys()
         return settings
+
+    def _shared(self, what: Made, key: str) -> Path | bool:
+        """The file that some run has made, or taken, and measured; else whether one makes it, or will go on to."""
+        waiting = {each.name for each in self.pending}
+        awaited = False
+        for run in self.sharing[key]:
+            folder = _folder(run)
+            file = folder / f"{what}.safetensors"
+            done = (folder / "summary.json").exists() or (folder / "stages" / f"{what}.json").exists()
+            if done and file.exists():
+                return file
+            if run.name in self.running:
+                awaited |= what in self.makes[run.name]
+            elif run.name in waiting and Run(folder).begun:
+                awaited |= not taken(what, {**run.config.to_dict(), **_taken_by(run)})
+        return awaited
 
     def _cache_is_filling(self, run: PlannedRun) -> bool:
         """Whether a run under way still fills the factor cache that this one will read."""
@@ -210,34 +232,8 @@ class _Runner:
             return False
         for other, _ in self.running.values():
             there = Run(_folder(other))
-            views = int(there.pins().get("views", "0")) if run.config.views == "auto" else run.config.views
-            if other.variant == run.variant and (not views or len(there.metrics("student")) < views):
-                return True
-        return False
-
-    def _sharing(self, what: Made, run: PlannedRun) -> list[PlannedRun]:
-        """The other runs that need the same teacher, or paraphraser."""
-        own = _decides(what, run)
-        return [other for other in self.plan.runs if what in _needs(other) and _decides(what, other) == own]
-
-    def _made(self, what: Made, run: PlannedRun) -> Path | None:
-        """The file that another run has made, or taken, and measured."""
-        for other in self._sharing(what, run):
-            folder = _folder(other)
-            file = folder / f"{what}.safetensors"
-            done = (folder / "summary.json").exists() or (folder / "stages" / f"{what}.json").exists()
-            if done and file.exists():
-                return file
-        return None
-
-    def _awaited(self, what: Made, run: PlannedRun) -> bool:
-        """Whether another run makes it, or has begun to and will be continued."""
-        waiting = {each.name for each in self.pending}
-        for other in self._sharing(what, run):
-            if other.name in self.running and what in self.makes[other.name]:
-                return True
-            begun = other.name in waiting and other is not run and Run(_folder(other)).begun
-            if begun and not taken(what, {**other.config.to_dict(), **_taken_by(other)}):
+            views = there.pins().get("views") if run.config.views == "auto" else run.config.views
+            if other.variant == run.variant and (views is None or len(there.metrics("student")) < int(views)):
                 return True
         return False
 
@@ -265,10 +261,11 @@ def _needs(run: PlannedRun) -> list[Made]:
     return [*needs, "paraphraser"] if config.beta and config.paraphraser is None else needs
 
 
-def _decides(what: Made, run: PlannedRun) -> dict[str, Any]:
-    """The settings that decide what the teacher, or the paraphraser, will be."""
+def _key(what: Made, run: PlannedRun) -> str:
+    """The same for runs whose settings would make the same teacher, or paraphraser."""
     without = NO_MATTER[what] | FREE
-    return {name: value for name, value in run.config.to_dict().items() if name not in without}
+    decides = {name: value for name, value in run.config.to_dict().items() if name not in without}
+    return f"{what} {fingerprint(decides)}"
 
 
 def _saved(run: PlannedRun) -> dict[str, Any] | None:

@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from factor_transfer.config import Config, flag, plain
+from factor_transfer.config import flag
 from factor_transfer.errors import RunError
 from factor_transfer.files import write_atomic
 from factor_transfer.page import rendered
 from factor_transfer.plots import Point, lines, scatter
-from factor_transfer.runs import FREE, Run, saved_config, saved_summary
+from factor_transfer.runs import DEFAULTS, FREE, Run, saved_config, saved_summary
 
 SEEDS = frozenset({"seed", "data_seed"})
 NOT_COMPARED = (FREE - {"data"}) | {"threads"}
 """Settings that change no result."""
-
-DEFAULTS = {each.name: plain(each.default) for each in fields(Config) if each.default is not MISSING}
 
 MARKS = 6
 """Colours there are; more runs begin again with the first."""

@@ -5,21 +5,17 @@ so that `--help` answers at once.
 """
 
 import ast
-import importlib
 import inspect
 import itertools
 import json
 import math
-import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from factor_transfer.arguments import MODEL_ARGS, ModelArgs
+from factor_transfer.arguments import MODEL_ARGS, ModelArgs, names_in
 from factor_transfer.errors import ConfigError
 
 _ORDER = ("Data", "Teacher", "Student", "Factor transfer", "Other terms", "Training", "Machine", "Run")
@@ -115,7 +111,9 @@ class Config(DataConfig):
     teacher_args: Annotated[ModelArgs | None, _in("Teacher", **MODEL_ARGS)] = None
     """Constructor arguments, as timm's --model-kwargs: drop_rate=0.1 act_layer=gelu; or a JSON object."""
     teacher_layer: Annotated[str | None, _in("Teacher")] = None
-    """Submodule whose output is paraphrased. Default: the last feature map before pooling."""
+    """Submodule whose output is paraphrased; or several, with commas: each then has a paraphraser and, with the
+    student's layer at its place, a translator, and the factor term is their mean. Default: the last feature map before
+    pooling."""
     teacher_epochs: Annotated[int, _in("Teacher")] = 0
     """Passes of training, or of fine-tuning where it has weights, before it teaches."""
     teacher_lr: Annotated[float | None, _in("Teacher")] = None
@@ -137,7 +135,8 @@ class Config(DataConfig):
     student_args: Annotated[ModelArgs | None, _in("Student", **MODEL_ARGS)] = None
     """Constructor arguments: 'layers=(3,3,3)' 'channels=(16,32,64)'; or a JSON object."""
     student_layer: Annotated[str | None, _in("Student")] = None
-    """Submodule whose output is translated. Default: the last feature map before pooling."""
+    """Submodule whose output is translated; or several, with commas, as many as of the teacher. Default: the last
+    feature map before pooling."""
 
     # -- factor transfer
     k: Annotated[float, _in("Factor transfer")] = 0.5
@@ -170,11 +169,15 @@ class Config(DataConfig):
     factor_batch_norm: Annotated[bool, _in("Factor transfer")] = False
     """Batch norm in paraphraser and translator. The paper has none."""
     paraphraser: Annotated[str | None, _in("Factor transfer")] = None
-    """A trained paraphraser to use: paraphraser.safetensors of another run, or the authors' .pth."""
+    """A trained paraphraser to use: paraphraser.safetensors of another run, or the authors' .pth; with commas one for
+    each layer. none: no paraphraser, the factor is the teacher's feature map itself."""
     paraphraser_epochs: Annotated[int, _in("Factor transfer")] = 6
-    """Passes of the paraphraser's own training, without labels."""
+    """Passes of the paraphraser's own training, without labels. 0: it stays as it was drawn."""
     paraphraser_lr: Annotated[float, _in("Factor transfer")] = 0.1
     """Its learning rate, held constant."""
+
+    translator: Annotated[Literal["conv", "none"], _in("Factor transfer")] = "conv"
+    """conv: the paper's. none: the student's own map is compared, which needs the factor's number of channels."""
 
     views: Annotated[int | Literal["auto"], _in("Factor transfer")] = 0
     """Views of each image that are shown in turn, so that their factors can be kept on disk and the teacher leaves
@@ -254,6 +257,13 @@ class Config(DataConfig):
         _check_schedule(self)
         if not (self.p >= 1 and math.isfinite(self.p)):
             raise ConfigError(f"--p {self.p}", valid="1 or more: below 1 it is no norm")
+        counts = [len(names_in(value)) for value in (self.teacher_layer, self.student_layer)]
+        if max(counts) > 1 and counts[0] != counts[1]:
+            raise ConfigError(
+                f"--teacher-layer {self.teacher_layer} --student-layer {self.student_layer}",
+                found=f"{counts[0]} of the teacher, {counts[1]} of the student",
+                valid="as many of one as of the other: they are paired in order",
+            )
         if self.baseline and not self.label_weight:
             raise ConfigError("--baseline with --label-weight 0", found="a student alone that would learn nothing")
         if not (self.label_weight or self.beta or self.kd_weight or self.at_weight or self.hint_weight):
@@ -277,29 +287,6 @@ class Config(DataConfig):
         """Plain values, as JSON and YAML hold them (tuples become lists)."""
         values: dict[str, Any] = plain(asdict(self))
         return values
-
-
-def is_callable_name(name: str) -> bool:
-    """True for `package.module:callable`, whose code is run; not for timm's `local-dir:FOLDER`.
-
-    >>> is_callable_name("nets.small:make"), is_callable_name("local-dir:nets"), is_callable_name("resnet18")
-    (True, False, False)
-    """
-    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name) is not None
-
-
-def imported(name: str) -> Any:
-    """What `package.module:attribute` names; modules in the working folder are found too.
-
-    >>> imported("math:sqrt")(16)
-    4.0
-    """
-    path, _, attribute = name.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        return getattr(importlib.import_module(path), attribute)
-    finally:
-        sys.path.remove(str(Path.cwd()))
 
 
 def plain(values: Any) -> Any:
@@ -339,6 +326,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "validate_on": ("validation", "train-holdout"),
     "beta": ("auto",),
     "views": ("auto",),
+    "translator": ("conv", "none"),
     "at_weight": ("auto",),
     "hint_epochs": ("auto",),
 }

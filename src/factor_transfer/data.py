@@ -12,8 +12,9 @@ from typing import cast
 
 import numpy as np
 
+from factor_transfer.arguments import imported, is_callable_name
 from factor_transfer.classes import number_classes
-from factor_transfer.config import DataConfig, imported, is_callable_name
+from factor_transfer.config import DataConfig
 from factor_transfer.errors import ConfigError, DataError, listed
 from factor_transfer.files import cache_folder, fingerprint
 from factor_transfer.images import Images, Unreadable, corrupted, named, natural

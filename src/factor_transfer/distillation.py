@@ -109,8 +109,8 @@ def _work(job: Job) -> None:
     for finding in quick(job.config, pair, job.sample(2)):
         warn(f"{finding.what} (next: {finding.hint})")
     job.teacher(pair.teacher)
-    paraphraser = job.paraphraser(pair)
-    student = job.student(pair, paraphraser)
+    paraphrasers = job.paraphrasers(pair)
+    student = job.student(pair, paraphrasers)
     baseline = job.baseline() if job.config.baseline else None
     finish(job, pair, student, baseline)
 

@@ -32,13 +32,15 @@ from factor_transfer.config import Config, Rgb, flag
 from factor_transfer.data import Dataset
 from factor_transfer.engine import Engine
 from factor_transfer.errors import FactorTransferError
-from factor_transfer.features import Logits, follower, maps
+from factor_transfer.features import Logits, maps
 from factor_transfer.files import state_fingerprint
+from factor_transfer.followers import follower
 from factor_transfer.frozen import FrozenTeacher
 from factor_transfer.method import factor_channels
 from factor_transfer.methods import method_of
 from factor_transfer.models import InputNorm, Network, count_parameters
-from factor_transfer.pairs import Modules, Pair, Side, check_alive, check_knows, factor_weight
+from factor_transfer.objective import fresh_paraphrasers
+from factor_transfer.pairs import Modules, Pair, Side, check_alive, check_knows
 from factor_transfer.runs import Run
 from factor_transfer.splits import Batch, Split
 from factor_transfer.stages import Job
@@ -114,7 +116,7 @@ def quick(config: Config, pair: Pair, images: Tensor) -> Iterator[Finding]:
     """
     channels = pair.teacher.shape[0]
     kept = factor_channels(channels, config.k)
-    if config.beta and kept < channels / 8:
+    if config.beta and config.paraphraser != "none" and kept < channels / 8:
         found = f"{kept} factor channels for {channels} of the teacher's: little of its map is left"
         yield Finding("warning", f"--k {config.k:g}: {found}", "the paper uses --k 0.5 to 1")
     for name in ("lr", "paraphraser_lr"):
@@ -123,7 +125,7 @@ def quick(config: Config, pair: Pair, images: Tensor) -> Iterator[Finding]:
         if adaptive and getattr(config, name) > 0.02 and not unused:
             what = f"{flag(name)} {getattr(config, name):g} with --opt {config.opt}: such optimizers diverge there"
             yield Finding("warning", what, f"{flag(name)} 1e-3")
-    for side in (pair.teacher, pair.student):
+    for side in [side for each in pair.each() for side in (each.teacher, each.student)]:
         after = follower(side.network.module, side.layer, side.network.norm.cpu()(images[:2]))
         if after is not None:
             what = f"--{side.role}-layer {side.layer}: {after} is applied to it: the end of its group comes later"
@@ -271,10 +273,11 @@ def _order(logits: Tensor, labels: Tensor) -> np.ndarray:
 def _losses(job: Job, pair: Pair, found: Diagnosis) -> Iterator[Finding]:
     """One batch through teacher, paraphraser, student and translator: sizes, gradients, seconds."""
     config, data, objective = job.config, job.data, job.objective
-    paraphraser = job.new_paraphraser(pair, config.paraphraser) if config.beta else None
+    paraphrasers = fresh_paraphrasers(config, pair)
     (batch,) = data.train.batches([np.arange(min(config.batch_size, len(data.train)))], view=0)
-    network = pair.teacher.tapped(objective.teacher_layers)
-    teacher = FrozenTeacher(TeacherSide(network, pair.teacher.network.norm, pair.size, paraphraser, objective.readers))
+    network, first = pair.teacher.tapped(objective.teacher_layers), next(iter(paraphrasers), None)
+    readers = objective.readers(paraphrasers)
+    teacher = FrozenTeacher(TeacherSide(network, pair.teacher.network.norm, pair.size, first, readers))
     task = job.student_task(pair.student, objective.terms, teacher)
     sizes, norms = _term_sizes(task, batch)
     task.train()
@@ -285,11 +288,12 @@ def _losses(job: Job, pair: Pair, found: Diagnosis) -> Iterator[Finding]:
         (name.replace("_", " "), f"{sizes[name]:.3g}", f"{norms[name]:.3g}") for name in sizes
     ]))  # fmt: skip
     rows: list[Sequence[str]] = []
-    if paraphraser is not None:
-        shape = f"{paraphraser.factor_channels}x{pair.size[0]}x{pair.size[1]}"
-        beta, bound = factor_weight(config, paraphraser.factor_channels * pair.size[0] * pair.size[1])
-        maps = f"{_shape(pair.teacher)} -> paraphraser -> {shape} <- translator <- {_shape(pair.student)}"
-        rows += [("shapes", maps), ("beta", f"{beta:g}: its term is at most {bound:.3g}")]
+    for factor in objective.factors:
+        left = "" if config.paraphraser == "none" else "paraphraser -> "
+        right = "" if config.translator == "none" else " <- translator"
+        shape = "x".join(map(str, factor.shape))
+        maps = f"{_shape(factor.pair.teacher)} -> {left}{shape}{right} <- {_shape(factor.pair.student)}"
+        rows += [("shapes", maps), ("beta", f"{factor.beta:g}: its term is at most {factor.bound:.3g}")]
     each = 2 * sum(math.prod(shape or ()) for shape in objective.outputs.values())
     rows += [
         ("a pass of the student", f"about {seconds * steps:,.0f} s ({steps:,} steps), {memory:.1f} GB of memory"),
@@ -305,7 +309,9 @@ def _weights(config: Config, sizes: Mapping[str, float], norms: Mapping[str, flo
         yield Finding("error", "the losses or their gradients are not finite on the first batch", "--precision fp32")
     if not {"factor_transfer", "cross_entropy"} <= sizes.keys():
         return
-    ratio = sizes["factor_transfer"] / max(sizes["cross_entropy"], 1e-9)
+    ratio = sum(size for name, size in sizes.items() if name.startswith("factor_transfer")) / max(
+        sizes["cross_entropy"], 1e-9
+    )
     beta = config.beta if config.beta == "auto" else f"{config.beta:g}"
     if ratio < NEGLIGIBLE:
         what = f"--beta {beta}: the factor term is {ratio:.2g} of the cross-entropy: the teacher will hardly be heard"

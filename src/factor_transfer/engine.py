@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import signal
 import time
@@ -33,6 +34,9 @@ SAME_SIGNAL_SECONDS = 1.0
 
 LEAST = 2
 """Samples that batch norm needs of a process's part."""
+
+GLIBC_MALLOC = {-1: 2**31 - 1, -3: 2**30, -2: 2**26}
+"""`mallopt`: M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, so that freed maps stay with the process; M_TOP_PAD, to grow by."""
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -81,6 +85,8 @@ class Engine:
             ],
         )
         self.device = self.accelerator.device
+        if self.device.type == "cpu":
+            _keep_memory()
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         if self.processes > 1:
             atexit.register(_leave_group)
@@ -114,6 +120,15 @@ class Engine:
     def wait(self) -> None:
         """Until all processes are here."""
         self.accelerator.wait_for_everyone()
+
+    def seed_noise(self, seed: int) -> None:
+        """Seed the noise inside layers on this device.
+
+        `torch.manual_seed` seeds every kind of device there is, and takes its time for those that are not here.
+        """
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of training."""
@@ -265,6 +280,20 @@ def _leave_group() -> None:
     """A process that ends while gloo's threads still run is aborted, finished or not."""
     if is_initialized():
         destroy_process_group()
+
+
+def _keep_memory() -> None:
+    """Have glibc keep what is freed for the next step; elsewhere nothing is changed.
+
+    By default it gives large blocks back to the system, which hands them out again page by page, cleared: a few
+    thousand page faults a step.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    for parameter, value in GLIBC_MALLOC.items():
+        mallopt(parameter, value)
 
 
 def _has_bf16(device: torch.device) -> bool:

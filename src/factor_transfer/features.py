@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from factor_transfer.errors import ModelError, listed, near
 
@@ -78,8 +77,10 @@ class Tapped(nn.Module):
         output: Any = None
         with ExitStack() as stack, suppress(_Reached):
             for layer in self.layers:
-                stack.enter_context(_watching(self.module.get_submodule(layer), partial(self._keep, kept, layer)))
+                stack.enter_context(watching(self.module.get_submodule(layer), partial(self._keep, kept, layer)))
             output = self.module(images)
+        for found in kept.values():
+            _keep_layout(found)
         return output, {layer: self._as_map(layer, kept, images) for layer in self.layers}
 
     def _keep(self, kept: dict[str, Any], layer: str, output: Any) -> None:
@@ -103,6 +104,21 @@ class Tapped(nn.Module):
 
 class _Reached(Exception):  # noqa: N818 (no error)
     """The last layer that is wanted has run."""
+
+
+def _keep_layout(found: Any) -> None:
+    """Have the gradient of a channels-last map arrive channels-last.
+
+    That of pooling does not, and every layer before it would then compute several times slower.
+    """
+    if not (isinstance(found, Tensor) and found.requires_grad and found.ndim == 4):
+        return
+    if found.is_contiguous(memory_format=torch.channels_last):
+        found.register_hook(_channels_last)  # type: ignore[no-untyped-call] # torch's own
+
+
+def _channels_last(gradient: Tensor) -> Tensor:
+    return gradient.contiguous(memory_format=torch.channels_last)
 
 
 class Logits(nn.Module):
@@ -214,7 +230,7 @@ def find_groups(module: nn.Module, images: Tensor) -> list[tuple[str, tuple[int,
 @torch.no_grad()
 def feature_map(tapped: Tapped, images: Tensor) -> Tensor:
     """The tapped map (B, C, H, W) of normalised images (B, 3, S, S), the network in eval mode meanwhile."""
-    with _in_eval_mode(tapped):
+    with in_eval_mode(tapped):
         feature: Tensor = tapped(images)[1]
     return feature
 
@@ -223,50 +239,6 @@ def feature_shape(tapped: Tapped, images: Tensor) -> tuple[int, int, int]:
     """(C, H, W) of the tapped map for `images` (B, 3, S, S)."""
     channels, height, width = feature_map(tapped, images).shape[1:]
     return channels, height, width
-
-
-_APPLIED = frozenset((
-    "relu", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish", "sigmoid",
-    "tanh", "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm",
-    "add", "__add__", "__radd__",
-))  # fmt: skip
-"""Functions that still belong to the group whose output they are applied to."""
-
-
-class _Followers(TorchFunctionMode):
-    """Notes the functions that make new tensors of a tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tensor: Tensor | None = None
-        self.names: list[str] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        made = isinstance(result, Tensor) and result is not self.tensor
-        if self.tensor is not None and made and any(arg is self.tensor for arg in args):
-            self.names.append(getattr(func, "__name__", ""))
-        return result
-
-
-@torch.no_grad()
-def follower(module: nn.Module, layer: str, images: Tensor) -> str | None:
-    """The activation, norm or residual sum that is applied to a layer's output: None, where it ends its group.
-
-    (What works in place needs no word: the map is then what it has made of it.)
-
-    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
-    >>> follower(net, "0", torch.zeros(2, 3, 6, 6)), follower(net, "1", torch.zeros(2, 3, 6, 6))
-    ('relu', None)
-    """
-    mode = _Followers()
-
-    def keep(output: Any) -> None:
-        mode.tensor = _tensor(output, module)
-
-    with _in_eval_mode(module), _watching(module.get_submodule(layer), keep), mode:
-        module(images)
-    return next((name for name in mode.names[:1] if name in _APPLIED), None)
 
 
 def align(feature: Tensor, size: tuple[int, int]) -> Tensor:
@@ -290,7 +262,7 @@ def as_map(output: Any, module: nn.Module) -> Tensor | None:
     >>> as_map((torch.zeros(2, 1 + 49, 32), None), nn.Identity()).shape
     torch.Size([2, 32, 7, 7])
     """
-    tensor = _tensor(output, module)
+    tensor = tensor_in(output, module)
     if tensor is None or tensor.ndim == 4:
         last = tensor is not None and (
             str(getattr(module, "output_fmt", "NCHW")) == "NHWC"
@@ -303,12 +275,12 @@ def as_map(output: Any, module: nn.Module) -> Tensor | None:
     return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, side, side)  # (B, C, side, side)
 
 
-def _tensor(output: Any, module: nn.Module) -> Tensor | None:
+def tensor_in(output: Any, module: nn.Module) -> Tensor | None:
     """The tensor in an output that `as_map` makes a map of."""
     if isinstance(output, Mapping):
         output = tuple(output.values())
     if isinstance(output, (tuple, list)):
-        found = [tensor for tensor in (_tensor(value, module) for value in output) if tensor is not None]
+        found = [tensor for tensor in (tensor_in(value, module) for value in output) if tensor is not None]
         return found[-1 if isinstance(output, list) else 0] if found else None
     if not isinstance(output, Tensor) or not output.is_floating_point():
         return None
@@ -335,11 +307,11 @@ def _flow(module: nn.Module, images: Tensor) -> tuple[Flow, Tensor | None]:
     """What flows through a network, in eval mode, and what its `forward_features` ends with."""
     seen: list[tuple[str, Any]] = []
     features: Any = getattr(module, "forward_features", None)
-    with _in_eval_mode(module), _watching_all(module, seen):
+    with in_eval_mode(module), _watching_all(module, seen):
         output = module(images) if features is None else features(images)
-    flow = [(name, _tensor(given, module)) for name, given in seen]
+    flow = [(name, tensor_in(given, module)) for name, given in seen]
     kept = [(name, tensor) for name, tensor in flow if tensor is not None and len(tensor) == len(images)]
-    return kept, None if features is None else _tensor(output, module)
+    return kept, None if features is None else tensor_in(output, module)
 
 
 def _shape(output: Tensor, module: nn.Module) -> tuple[int, int, int]:
@@ -360,7 +332,8 @@ def _described(output: Any) -> str:
 
 
 @contextmanager
-def _watching(module: nn.Module, keep: Callable[[Any], None]) -> Iterator[None]:
+def watching(module: nn.Module, keep: Callable[[Any], None]) -> Iterator[None]:
+    """Give `keep` what a module returns, inside the block."""
     handle = module.register_forward_hook(lambda _module, _inputs, output: keep(output))
     try:
         yield
@@ -384,7 +357,7 @@ def _watching_all(module: nn.Module, flow: list[tuple[str, Any]]) -> Iterator[No
 
 
 @contextmanager
-def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
     """Eval mode inside the block; afterwards every part is in the mode it was in."""
     modes = {part: part.training for part in module.modules()}
     module.eval()

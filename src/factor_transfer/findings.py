@@ -43,7 +43,7 @@ class Nets:
     tapped: dict[str, Tapped] = field(default_factory=dict)
     size: tuple[int, int] = (1, 1)
     paraphraser: Paraphraser | None = None
-    translator: Translator | None = None
+    translator: nn.Module | None = None
     missing: dict[str, str] = field(default_factory=dict)
 
 
@@ -98,7 +98,7 @@ def _read_back(folder: Path, config: Config, summary: Mapping[str, Any], modules
         shapes[role] = feature_shape(nets.tapped[role], example)
     if not {"teacher", "student"} <= shapes.keys():
         return nets
-    if not config.beta:
+    if not config.beta or config.paraphraser == "none":
         return nets
     (channels, *teacher), (own, *student) = shapes["teacher"], shapes["student"]
     nets.size = min(teacher[0], student[0]), min(teacher[1], student[1])
@@ -107,6 +107,9 @@ def _read_back(folder: Path, config: Config, summary: Mapping[str, Any], modules
         nets.paraphraser = load_paraphraser(file, channels=channels, k=config.k, batch_norm=config.factor_batch_norm)
     except FactorTransferError as error:
         nets.missing["paraphraser"] = str(error)
+        return nets
+    if config.translator == "none":
+        nets.translator = nn.Identity()
         return nets
     if not (folder / "translator.safetensors").exists():
         nets.missing["translator"] = "the run was made by a version that did not keep it (no translator.safetensors)"

@@ -1,7 +1,8 @@
 """The paper: Kim, Park, Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer",
 NeurIPS 2018, arXiv 1802.04977. Numbers of sections and equations are those of the paper.
 
-Shapes:
+Shapes::
+
     B      samples in a batch
     C      channels of a feature map (the paper's m for the teacher's)
     K      factor channels, round(C x k) with the paraphrase rate k
@@ -127,6 +128,22 @@ class Paraphraser(_Encoder):
     def forward(self, feature: Tensor) -> Tensor:
         """The reconstruction: (B, C, H, W) -> (B, C, H, W). The authors' mode 0."""
         return self.decode(self.encode(feature))
+
+
+class Straight(nn.Module):
+    """No paraphraser: the factor is the feature map itself (an ablation).
+
+    >>> Straight(64).encode(torch.zeros(2, 64, 8, 8)).shape
+    torch.Size([2, 64, 8, 8])
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.factor_channels = channels
+
+    def encode(self, feature: Tensor) -> Tensor:
+        """(B, C, H, W), as it is."""
+        return feature
 
 
 def reconstruction_loss(reconstruction: Tensor, feature: Tensor, norm: Literal["l1", "l2"] = "l1") -> Tensor:

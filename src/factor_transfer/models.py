@@ -21,7 +21,8 @@ from timm.models import parse_model_name, resolve_model_input_args
 from torch import Tensor, nn
 
 import factor_transfer.zoo  # noqa: F401 (registers the paper's families with timm)
-from factor_transfer.config import Rgb, imported, is_callable_name
+from factor_transfer.arguments import imported, is_callable_name
+from factor_transfer.config import Rgb
 from factor_transfer.errors import FactorTransferError, ModelError, listed, near
 from factor_transfer.features import Logits
 from factor_transfer.seeds import part_seed, seeded

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from factor_transfer.arguments import names_in
 from factor_transfer.config import Config, flag
 from factor_transfer.errors import ConfigError
 from factor_transfer.features import Tapped, feature_map, find_groups
-from factor_transfer.method import Translator
+from factor_transfer.method import Paraphraser, Straight, Translator, factor_channels
 from factor_transfer.methods import method_of
 from factor_transfer.pairs import Pair, Side, factor_weight
 from factor_transfer.seeds import part_seed, seeded
 from factor_transfer.terms import (
     AttentionTransfer,
+    Encoded,
     FactorTransfer,
     Group,
     Hint,
@@ -25,10 +28,81 @@ from factor_transfer.terms import (
     Reader,
     SoftTargets,
     Term,
+    numbered,
 )
+from factor_transfer.weights import load_paraphraser
 
 AT_BOUND = 1000 * sum(2 / side**2 for side in (32, 16, 8))
 """What the term of attention transfer is at most in the authors' CIFAR-10 program: beta 1000, these maps."""
+
+
+class Factor(NamedTuple):
+    """The factor of a pair of layers."""
+
+    pair: Pair
+    channels: int
+    beta: float
+    bound: float
+    """What beta times its loss is at most."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(K, H, W)."""
+        return self.channels, *self.pair.size
+
+
+def new_paraphraser(config: Config, pair: Pair, file: str | None, place: int = 0) -> Paraphraser | Straight:
+    """From a file, or with fresh weights, which belong to --data-seed; of the pair of layers at `place`."""
+    channels = pair.teacher.shape[0]
+    if config.paraphraser == "none":
+        return Straight(channels)
+    if file is not None:
+        return load_paraphraser(file, channels=channels, k=config.k, batch_norm=config.factor_batch_norm)
+    with seeded(part_seed(config.data_seed, numbered("paraphraser", place))):
+        return Paraphraser(channels, factor_channels(channels, config.k), config.factor_batch_norm)
+
+
+def given_paraphrasers(config: Config, count: int) -> list[str | None]:
+    """The files that --paraphraser names, for so many pairs of layers."""
+    if config.paraphraser is None or config.paraphraser == "none" or not count:
+        return [None] * count
+    files = [config.paraphraser] if count == 1 else names_in(config.paraphraser)
+    if len(files) != count:
+        raise ConfigError(
+            f"--paraphraser {config.paraphraser}",
+            found=f"{len(files)} for {count} pairs of layers",
+            valid=f"{count} files, with commas",
+        )
+    return list(files)
+
+
+def fresh_paraphrasers(config: Config, pair: Pair) -> list[Paraphraser | Straight]:
+    """Of every pair of layers, as they are given, or drawn; none, where no factor is transferred."""
+    pairs = pair.each() if config.beta else []
+    files = given_paraphrasers(config, len(pairs))
+    return [
+        new_paraphraser(config, each, file, place) for place, (each, file) in enumerate(zip(pairs, files, strict=True))
+    ]
+
+
+def new_translator(config: Config, pair: Pair, channels: int, place: int = 0) -> nn.Module:
+    """From the student's channels to so many of the factor; its weights belong to --seed.
+
+    Raises:
+        ConfigError: there shall be none, and the channels differ.
+    """
+    own, theirs = pair.student.shape[0], pair.teacher.shape[0]
+    if config.translator == "conv":
+        with seeded(part_seed(config.seed, numbered("translator", place))):
+            return Translator(own, channels, config.factor_batch_norm)
+    if own != channels:
+        fits = f"--k {own / theirs:.6g}, which makes {own} factor channels" if config.paraphraser != "none" else None
+        raise ConfigError(
+            "--translator none",
+            found=f"{own} channels of the student's {pair.student.layer}, {channels} of the factor",
+            valid=fits or f"a student's layer of {channels} channels, or a teacher's of {own}",
+        )
+    return nn.Identity()
 
 
 class Objective:
@@ -36,16 +110,17 @@ class Objective:
 
     Args:
         config: all settings.
-        pair: teacher and student.
-        factor_channels: K of the teacher's factor; not read with --beta 0.
+        pair: teacher and student, and their layers.
+        factor_channels: K of the teacher's factor, for each pair of layers; not read with --beta 0.
         classes: N of the data.
     """
 
-    def __init__(self, config: Config, pair: Pair, factor_channels: int, classes: int) -> None:
+    def __init__(self, config: Config, pair: Pair, factor_channels: Sequence[int], classes: int) -> None:
         self.config = config
         guided = config.at_weight or config.hint_weight or config.hint_epochs
         self.groups = groups_of(config, pair) if guided else ()
-        self._shapes: dict[str, tuple[int, ...]] = {"factor": (factor_channels, *pair.size), "logits": (classes,)}
+        self.factors: list[Factor] = []
+        self.classes = classes
         self.terms: list[Term] = []
         self.record: dict[str, Any] = {}
         """Weights that the settings leave to be found, and what they follow from."""
@@ -54,12 +129,7 @@ class Objective:
         if config.kd_weight:
             self.terms.append(SoftTargets(config.kd_weight, config.kd_temperature))
         if config.beta:
-            elements = factor_channels * pair.size[0] * pair.size[1]
-            beta, bound = factor_weight(config, elements)
-            self.record |= {"beta": beta, "bound": bound, "elements": elements, "factor_channels": factor_channels}
-            with seeded(part_seed(config.seed, "translator")):
-                translator = Translator(pair.student.shape[0], factor_channels, config.factor_batch_norm)
-            self.terms.append(FactorTransfer(translator, beta, config.p))
+            self._transfer(pair.each(), factor_channels)
         if config.at_weight:
             bound = sum(2 / (height * width) for *_, (height, width) in self.groups)
             weight = AT_BOUND / bound if config.at_weight == "auto" else config.at_weight
@@ -68,42 +138,79 @@ class Objective:
         if config.hint_weight:
             self.terms.append(self.hint(config.hint_weight))
 
+    def _transfer(self, pairs: Sequence[Pair], factor_channels: Sequence[int]) -> None:
+        """Factor transfer for each pair of layers; each has its own beta, and the term is their mean."""
+        for place, (pair, channels) in enumerate(zip(pairs, factor_channels, strict=True)):
+            beta, bound = factor_weight(self.config, channels * pair.size[0] * pair.size[1])
+            self.factors.append(Factor(pair, channels, beta, bound))
+            translator = new_translator(self.config, pair, channels, place)
+            layer = pair.student.layer if place else None
+            self.terms.append(FactorTransfer(translator, beta / len(pairs), self.config.p, layer, place))
+        first = self.factors[0]
+        self.record |= {"beta": first.beta, "bound": first.bound, "elements": math.prod(first.shape)}
+        self.record["factor_channels"] = first.channels
+
     def lines(self) -> Iterator[str]:
         """What a user is told."""
-        found = self.record
         yield f"student: {method_of(vars(self.config))}"
-        if "beta" in found:
-            channels, height, width = self._shapes["factor"]
+        for factor in self.factors:
+            channels, height, width = factor.shape
+            several = len(self.factors) > 1
+            where = f" of {factor.pair.teacher.layer} for {factor.pair.student.layer}" if several else ""
+            share = f", of which 1/{len(self.factors)} counts" if several else ""
             yield (
-                f"factor: {channels} channels of {height}x{width} ({found['elements']} elements); "
-                f"beta {found['beta']:g}, so its term is at most {found['bound']:.3g}"
+                f"factor{where}: {channels} channels of {height}x{width} ({math.prod(factor.shape)} elements); "
+                f"beta {factor.beta:g}, so its term is at most {factor.bound:.3g}{share}"
             )
         for group in self.groups:
             at = f"{group.size[0]}x{group.size[1]}"
             yield f"group: the teacher's {group.teacher}, the student's {group.student}, compared at {at}"
-        if "at_weight" in found:
+        if "at_weight" in self.record:
+            found = self.record
             yield f"attention: weight {found['at_weight']:g}, so its term is at most {found['at_bound']:.3g}"
+
+    def layers(self) -> dict[str, Any]:
+        """The layers that the terms compare, for the summary."""
+        pairs = [
+            {
+                "teacher": factor.pair.teacher.layer,
+                "student": factor.pair.student.layer,
+                "factor": list(factor.shape),
+                "beta": factor.beta,
+                "weight": factor.beta / len(self.factors),
+            }
+            for factor in self.factors
+        ]
+        groups = [{"teacher": group.teacher, "student": group.student, "size": group.size} for group in self.groups]
+        return {"pairs": pairs, "groups": groups}
 
     def hint(self, weight: float = 1.0) -> Hint:
         """The term of the middle group, with a fresh regressor, which belongs to --seed."""
         with seeded(part_seed(self.config.seed, "regressor")):
             return Hint(self.groups[(len(self.groups) - 1) // 2], weight)
 
-    @property
-    def readers(self) -> dict[str, Reader]:
-        """How the teacher's outputs that terms add are made."""
-        return {name: reader for term in self.terms for name, reader in term.readers().items()}
+    def readers(self, paraphrasers: Sequence[Paraphraser | Straight]) -> dict[str, Reader]:
+        """How the teacher's outputs are made that are not its own layer's."""
+        found = {name: reader for term in self.terms for name, reader in term.readers().items()}
+        for place, (factor, paraphraser) in enumerate(zip(self.factors, paraphrasers, strict=True)):
+            if place:
+                found[numbered("factor", place)] = Encoded(factor.pair.teacher.layer, factor.pair.size, paraphraser)
+        return found
 
     @property
     def teacher_layers(self) -> tuple[str, ...]:
         """Layers of the teacher that are read besides its own."""
-        return tuple(group.teacher for group in self.groups)
+        return *(factor.pair.teacher.layer for factor in self.factors[1:]), *(group.teacher for group in self.groups)
 
     @property
     def outputs(self) -> dict[str, tuple[int, ...] | None]:
         """What the terms read of the teacher, and its shape for one sample: None where it cannot be cached."""
+        shapes: dict[str, tuple[int, ...] | None] = {
+            numbered("factor", place): factor.shape for place, factor in enumerate(self.factors)
+        }
+        shapes["logits"] = (self.classes,)
+        shapes |= {name: reader.shape for term in self.terms for name, reader in term.readers().items()}
         needs = {name for term in self.terms for name in term.needs}
-        shapes = {**self._shapes, **{name: reader.shape for name, reader in self.readers.items()}}
         return {name: shape for name, shape in shapes.items() if name in needs}
 
     @property
@@ -158,7 +265,7 @@ def _named(config: Config, side: Side) -> Found:
     """The layers that the settings name, and their maps' shapes."""
     name = f"{side.role}_groups"
     found: Found = []
-    for layer in filter(None, (layer.strip() for layer in (vars(config)[name] or "").split(","))):
+    for layer in names_in(vars(config)[name]):
         channels, height, width = feature_map(
             Tapped(side.network.module, layer, flag=flag(name)), _example(side)
         ).shape[1:]

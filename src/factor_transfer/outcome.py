@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from factor_transfer.config import FIELDS, Config, plain
+from factor_transfer.config import FIELDS, plain
 from factor_transfer.console import say, table
 from factor_transfer.errors import RunError
 from factor_transfer.files import read_json, write_atomic, write_json
 from factor_transfer.page import repeat_command
 from factor_transfer.plan import REFERENCES, CompareConfig, Plan, PlannedRun
 from factor_transfer.statistics import Difference, Gap, Scores, against, gap_closed, spread, verdict
-
-DEFAULTS = {each.name: plain(each.default) for each in fields(Config) if each.default is not MISSING}
 
 ALIKE = {"data": "images", "teacher": "teacher", "student": "first weights of the student"}
 """Fingerprints that a run and the run it is compared with must share."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from factor_transfer.arguments import names_in
 from factor_transfer.config import Config, flag
 from factor_transfer.console import say
 from factor_transfer.errors import TrainingError
@@ -35,6 +36,13 @@ class Side:
     network: Network
     layer: str
     shape: tuple[int, int, int]  # (C, H, W)
+    more: tuple[tuple[str, tuple[int, int, int]], ...] = ()
+    """Further layers, and their shapes."""
+
+    def each(self) -> list[Side]:
+        """A side of its own for each layer."""
+        layers = ((self.layer, self.shape), *self.more)
+        return [replace(self, layer=layer, shape=shape, more=()) for layer, shape in layers]
 
     def tapped(self, also: Sequence[str] = (), *, ends: bool = False) -> Tapped:
         """The network with its feature map, and those of other layers; with `ends` it runs no further than its own."""
@@ -47,6 +55,10 @@ class Pair:
 
     teacher: Side
     student: Side
+
+    def each(self) -> list[Pair]:
+        """A pair of its own for each two layers."""
+        return [Pair(*sides) for sides in zip(self.teacher.each(), self.student.each(), strict=True)]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -163,5 +175,8 @@ def load_side(role: Role, config: Config, num_classes: int, img_size: int, modul
     if size != img_size:
         say(f"{role}: sees the images at {size}x{size}")
     example = torch.zeros(2, 3, size, size)
-    layer = own[f"{role}_layer"] or find_layer(network.module, example)
-    return Side(role, network, layer, feature_shape(Tapped(network.module, layer, flag=flag(f"{role}_layer")), example))
+    shapes = [
+        (layer, feature_shape(Tapped(network.module, layer, flag=flag(f"{role}_layer")), example))
+        for layer in names_in(own[f"{role}_layer"]) or [find_layer(network.module, example)]
+    ]
+    return Side(role, network, *shapes[0], more=tuple(shapes[1:]))

@@ -142,7 +142,9 @@ def _check_given(config: CompareConfig, settings: dict[str, dict[str, Any]]) -> 
         ConfigError: there is one.
     """
     usual = {each.name: each.default for each in fields(Config)}
-    for name in {name for method in METHODS.values() for name in method}:
+    for name in sorted({name for method in METHODS.values() for name in method}):
+        if any(method.get(name) == "auto" for method in METHODS.values()):
+            continue
         value = getattr(config, name)
         if value != usual[name] and all(each[name] != value for each in settings.values()):
             found = ", ".join(f"{variant} {each[name]}" for variant, each in settings.items())

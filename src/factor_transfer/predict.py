@@ -145,7 +145,9 @@ def find_images(given: Sequence[str]) -> Iterator[tuple[str, Any]]:
         raise DataError("no images", valid="files, folders, or - for standard input")
     missing = [name for name in given if name != "-" and not Path(name).exists()]
     if missing:
-        raise DataError(missing[0], found="no such file or folder", valid="files, folders, or - for standard input")
+        hint = "`factor-transfer predict --help` has the flags" if missing[0].startswith("-") else None
+        valid = "files, folders, or - for standard input"
+        raise DataError(missing[0], found="no such file or folder", valid=valid, hint=hint)
     for name in given:
         path = Path(name)
         if name == "-":

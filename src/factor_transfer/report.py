@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from factor_transfer.console import say, table, warn
+from factor_transfer.health import DEAD
 from factor_transfer.methods import ALONE
 from factor_transfer.runs import saved_summary
+
+POOR_RECONSTRUCTION = 0.8
+"""A paraphraser whose error is more than this share of a mean predictor's has learned little."""
 
 STAGES = ("teacher", "paraphraser", "hint", "student", "baseline")
 LABELS = {"teacher": "teacher", "baseline": "student alone", "student": "student"}
@@ -43,7 +47,8 @@ def show(folder: Path, summary: Mapping[str, Any]) -> None:
     for line in verdict(summary):
         say(line)
     taken = summary["seconds"]
-    seconds = "  ".join(f"{stage} {taken[stage]:.0f} s" for stage in STAGES if stage in taken)
+    stages = [*(stage for stage in STAGES if stage in taken), *sorted(taken.keys() - set(STAGES))]
+    seconds = "  ".join(f"{stage} {taken[stage]:.0f} s" for stage in stages)
     say(f"trained in: {seconds}")
     program = f"{folder / 'student.pt2'} (needs only torch), " if "pt2_difference" in summary["student"] else ""
     say(f"student: {program}{folder / 'student.safetensors'}")
@@ -139,3 +144,16 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
 def _than(one: Mapping[str, float], other: Mapping[str, float]) -> str:
     difference = one["top1"] - other["top1"]
     return f"{abs(difference):.2f} points {'more' if difference >= 0 else 'less'}"
+
+
+def say_paraphraser(name: str, found: Mapping[str, float]) -> None:
+    """Say how good a paraphraser is."""
+    say(f"{name}: its reconstruction error is {found['relative_error']:.3f} of a mean predictor's")
+    if found.get("factor_variety", 1.0) < DEAD:
+        share = f"{found['factor_variety']:.1e} of the variety of the teacher's maps"
+        warn(
+            f"the {name} is collapsed: its factor is nearly the same for every image ({share}), so it teaches "
+            "nothing: try a lower --paraphraser-lr, more --paraphraser-epochs or more --k"
+        )
+    elif found["relative_error"] > POOR_RECONSTRUCTION:
+        warn(f"the {name} learned little: try more --paraphraser-epochs, another --paraphraser-lr or more --k")

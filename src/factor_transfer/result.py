@@ -31,7 +31,7 @@ def finish(job: Job, pair: Pair, student: Side, baseline: Side | None) -> None:
     }
     summary |= {
         "method": method_of(vars(job.config)),
-        "groups": [{"teacher": group.teacher, "student": group.student} for group in job.objective.groups],
+        **job.objective.layers(),
         "paraphraser": job.run.recorded("paraphraser"),
         "seconds": {stage: found["seconds"] for stage, found in job.run.all_recorded().items()},
         "data": {

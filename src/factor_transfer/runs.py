@@ -16,11 +16,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import MISSING, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from factor_transfer.config import Config, flag
+from factor_transfer.config import Config, flag, plain
 from factor_transfer.console import warn
-from factor_transfer.errors import ConfigError, RunError
+from factor_transfer.errors import ConfigError, RunError, TrainingError
 from factor_transfer.files import locked, read_json, sha256_file, sweep, write_atomic, write_json
 
 FREE = frozenset(
@@ -50,6 +52,9 @@ FREE = frozenset(
     }
 )
 """Settings that may differ when a run is continued: they change no result, or what they name is fingerprinted."""
+
+DEFAULTS = {each.name: plain(each.default) for each in fields(Config) if each.default is not MISSING}
+"""What a run of an early version, which had fewer settings, was made with."""
 
 KEPT = 2
 """Checkpoints kept of the stage under way: if the newest is damaged, the other is used."""
@@ -128,7 +133,16 @@ class Run:
         return {path.stem: read_json(path) for path in sorted(self.path("stages").glob("*.json"))}
 
     def record(self, stage: str, found: Mapping[str, Any]) -> dict[str, Any]:
-        """Mark a stage as finished, with what it found; its checkpoints go."""
+        """Mark a stage as finished, with what it found; its checkpoints go.
+
+        Raises:
+            TrainingError: what it found is not finite, because its very last step was too long.
+        """
+        for name, value in found.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                rate = {"teacher": "--teacher-lr", "paraphraser": "--paraphraser-lr"}.get(stage, "--lr")
+                hint = f"lower {rate}, and begin anew with --overwrite or another --out"
+                raise TrainingError(f"the trained {stage}", found=f"{name} is {value}", valid="a number", hint=hint)
         if self.writes:
             self.path("stages").mkdir(exist_ok=True)
             write_json(self.path(f"stages/{stage}.json"), dict(found))
@@ -323,7 +337,7 @@ def _continue_or_begin(run: Run, config: Config, now: Mapping[str, Any]) -> None
         write_json(run.path("config.json"), config.to_dict())
     if not run.path("environment.json").exists():
         write_json(run.path("environment.json"), dict(now))
-    there, here = _mapping(run.path("config.json")), config.to_dict()
+    there, here = DEFAULTS | _mapping(run.path("config.json")), config.to_dict()
     other = [name for name in here if name not in FREE and there.get(name) != here[name]]
     if other:
         raise RunError(

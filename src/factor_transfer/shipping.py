@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from factor_transfer import runtimes
+from factor_transfer.arguments import is_callable_name
 from factor_transfer.card import write_card
-from factor_transfer.config import is_callable_name
 from factor_transfer.console import say, warn
 from factor_transfer.data import Dataset
 from factor_transfer.errors import ConfigError, FactorTransferError, RunError

@@ -20,23 +20,20 @@ from factor_transfer.data import open_data
 from factor_transfer.engine import Engine
 from factor_transfer.errors import ConfigError, ModelError, TrainingError
 from factor_transfer.evaluation import evaluate, evaluate_paraphraser
+from factor_transfer.features import Tapped
 from factor_transfer.files import cache_folder, state_fingerprint
 from factor_transfer.frozen import FrozenTeacher, folded
-from factor_transfer.health import DEAD
-from factor_transfer.method import Paraphraser, factor_channels
+from factor_transfer.method import Paraphraser, Straight
 from factor_transfer.models import Network, Role, count_parameters, own_size
-from factor_transfer.objective import Objective, trained_up_to
+from factor_transfer.objective import Objective, fresh_paraphrasers, given_paraphrasers, new_paraphraser, trained_up_to
 from factor_transfer.pairs import Modules, Pair, Side, check_alive, check_knows, load_side
+from factor_transfer.report import say_paraphraser
 from factor_transfer.runs import Run
-from factor_transfer.seeds import part_seed, seeded
 from factor_transfer.tasks import DistillationTask, ParaphraserTask, TeacherSide
-from factor_transfer.terms import FactorTransfer, Labels, Reader, SoftTargets, Term
+from factor_transfer.terms import FactorTransfer, Labels, Reader, SoftTargets, Term, numbered
 from factor_transfer.train import Plan, Trainer
 from factor_transfer.views import Transform
-from factor_transfer.weights import load_paraphraser, load_weights, paraphraser_metadata
-
-POOR_RECONSTRUCTION = 0.8
-"""A paraphraser whose error is more than this share of a mean predictor's has learned little."""
+from factor_transfer.weights import load_weights, paraphraser_metadata
 
 SAMPLE = 64
 """Validation images on which the teacher's features are looked at, and an export is compared with its student."""
@@ -74,14 +71,15 @@ class Job:
         pair = Pair(self.load("teacher"), self.load("student"))
         first = state_fingerprint(pair.student.network.module.state_dict())
         self.run.pin("student", first, "--student has other first weights than when the run began")
-        for side in (pair.teacher, pair.student):
-            channels, *size = side.shape
-            pooled = "" if tuple(size) == pair.size else f", pooled to {pair.size[0]}x{pair.size[1]}"
-            feature = f"{channels} channels of {size[0]}x{size[1]}{pooled}"
-            say(f"{side.role}: {side.network.name}, layer {side.layer}, {feature}")
-        if pair.size == (1, 1):
-            warn("the maps meet at 1x1: factors say what and not where (try --teacher-layer, or a larger --img-size)")
-        kept = self.new_paraphraser(pair, self.config.paraphraser).factor_channels if self.config.beta else 0
+        for each in pair.each():
+            for side in (each.teacher, each.student):
+                channels, *size = side.shape
+                pooled = "" if tuple(size) == each.size else f", pooled to {each.size[0]}x{each.size[1]}"
+                feature = f"{channels} channels of {size[0]}x{size[1]}{pooled}"
+                say(f"{side.role}: {side.network.name}, layer {side.layer}, {feature}")
+            if each.size == (1, 1):
+                warn("the maps meet at 1x1: factors say what and not where (try another layer, or a larger --img-size)")
+        kept = [paraphraser.factor_channels for paraphraser in fresh_paraphrasers(self.config, pair)]
         self.objective = Objective(self.config, pair, kept, len(self.data.classes))
         self.views = self._choose_views()
         return pair
@@ -124,7 +122,8 @@ class Job:
             )
         fingerprint = state_fingerprint(side.network.module.state_dict())
         run.pin("teacher", fingerprint, "--teacher has other weights than when the run began")
-        check_alive(side, self.sample(SAMPLE))
+        for each in side.each():
+            check_alive(each, self.sample(SAMPLE))
         if config.kd_weight and not (config.teacher_epochs or side.network.knows_classes):
             raise ConfigError(f"--kd-weight {config.kd_weight:g}", found="a teacher without a head for these classes")
         knows = self.data.labelled and (bool(config.teacher_epochs) or side.network.knows_classes)
@@ -182,54 +181,46 @@ class Job:
 
     # -- stage 1: the paraphraser
 
-    def paraphraser(self, pair: Pair) -> Paraphraser | None:
-        """The trained paraphraser, given or trained here without labels; its error is measured either way. None, where
-        no factor is transferred."""
-        config, run = self.config, self.run
-        if not config.beta:
+    def paraphrasers(self, pair: Pair) -> list[Paraphraser | Straight]:
+        """One for each pair of layers; none, where no factor is transferred."""
+        if not self.config.beta:
             say("no factor transfer (--beta 0), so no paraphraser")
-            return None
-        found = run.recorded("paraphraser")
-        file = str(run.path("paraphraser.safetensors")) if found else config.paraphraser
-        paraphraser = self.new_paraphraser(pair, file)
+            return []
+        if self.config.paraphraser == "none":
+            say("no paraphraser: the factor is the teacher's feature map itself")
+            return fresh_paraphrasers(self.config, pair)
+        return [self._paraphraser(each, place) for place, each in enumerate(pair.each())]
+
+    def _paraphraser(self, pair: Pair, place: int) -> Paraphraser:
+        """The trained paraphraser, given or trained here without labels; its error is measured either way."""
+        config, run, name = self.config, self.run, numbered("paraphraser", place)
+        found = run.recorded(name)
+        given = given_paraphrasers(config, 1 + len(self._teacher.more))[place]
+        file = str(run.path(f"{name}.safetensors")) if found else given
+        paraphraser = new_paraphraser(config, pair, file, place)
+        assert isinstance(paraphraser, Paraphraser)
         if config.paraphraser is not None and found is None:
             run.pin(
-                "paraphraser",
+                name,
                 state_fingerprint(paraphraser.state_dict()),
                 "--paraphraser holds other weights than when the run began",
             )
         if found is None:
             teacher = self._teacher_side(pair)
-            training = self._train_paraphraser(paraphraser, teacher) if file is None else {"seconds": 0.0}
+            training = self._train_paraphraser(name, paraphraser, teacher) if file is None else {"seconds": 0.0}
             quality = evaluate_paraphraser(
                 paraphraser, teacher, self.data.validation, self.engine, batch_size=config.batch_size
             )
-            self._check_unchanged("paraphraser", teacher)
-            run.save_weights("paraphraser", paraphraser.state_dict(), paraphraser_metadata(paraphraser))
-            found = run.record("paraphraser", {**quality, **training})
-        say(f"paraphraser: its reconstruction error is {found['relative_error']:.3f} of a mean predictor's")
-        if found.get("factor_variety", 1.0) < DEAD:
-            share = f"{found['factor_variety']:.1e} of the variety of the teacher's maps"
-            warn(
-                f"the paraphraser is collapsed: its factor is nearly the same for every image ({share}), so it teaches "
-                "nothing: try a lower --paraphraser-lr, more --paraphraser-epochs or more --k"
-            )
-        elif found["relative_error"] > POOR_RECONSTRUCTION:
-            warn("the paraphraser learned little: try more --paraphraser-epochs, another --paraphraser-lr or more --k")
+            self._check_unchanged(name, teacher)
+            run.save_weights(name, paraphraser.state_dict(), paraphraser_metadata(paraphraser))
+            found = run.record(name, {**quality, **training})
+        say_paraphraser(name, found)
         return paraphraser
 
-    def new_paraphraser(self, pair: Pair, file: str | None) -> Paraphraser:
-        """From a file, or with fresh weights, which belong to --data-seed."""
-        channels, config = pair.teacher.shape[0], self.config
-        if file is not None:
-            return load_paraphraser(file, channels=channels, k=config.k, batch_norm=config.factor_batch_norm)
-        with seeded(part_seed(config.data_seed, "paraphraser")):
-            return Paraphraser(channels, factor_channels(channels, config.k), config.factor_batch_norm)
-
-    def _train_paraphraser(self, paraphraser: Paraphraser, teacher: nn.Module) -> dict[str, float]:
+    def _train_paraphraser(self, stage: str, paraphraser: Paraphraser, teacher: nn.Module) -> dict[str, float]:
         config = self.config
         plan = Plan(
-            stage="paraphraser",
+            stage=stage,
             epochs=config.paraphraser_epochs,
             lr=config.paraphraser_lr,
             seed=config.data_seed,
@@ -241,8 +232,8 @@ class Job:
 
     # -- stages 2 and 3: the student, and the student alone
 
-    def student(self, pair: Pair, paraphraser: Paraphraser | None) -> Side:
-        """The student, by the terms that the settings name: by Factor Transfer, if there is a paraphraser."""
+    def student(self, pair: Pair, paraphrasers: Sequence[Paraphraser | Straight]) -> Side:
+        """The student, by the terms that the settings name: by Factor Transfer, if there are paraphrasers."""
         found = {**self.objective.record, "views": self.views}
         for line in self.objective.lines():
             say(line)
@@ -250,11 +241,11 @@ class Job:
             say("student: nothing trains a head, so it is not measured: what it has learned are features")
         if self.objective.hint_epochs:
             self._hint(pair)
-        terms, readers = self.objective.terms, self.objective.readers
-        teacher = self._teacher_side(pair, paraphraser, readers)
-        shown = self._cached(teacher, pair, paraphraser) if self.views and self.objective.outputs else teacher
+        readers = self.objective.readers(paraphrasers)
+        teacher = self._teacher_side(pair, next(iter(paraphrasers), None), readers)
+        shown = self._cached(teacher, pair, paraphrasers) if self.views and self.objective.outputs else teacher
         try:
-            return self._student("student", pair.student, terms, shown, found)
+            return self._student("student", pair.student, self.objective.terms, shown, found)
         finally:
             if isinstance(shown, CachedTeacher):
                 shown.cache.close()
@@ -276,7 +267,7 @@ class Job:
         self.run.record("hint", training)
 
     def _cached(
-        self, live: FrozenTeacher, pair: Pair, paraphraser: Paraphraser | None
+        self, live: FrozenTeacher, pair: Pair, paraphrasers: Sequence[Paraphraser | Straight]
     ) -> FrozenTeacher | CachedTeacher:
         """The live teacher behind the factor cache; alone where a term's output, or its folder, cannot take it."""
         network, outputs = pair.teacher.network, self.objective.outputs
@@ -289,12 +280,15 @@ class Job:
             "teacher": state_fingerprint(network.module.state_dict()),
             "teacher layer": pair.teacher.layer,
             "teacher normalisation": [network.mean, network.std, network.size],
-            "paraphraser": None if paraphraser is None else state_fingerprint(paraphraser.state_dict()),
+            "paraphraser": state_fingerprint(paraphrasers[0].state_dict()) if paraphrasers else None,
             "images": self.data.fingerprint,
             "precision": self.engine.describe()["precision"],
         }
-        if self.objective.readers:
-            identity["other layers"] = {name: reader.layer for name, reader in self.objective.readers.items()}
+        readers = self.objective.readers(paraphrasers)
+        if readers:
+            identity["other layers"] = {
+                name: [reader.layer, state_fingerprint(reader.state_dict())] for name, reader in readers.items()
+            }
         try:
             cache = FactorCache(cache_folder(self.config.cache_dir), identity, shapes, len(self.data.train), self.views)
         except OSError as error:
@@ -358,7 +352,8 @@ class Job:
         network.module.load_state_dict(trained.student.module.state_dict())
         for term in trained.terms.values():
             if isinstance(term, FactorTransfer):  # no part of the student, but the report shows its factors
-                self.run.save_weights("translator", term.translator.state_dict(), {"format": "pt"})
+                name = numbered("translator", term.place)
+                self.run.save_weights(name, term.translator.state_dict(), {"format": "pt"})
         self.run.save_weights(plan.stage, network.module.state_dict(), {"format": "pt"})
         return training
 
@@ -378,7 +373,11 @@ class Job:
         )
 
     def _teacher_side(
-        self, pair: Pair, paraphraser: Paraphraser | None = None, readers: Mapping[str, Reader] | None = None
+        self,
+        pair: Pair,
+        paraphraser: Paraphraser | Straight | None = None,
+        readers: Mapping[str, Reader] | None = None,
     ) -> FrozenTeacher:
-        side = TeacherSide(self._folding.network, pair.teacher.network.norm, pair.size, paraphraser, readers)
+        tapped = Tapped(self._folding.network.module, pair.teacher.layer, also=self.objective.teacher_layers)
+        side = TeacherSide(tapped, pair.teacher.network.norm, pair.size, paraphraser, readers)
         return self.engine.place(FrozenTeacher(side))

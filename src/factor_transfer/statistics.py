@@ -124,16 +124,14 @@ def gap_closed(method: Scores, alone: Scores, teacher: float) -> Gap | None:
     >>> round(found.closed, 3), round(found.low, 3), round(found.high, 3)
     (0.464, 0.327, 0.611)
     """
-    lead = paired(dict.fromkeys(alone, teacher), alone)
     seeds = sorted(method.keys() & alone.keys())
-    if lead is None or lead.low is None or lead.low <= 0 or len(seeds) < 2:
+    lead = paired(dict.fromkeys(seeds, teacher), alone)
+    if lead is None or lead.low is None or lead.low <= 0:
         return None
     x = np.array([method[seed] - alone[seed] for seed in seeds])
     y = np.array([teacher - alone[seed] for seed in seeds])
     (xx, xy), (_, yy) = np.cov(x, y) * _t(len(seeds)) ** 2 / len(seeds)
-    a, b, c = y.mean() ** 2 - yy, x.mean() * y.mean() - xy, x.mean() ** 2 - xx
-    if a <= 0:  # over the seeds that both have, the lead is no longer beyond its interval
-        return None
+    a, b, c = y.mean() ** 2 - yy, x.mean() * y.mean() - xy, x.mean() ** 2 - xx  # a > 0, since the lead's interval is
     half = math.sqrt(max(b * b - a * c, 0.0))
     return Gap(float(x.mean() / y.mean()), float((b - half) / a), float((b + half) / a))
 

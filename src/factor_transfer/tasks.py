@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from factor_transfer.features import Logits, Tapped, align
 from factor_transfer.health import DEAD
-from factor_transfer.method import Paraphraser, reconstruction_loss
+from factor_transfer.method import Paraphraser, Straight, reconstruction_loss
 from factor_transfer.terms import Labels, Reader, StudentOutputs, Term
 
 Result = dict[str, Any]
@@ -39,7 +39,7 @@ class TeacherSide(nn.Module):
         network: Tapped,
         norm: nn.Module,
         size: tuple[int, int],
-        paraphraser: Paraphraser | None = None,
+        paraphraser: Paraphraser | Straight | None = None,
         readers: Mapping[str, Reader] | None = None,
     ) -> None:
         super().__init__()
@@ -113,11 +113,11 @@ class DistillationTask(TrainingTask):  # type: ignore[misc] # timm ships no type
 
     def troubles(self, means: dict[str, float]) -> list[str]:
         """What a user should know of a pass with these mean values."""
-        if means.get("factor_variety", 1.0) >= DEAD:
-            return []
-        share = f"{means['factor_variety']:.1e} of the variety of the factors it should follow"
+        dead = [value for name, value in means.items() if name.startswith("factor_variety") and value < DEAD]
         return [
-            f"the translator is dead: its output is nearly the same for every image ({share}); lower --lr or --beta"
+            f"the translator is dead: its output is nearly the same for every image ({value:.1e} of the variety of the "
+            "factors it should follow); lower --lr or --beta"
+            for value in dead
         ]
 
     def trained(self) -> Trainee:

@@ -10,7 +10,7 @@ Shapes: B samples, C channels, K factor channels, H x W the feature map, N class
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,16 @@ from torch import Tensor, nn
 
 from factor_transfer.features import align
 from factor_transfer.health import relative_variety
-from factor_transfer.method import Translator, factor_transfer_loss
+from factor_transfer.method import Paraphraser, Straight, factor_transfer_loss
+
+
+def numbered(name: str, place: int) -> str:
+    """What belongs to the pair of layers at `place`; the first has the plain name.
+
+    >>> numbered("factor", 0), numbered("factor", 1)
+    ('factor', 'factor_1')
+    """
+    return f"{name}_{place}" if place else name
 
 
 class StudentOutputs(NamedTuple):
@@ -50,10 +59,14 @@ class Reader(nn.Module):
         return align(feature, self.size)
 
 
+SAMPLE = 32
+"""Samples of a batch that tell whether a factor varies."""
+
+
 class Term(nn.Module):
     """One summand of the student's loss. Parameters that it owns are trained with the student."""
 
-    name: ClassVar[str]
+    name: str
     needs: frozenset[str] = frozenset()
     """Teacher outputs that the term reads: `logits`, `factor`, and those of its `readers`. A task whose terms need none
     runs no teacher."""
@@ -121,25 +134,49 @@ class FactorTransfer(Term):
         translator: from the student's channels to the factor's.
         beta: weight.
         p: norm of the difference.
+        layer: of the student, where it is not the student's own.
+        place: of its pair of layers, where there are several.
     """
 
-    name = "factor_transfer"
-    needs = frozenset({"factor"})
-
-    def __init__(self, translator: Translator, beta: float, p: float = 1) -> None:
+    def __init__(
+        self, translator: nn.Module, beta: float, p: float = 1, layer: str | None = None, place: int = 0
+    ) -> None:
         super().__init__()
-        self.translator, self.beta, self.p = translator, beta, p
+        self.translator, self.beta, self.p, self.place = translator, beta, p, place
+        self.name, self.factor = numbered("factor_transfer", place), numbered("factor", place)
+        self.needs = frozenset({self.factor})
+        self.taps = (layer,) if layer is not None else ()
 
     def forward(self, student: StudentOutputs, teacher: dict[str, Tensor], labels: Tensor) -> Tensor:
         """Pools the student's map to the factor's height and width where it is the larger one."""
-        factor = teacher["factor"]
-        translated = self.translator(align(student.feature, (factor.shape[-2], factor.shape[-1])))
-        self._variety = relative_variety(translated.detach(), factor)
+        factor = teacher[self.factor]
+        feature = student.maps[self.taps[0]] if self.taps else student.feature
+        translated = self.translator(align(feature, (factor.shape[-2], factor.shape[-1])))
+        self._variety = relative_variety(translated[:SAMPLE].detach(), factor[:SAMPLE])
         return self.beta * factor_transfer_loss(translated, factor, self.p)
 
     def seen(self) -> dict[str, Tensor]:
         """How much the translator's output varies over a batch, as a share of how much the factors do."""
-        return {"factor_variety": self._variety}
+        return {numbered("factor_variety", self.place): self._variety}
+
+
+class Encoded(Reader):
+    """The teacher's factor of a further pair of layers, (B, K, H, W).
+
+    Args:
+        layer: the teacher's.
+        size: height and width (H, W) of the factor.
+        paraphraser: trained.
+    """
+
+    def __init__(self, layer: str, size: tuple[int, int], paraphraser: Paraphraser | Straight) -> None:
+        super().__init__(layer, size)
+        self.paraphraser = paraphraser
+        self.shape = (paraphraser.factor_channels, *size)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, K, *size)."""
+        return self.paraphraser.encode(align(feature, self.size))
 
 
 class Group(NamedTuple):

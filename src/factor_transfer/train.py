@@ -131,6 +131,7 @@ class Trainer:
         self.module: nn.Module = task.get_trainable_module()
         if plan.average:
             task.setup_ema(decay=config.model_ema_decay, use_warmup=True)
+        self._collect()
         self.optimizer, self.scheduler = optimizer_and_schedule(self.module, plan, config, self.steps)
         self.progress = self._restore()
 
@@ -145,6 +146,7 @@ class Trainer:
             TrainingError: too many steps in a row were not finite; the last good checkpoint is kept.
         """
         self.task.trainable_module = self.engine.wrap(self.module)
+        self._collect()
         with stop_signals() as stop:
             while self.progress.epoch < self.plan.epochs:
                 self._pass(stop)
@@ -152,6 +154,10 @@ class Trainer:
                 self._leave(self.engine.largest(stop.signum))
         self.task.trainable_module = self.module
         return self.progress
+
+    def _collect(self) -> None:
+        """Walk over the module's tensors once, and not in every step."""
+        self._weights, self._buffers = list(self.module.parameters()), list(self.module.buffers())
 
     def _pass(self, stop: StopRequest) -> None:
         """The rest of the pass under way."""
@@ -192,20 +198,20 @@ class Trainer:
         images, labels = batch.image.to(engine.device), batch.label.to(engine.device)
 
         def forward() -> dict[str, Any]:
-            torch.manual_seed(part_seed(self.plan.seed, "noise", self.plan.stage, update, engine.rank))
+            engine.seed_noise(part_seed(self.plan.seed, "noise", self.plan.stage, update, engine.rank))
             with engine.autocast():
                 found: dict[str, Any] = task(images, labels, batch.index, view)
             return found
 
-        buffers = [buffer.clone() for buffer in self.module.buffers()]
+        buffers = [buffer.clone() for buffer in self._buffers]
         result = forward()
         share = len(labels) / size
         self.optimizer.zero_grad(set_to_none=True)
         # Gradients are averaged over processes, and the parts of one batch can differ in size.
         (result["loss"] * (share * engine.processes)).backward()
-        norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        norm = nn.utils.get_total_norm([weight.grad for weight in self._weights if weight.grad is not None])
         if self.config.clip_grad is not None:
-            nn.utils.clip_grads_with_norm_(self.module.parameters(), self.config.clip_grad, norm)
+            nn.utils.clip_grads_with_norm_(self._weights, self.config.clip_grad, norm)
         values = {name: value.detach() for name, value in result.items() if name != "output"} | {"gradient_norm": norm}
         if result["output"] is not None:
             values["train_top1"] = 100 * (result["output"].detach().argmax(1) == labels).float().mean()
@@ -214,7 +220,7 @@ class Trainer:
         # Sums over processes and the averaged gradient: all processes decide alike.
         if not (math.isfinite(means["loss"]) and norm.isfinite()):
             self._skip(means, forward)
-            for buffer, value in zip(self.module.buffers(), buffers, strict=True):
+            for buffer, value in zip(self._buffers, buffers, strict=True):
                 buffer.copy_(value)
             self.scheduler.step_update(update + 1)
             return None

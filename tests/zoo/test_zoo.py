@@ -274,6 +274,15 @@ def test_grad_checkpointing__same_gradients_less_kept(name: str) -> None:
 # -- option A and memory format
 
 
+def test_pad_shortcut__the_gradient_keeps_the_layout_of_the_map() -> None:
+    x = torch.randn(2, 4, 7, 7).to(memory_format=torch.channels_last).requires_grad_()
+    (gradient,) = torch.autograd.grad(PadShortcut(4, 6, 2)(x).square().sum(), x)
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
+    expected = torch.zeros_like(x)
+    expected[:, :, ::2, ::2] = 2 * x[:, :, ::2, ::2]
+    assert gradient.equal(expected)
+
+
 def test_pad_shortcut__every_second_pixel_between_zeros() -> None:
     x = images(size=5, channels=2)
     out = PadShortcut(2, 5, 2)(x)
