@@ -23,6 +23,23 @@ FLAGS = [
 ]  # fmt: skip
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
+PAPER = 718
+"""A4 less Chromium's own margins, in CSS pixels."""
+
+OVERFLOWING = """
+[...document.querySelectorAll('main *')].filter(each =>
+  each.getBoundingClientRect().right > innerWidth + 1 && !each.closest('.scroll') && !each.closest('svg')
+).map(each => each.outerHTML.slice(0, 100))
+"""
+UNDRAWN = """
+[...document.querySelectorAll('svg[role=img]')].filter(svg => {
+  const marks = svg.querySelectorAll('.mark, polyline, .dot, .bar, .heat');
+  const drawn = [...marks].some(mark => { const box = mark.getBBox(); return box.width + box.height > 0; });
+  return !drawn || /NaN|undefined|Infinity/.test(svg.outerHTML) || !svg.querySelector('title').textContent
+    || !svg.querySelector('desc').textContent || svg.getBoundingClientRect().width < 200;
+}).map(svg => svg.outerHTML.slice(0, 200))
+"""
+
 
 class Page:
     """One tab. `errors` and `requests` are what it logged and asked for since it was opened."""
@@ -115,3 +132,24 @@ def browser() -> Iterator[Page]:
         finally:
             process.terminate()
             process.wait(timeout=30)
+
+
+def check(page: Page, file: Path) -> None:
+    """Opened, silent, whole, and without overflow at every width and in both schemes."""
+    page.open(file)
+    for width in (360, 1400):
+        for dark in (False, True):
+            page.show(width, dark=dark)
+            assert page.run("document.documentElement.scrollWidth") <= width
+            assert page.run(OVERFLOWING) == []
+            assert page.run(UNDRAWN) == []
+            background = page.run("getComputedStyle(document.body).backgroundColor")
+            assert (background == "rgb(255, 255, 255)") != dark
+    page.show(PAPER, paper=True)
+    assert page.run("[...document.querySelectorAll('table')].map(each => each.scrollWidth)"
+                    f".filter(width => width > {PAPER})") == [], "nobody can scroll on paper"  # fmt: skip
+    assert page.run("document.querySelectorAll('svg[role=img]').length") >= 3
+    assert page.run("[...document.images].filter(each => !each.naturalWidth).length") == 0
+    assert page.errors == []
+    assert [url for url in page.requests if not url.startswith("data:")] == [file.resolve().as_uri()]
+    assert page.pdf().startswith(b"%PDF")

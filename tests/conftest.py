@@ -7,12 +7,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+
+if TYPE_CHECKING:
+    from browser import Page
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # the networks here are so small that a second thread costs more than it gives
@@ -41,6 +45,17 @@ def shared() -> Path:
 def golden(shared: Path) -> dict[str, torch.Tensor]:
     """Numbers computed with the authors' own modules."""
     return load_file(shared / "golden" / "reference.safetensors")
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    """A page of real headless Chromium."""
+    import browser
+
+    if browser.CHROMIUM is None:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    with browser.browser() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")

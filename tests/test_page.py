@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-import browser
-from browser import Page
+from browser import Page, check
 from factor_transfer import distill
 from factor_transfer.cli import app
 from factor_transfer.comparison import comparison_values, runs_in, write_comparison
@@ -28,20 +27,6 @@ HOSTILE = ("<img src=x onerror=alert(1)>", "<script>alert(1)<", "قطة")
 SCRIPT = "<script>alert(1)</script>"
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 4, 8)}
 
-OVERFLOWING = """
-[...document.querySelectorAll('main *')].filter(each =>
-  each.getBoundingClientRect().right > innerWidth + 1 && !each.closest('.scroll') && !each.closest('svg')
-).map(each => each.outerHTML.slice(0, 100))
-"""
-UNDRAWN = """
-[...document.querySelectorAll('svg[role=img]')].filter(svg => {
-  const marks = svg.querySelectorAll('.mark, polyline, .dot, .bar, .heat');
-  const drawn = [...marks].some(mark => { const box = mark.getBBox(); return box.width + box.height > 0; });
-  return !drawn || /NaN|undefined|Infinity/.test(svg.outerHTML) || !svg.querySelector('title').textContent
-    || !svg.querySelector('desc').textContent || svg.getBoundingClientRect().width < 200;
-}).map(svg => svg.outerHTML.slice(0, 200))
-"""
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, image_folder: Callable[..., Path]) -> Path:
@@ -55,32 +40,6 @@ def run(tmp_path_factory: pytest.TempPathFactory, image_folder: Callable[..., Pa
     more = {"paraphraser_epochs": 1, "baseline": True, "device": "cpu", "threads": 1, "lr": 0.05}
     distill("cifar_resnet20", "cifar_resnet20", data, out=out, **settings, **more)
     return out
-
-
-@pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
-    if browser.CHROMIUM is None:
-        pytest.skip("no Chromium here: apt-get install chromium")
-    with browser.browser() as opened:
-        yield opened
-
-
-def check(page: Page, file: Path) -> None:
-    """Opened, silent, whole, and without overflow at every width and in both schemes."""
-    page.open(file)
-    for width in (360, 1400):
-        for dark in (False, True):
-            page.show(width, dark=dark)
-            assert page.run("document.documentElement.scrollWidth") <= width
-            assert page.run(OVERFLOWING) == []
-            assert page.run(UNDRAWN) == []
-            background = page.run("getComputedStyle(document.body).backgroundColor")
-            assert (background == "rgb(255, 255, 255)") != dark
-    assert page.run("document.querySelectorAll('svg[role=img]').length") >= 3
-    assert page.run("[...document.images].filter(each => !each.naturalWidth).length") == 0
-    assert page.errors == []
-    assert [url for url in page.requests if not url.startswith("data:")] == [file.resolve().as_uri()]
-    assert page.pdf().startswith(b"%PDF")
 
 
 def test_report__is_made_at_the_end_of_a_run_and_drawn_in_a_browser(run: Path, page: Page) -> None:

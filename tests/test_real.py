@@ -1,4 +1,4 @@
-"""The shared teachers on all 10,000 real validation images, in float32: data, normalisation, weights, evaluation."""
+"""Real images and the shared teachers: data, normalisation, weights, evaluation, and the report of a run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+from browser import Page, check
+from factor_transfer import distill
 from factor_transfer.config import DataConfig
 from factor_transfer.data import Dataset, open_data
 from factor_transfer.engine import Engine
@@ -38,3 +40,22 @@ def test_evaluate__gives_the_shared_teachers_accuracy(cifar10: Dataset, shared: 
     found = evaluate(classifier, cifar10.validation, Engine("cpu"), batch_size=250, precise=True)
     print(file, found)
     assert found["top1"] == pytest.approx(top1, abs=0.05)
+
+
+def test_report__of_a_real_run_is_drawn_in_a_browser(shared: Path, page: Page, tmp_path: Path) -> None:
+    """Short, and on few of the training images; all else is as in a long one."""
+    weights = shared / "checkpoints" / "resnet56-cifar10-jpeg.safetensors"
+    result = distill(
+        "cifar_resnet56", "cifar_resnet20", shared / "cifar10-jpeg", teacher_weights=str(weights), baseline=True,
+        train_images=2000, batch_size=64, epochs=2, paraphraser_epochs=1, device="cpu", threads=1, out=tmp_path / "run",
+    )  # fmt: skip
+    assert result.summary["teacher"]["top1"] == pytest.approx(89.96, abs=0.05)
+    check(page, tmp_path / "run" / "report.html")
+    assert not page.run("document.querySelector('.missing')")
+    drawn = page.run("[...document.querySelectorAll('svg[role=img]')].length")
+    titles = page.run("[...document.querySelectorAll('.plot figcaption')].map(each => each.textContent)")
+    assert len(titles) == drawn >= 6
+    for wanted in ("Accuracy against latency", "Accuracy against size", "Reconstruction error by place"):
+        assert any(wanted in title for title in titles), titles
+    assert page.run("document.images.length") >= 30, "examples, maps, factors and disagreements"
+    assert page.run("document.querySelectorAll('#classes ~ .scroll table')[0].tBodies[0].rows.length") == 10

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from factor_transfer.files import write_atomic
 from factor_transfer.finished import ROLES
-from factor_transfer.page import repeat_command
+from factor_transfer.page import rendered, repeat_command
 from factor_transfer.report import label
 
 USE = """import numpy as np, onnxruntime
@@ -58,14 +57,7 @@ def write_card(path: Path, summary: Mapping[str, Any], exports: Mapping[str, Any
         "front": yaml.safe_dump(_front(summary, said), sort_keys=False, allow_unicode=True),
         **{name: said.get(name) for name in ("license", "data_license", "teacher_license", "intended")},
     }
-    made = Environment(
-        loader=PackageLoader("factor_transfer"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
-    text = made.get_template("card.md.jinja").render(values)
+    text = rendered("card.md.jinja", values)
     write_atomic(path, text)
     if "timm" in forms:
         write_atomic(path.parent / "timm" / "README.md", text.replace('"local-dir:timm"', '"local-dir:FOLDER"'))

@@ -23,7 +23,7 @@ from factor_transfer.findings import findings
 from factor_transfer.finished import ROLES
 from factor_transfer.pairs import Modules
 from factor_transfer.plots import Point, bars, dumbbell, heat, lines, scatter
-from factor_transfer.report import LABELS, label, verdict
+from factor_transfer.report import LABELS, STAGES, label, verdict
 from factor_transfer.runs import Run, saved_summary
 
 KINDS = {"teacher": "teacher", "baseline": "alone", "student": "student"}
@@ -79,6 +79,7 @@ def report_values(folder: Path, found: Mapping[str, Any]) -> dict[str, Any]:
         "exports": exports,
         "latency": _latency_rows(exports),
         "curves": _curves(run, summary),
+        "trained": [(stage, summary["seconds"][stage]) for stage in STAGES if summary["seconds"].get(stage, 0) >= 0.5],
         "reconstruction": _reconstruction(found.get("reconstruction")),
         "examples": found.get("examples", []),
         "similarity": _mean_similarity(found),
@@ -321,12 +322,13 @@ def _settings(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def rendered(template: str, values: Mapping[str, Any]) -> str:
-    """A page; every value is escaped but the plots, which escape their own."""
+    """A file from a template; in HTML every value is escaped but the plots, which escape their own."""
     made = Environment(
         loader=PackageLoader("factor_transfer"),
-        autoescape=True,
+        autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    return made.get_template(template).render(version=version("factor-transfer"), **values)
+    return made.get_template(template).render({"version": version("factor-transfer"), **values})
