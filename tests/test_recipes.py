@@ -22,9 +22,9 @@ from factor_transfer.engine import Engine
 from factor_transfer.files import state_fingerprint
 from factor_transfer.models import load_network
 from factor_transfer.runs import environment, open_run
+from factor_transfer.schedule import Plan, optimizer_and_schedule
 from factor_transfer.settings import RECIPES, recipes
 from factor_transfer.stages import Job
-from factor_transfer.train import Plan, optimizer_and_schedule
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
