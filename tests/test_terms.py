@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import factor_transfer.zoo  # noqa: F401
 from factor_transfer import distill
 from factor_transfer.config import Config, flag
+from factor_transfer.doctor import diagnose
 from factor_transfer.errors import ConfigError, Interrupted, ModelError
 from factor_transfer.features import find_groups
 from factor_transfer.methods import METHODS, method_of, settings_of
@@ -267,6 +268,17 @@ def test_hint__is_learned_first_by_the_lower_half_alone(
         patch.setattr(Trainer, "_leave", stop)
         with pytest.raises(Interrupted):
             run(settings, tmp_path / "stopped")
+    fit = Trainer.fit
+
+    def stop_between(self: Trainer) -> Any:
+        if self.plan.stage == "student":
+            raise Interrupted(15)
+        return fit(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "fit", stop_between)
+        with pytest.raises(Interrupted):
+            run(settings, tmp_path / "stopped")
     again, _, rows = run(settings, tmp_path / "stopped")
     assert [row["hint"] for row in rows if row["stage"] == "hint"] == losses
     assert again == whole
@@ -409,3 +421,22 @@ def test_methods_page__shows_the_example_and_every_method() -> None:
     assert example[example.index("import") :] in page
     assert all(f"`{name}`" in page for name in METHODS)
     assert len(example.splitlines()) < 50
+
+
+def test_doctor__looks_at_every_term(taught: dict[str, Any]) -> None:
+    """With no factor, with two, and with terms that read other layers."""
+    names: dict[str, Any] = {"data": "digits", "teacher": "cifar_resnet20", "student": "cifar_resnet20_b"}
+
+    def tables(**settings: Any) -> dict[str, dict[str, str]]:
+        found = diagnose(Config(**{**names, **taught, **settings}))
+        assert found.code < 2, found.findings
+        return {title: {str(row[0]): str(row[1]) for row in rows} for title, _, rows in found.tables}
+
+    shown = tables(**{**settings_of("at+kd", {}), "hint_weight": 1.0})
+    assert set(shown["losses on one batch"]) == {"cross entropy", "soft targets", "attention transfer", "hint"}
+    assert "attention transfer + hints + knowledge distillation" in shown
+    shown = tables(teacher_layer="layer3,layer2", student_layer="layer3,layer1", paraphraser="none")
+    assert set(shown["losses on one batch"]) == {"cross entropy", "factor transfer", "factor transfer 1"}
+    assert shown["factor transfer"]["shapes"] == "16x4x4 -> 16x4x4 <- translator <- 4x8x8"
+    tokens = {"student": "test_vit", "student_args": {"patch_size": 2}}
+    assert set(tables(**tokens)["losses on one batch"]) == {"cross entropy", "factor transfer"}  # the map is a view
