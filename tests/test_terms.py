@@ -21,11 +21,13 @@ from factor_transfer.config import Config, flag
 from factor_transfer.doctor import diagnose
 from factor_transfer.errors import ConfigError, Interrupted, ModelError
 from factor_transfer.features import find_groups
+from factor_transfer.method import Paraphraser
 from factor_transfer.methods import METHODS, method_of, settings_of
 from factor_transfer.models import load_network
-from factor_transfer.objective import Objective, groups_of, new_paraphraser
+from factor_transfer.objective import Objective, groups_of
 from factor_transfer.pairs import Pair, load_side
-from factor_transfer.terms import AttentionTransfer, Group, Hint, SoftTargets, StudentOutputs, attention
+from factor_transfer.seeds import part_seed, seeded
+from factor_transfer.terms import AttentionTransfer, FactorTransfer, Group, Hint, SoftTargets, StudentOutputs, attention
 from factor_transfer.train import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -344,6 +346,20 @@ def test_layers__have_a_paraphraser_and_a_translator_each(
     assert same == live
 
 
+def test_layers__share_the_factor_term() -> None:
+    """Each has the beta of its own elements, and the term is their mean."""
+    config = Config(
+        data="digits", teacher="cifar_resnet20", student="cifar_resnet20_b",
+        teacher_layer="layer3,layer2", student_layer="layer3,layer2",
+    )  # fmt: skip
+    pair = Pair(load_side("teacher", config, 10, 32), load_side("student", config, 10, 32))
+    objective = Objective(config, pair, [32, 16], 10)
+    weights = [term.beta for term in objective.terms if isinstance(term, FactorTransfer)]
+    assert weights == pytest.approx([500 / 2, 500 * 2**0.5 / 2])  # 32x8x8 elements, and 16x16x16
+    assert [pair["weight"] for pair in objective.layers()["pairs"]] == weights
+    assert objective.outputs == {"factor": (32, 8, 8), "factor_1": (16, 16, 16)}
+
+
 def test_layers__that_cannot_be_paired_are_told(taught: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="2 of the teacher, 0 of the student"):
         run({**taught, "teacher_layer": "layer2,layer3"}, tmp_path / "a")
@@ -367,9 +383,8 @@ def test_ablations__change_what_they_say(
 
     drawn, _, rows = run({**taught, "paraphraser_epochs": 0}, tmp_path / "drawn")
     assert {row["stage"] for row in rows} == {"student"}
-    config = Config(data="digits", teacher="cifar_resnet20", student="cifar_resnet20_b", **taught)
-    pair = Pair(load_side("teacher", config, 10, 8), load_side("student", config, 10, 8))
-    fresh = new_paraphraser(config, pair, None).state_dict()
+    with seeded(part_seed(0, "paraphraser")):
+        fresh = Paraphraser(32, 16).state_dict()
     torch.testing.assert_close(load_file(tmp_path / "drawn" / "paraphraser.safetensors"), dict(fresh), rtol=0, atol=0)
 
     bare, _, rows = run({**taught, "k": 0.25, "translator": "none"}, tmp_path / "bare")
