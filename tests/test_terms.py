@@ -173,6 +173,7 @@ def test_groups_of__refuses_what_cannot_be_paired() -> None:
 
     config, networks = pair(32)
     assert Objective(config, networks, [], 10).record["at_weight"] == pytest.approx(1000)  # the authors' program
+    assert Objective(*pair(8), [], 10).record["at_weight"] == pytest.approx(62.5)  # 8x8, 4x4 and 2x2: the same bound
     assert [group[:2] for group in groups_of(*pair())] == [(f"layer{n}", f"layer{n}") for n in (1, 2, 3)]
     (group,) = groups_of(*pair(teacher_groups="layer1", student_groups="layer2"))
     assert group == Group("layer1", "layer2", (16, 32), (8, 8))
@@ -298,7 +299,7 @@ def test_terms__are_cached_where_they_can_be(
     twice, _, _ = run(caching, tmp_path / "twice")
     assert once == twice
     _, _, live = run({**caching, "views": 0}, tmp_path / "live", data_seed=0)
-    assert rows[0]["attention_transfer"] == pytest.approx(live[0]["attention_transfer"], rel=1e-3)
+    assert rows[0]["attention_transfer"] == pytest.approx(live[0]["attention_transfer"], rel=1e-2)
     capsys.readouterr()
     run({**caching, "hint_weight": 1.0}, tmp_path / "hint")
     assert "no factor cache: hint is too large; the teacher stays live" in " ".join(capsys.readouterr().err.split())
