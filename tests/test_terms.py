@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,16 @@ def test_groups_of__refuses_what_cannot_be_paired() -> None:
     assert group == Group("layer1", "layer2", (16, 32), (8, 8))
     with pytest.raises(ConfigError, match="2 of the teacher, 3 of the student"):
         groups_of(*pair(teacher_groups="layer1,layer2"))
+    config, networks = pair(4)
+    tiny = nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.Flatten(), nn.LazyLinear(10))  # its map has one place
+    tiny(torch.zeros(2, 3, 4, 4))
+    with pytest.raises(
+        ConfigError, match=r"--student-groups \(none found\)\n  found: 2 of the teacher, 0 of the student"
+    ):
+        groups_of(
+            config,
+            Pair(networks.teacher, replace(networks.student, network=replace(networks.student.network, module=tiny))),
+        )
     with pytest.raises(ModelError, match=r"--teacher-groups layer9\n  found: no submodule of that name"):
         groups_of(*pair(teacher_groups="layer9", student_groups="layer1"))
     with pytest.raises(ModelError, match=r"--teacher-groups global_pool\n  found: an output of shape \(2, 64\)"):
