@@ -40,6 +40,6 @@ def test_quickstart__works_word_for_word_in_a_fresh_environment(tmp_path: Path) 
     exports = json.loads((run / "export/exports.json").read_text())
     assert [row["format"] for row in exports["formats"]] == ["pt2", "onnx", "onnx-int8", "safetensors", "timm"]
     assert exports["failed"] == {}
-    named = re.findall(r"^digits/(\d)\.png\s+(\d)", done.stdout, re.MULTILINE)
+    named = re.findall(r"^digits/(\d)\.png: (\d)", done.stdout, re.MULTILINE)
     assert len(named) == 10, done.stdout
     assert sum(digit == answer for digit, answer in named) >= 8, named
