@@ -6,8 +6,9 @@ Shapes: B samples, C channels, H x W the map, N tokens.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -338,7 +339,8 @@ def watching(module: nn.Module, keep: Callable[[Any], None]) -> Iterator[None]:
     """Give `keep` what a module returns, inside the block."""
     handle = module.register_forward_hook(lambda _module, _inputs, output: keep(output))
     try:
-        yield
+        with _uncompiled():
+            yield
     finally:
         handle.remove()
 
@@ -352,10 +354,18 @@ def _watching_all(module: nn.Module, flow: list[tuple[str, Any]]) -> Iterator[No
         if name and not isinstance(part, (nn.Identity, *POOLS))
     ]
     try:
-        yield
+        with _uncompiled():
+            yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """What `torch.compile` has made of a module before knows of no hook that came later: inside, it runs as written."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes a second
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return] # torch's own
 
 
 @contextmanager
