@@ -28,7 +28,7 @@ from factor_transfer.runs import environment
 
 RESULT = Path(__file__).parent.parent / "results" / "soak.json"
 WORK = Path("runs/soak")
-FLAT = {"resident_mb": 0.01, "open_files": 0.0, "threads": 0.0, "python_threads": 0.0}
+FLAT = {"resident_mb": 0.01, "anonymous_mb": 0.01, "open_files": 0.0, "threads": 0.0, "python_threads": 0.0}
 """The largest growth by a run that is called flat: 1 MB in a hundred runs, and no file or thread at all."""
 
 
@@ -49,6 +49,7 @@ def figures() -> dict[str, float]:
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {
         "resident_mb": int(status["VmRSS"].split()[0]) / 1024,
+        "anonymous_mb": int(status["RssAnon"].split()[0]) / 1024,  # without pages of files, which the kernel takes back
         "open_files": len(list(Path("/proc/self/fd").iterdir())),
         "threads": int(status["Threads"]),
         "python_threads": threading.active_count(),

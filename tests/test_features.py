@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
+from timm.models.resnet import ResNet
+from torch import Tensor, distributed, nn
 
 import factor_transfer.zoo  # noqa: F401
 from factor_transfer.errors import ModelError
 from factor_transfer.features import Tapped, align, feature_shape, find_layer
 from factor_transfer.models import load_network
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    return timm.create_model("test_resnet", num_classes=5).eval()  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(
@@ -132,3 +139,58 @@ def test_align__averages_places() -> None:
     feature = torch.arange(16.0).view(1, 1, 4, 4)
     assert align(feature, (2, 2)).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
     assert align(feature, (4, 4)) is feature
+
+
+def test_tapped__reads_what_is_compiled_and_has_run(network: nn.Module) -> None:
+    """A compiled graph knows nothing of hooks that come after it."""
+    images = torch.randn(2, 3, 32, 32)
+    output, feature = Tapped(network, "layer4")(images)
+    for compiled in (torch.compile(network, backend="eager"), copy.deepcopy(network)):
+        if isinstance(compiled, ResNet):
+            compiled.compile(backend="eager")  # in place: the names stay
+        compiled(images)
+        layer = find_layer(compiled, images)
+        assert layer.removeprefix("_orig_mod.") == "layer4"
+        again, found = Tapped(compiled, layer)(images)
+        torch.testing.assert_close((again, found), (output, feature))
+        found.sum().backward()
+        assert compiled.get_submodule(layer)[-1].conv1.weight.grad is not None
+
+
+def test_tapped__reads_what_is_behind_distributed_data_parallel(network: nn.Module, tmp_path: Path) -> None:
+    images = torch.randn(2, 3, 32, 32)
+    wanted = Tapped(network, "layer4")(images)[1]
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(network)
+        assert find_layer(wrapped, images) == "module.layer4"
+        found = Tapped(wrapped, "module.layer4")(images)[1]
+        torch.testing.assert_close(found, wanted)
+        found.sum().backward()
+        assert network.layer4[-1].conv1.weight.grad is not None
+    finally:
+        distributed.destroy_process_group()
+
+
+class Hostile(nn.Module):
+    """What `torch.fx` cannot trace: it branches on values, and loops over a list that it makes as it goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.parts = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1), nn.ReLU())
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        found = self.stem(images)
+        for part in self.parts if float(found.detach().sum()) != 0 else ():
+            found = part(found)
+        return self.head(found.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_tapped__reads_inside_a_sequential_of_a_network_that_fx_cannot_trace() -> None:
+    module, images = Hostile(), torch.randn(2, 3, 8, 8)
+    with pytest.raises(TypeError, match="Proxy"):
+        torch.fx.symbolic_trace(module)
+    assert find_layer(module, images) == "parts.3"
+    torch.testing.assert_close(Tapped(module, "parts.1")(images)[1], module.parts[:2](module.stem(images)))

@@ -47,7 +47,7 @@ def test_report__of_a_real_run_is_drawn_in_a_browser(shared: Path, page: Page, t
     weights = shared / "checkpoints" / "resnet56-cifar10-jpeg.safetensors"
     result = distill(
         "cifar_resnet56", "cifar_resnet20", shared / "cifar10-jpeg", teacher_weights=str(weights), baseline=True,
-        train_images=2000, batch_size=64, epochs=2, paraphraser_epochs=1, device="cpu", threads=1, out=tmp_path / "run",
+        train_images=1000, batch_size=64, epochs=2, paraphraser_epochs=1, device="cpu", threads=1, out=tmp_path / "run",
     )  # fmt: skip
     assert result.summary["teacher"]["top1"] == pytest.approx(89.96, abs=0.05)
     check(page, tmp_path / "run" / "report.html")

@@ -6,8 +6,9 @@ Shapes: B samples, C channels, H x W the map, N tokens.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -219,9 +220,11 @@ def find_groups(module: nn.Module, images: Tensor) -> list[tuple[str, tuple[int,
         if size != (1, 1) and weighted:  # maps that no weights make are attention's own
             found.append((_named(flow, output), _shape(output, module), bool(groups)))
     found.sort(key=lambda each: each[1][1:], reverse=True)
+    if not found:
+        return []
     last = find_layer(module, images)
     shape = feature_shape(Tapped(module, last), images)
-    if found and found[-1][1][1:] == shape[1:]:
+    if found[-1][1][1:] == shape[1:]:
         found[-1] = last, shape, True
     stem = len(found) > 1 and not found[0][2] and any(group for *_, group in found[:-1])
     return [(layer, shape) for layer, shape, _ in (found[1:] if stem else found)]
@@ -336,7 +339,8 @@ def watching(module: nn.Module, keep: Callable[[Any], None]) -> Iterator[None]:
     """Give `keep` what a module returns, inside the block."""
     handle = module.register_forward_hook(lambda _module, _inputs, output: keep(output))
     try:
-        yield
+        with _uncompiled():
+            yield
     finally:
         handle.remove()
 
@@ -350,10 +354,18 @@ def _watching_all(module: nn.Module, flow: list[tuple[str, Any]]) -> Iterator[No
         if name and not isinstance(part, (nn.Identity, *POOLS))
     ]
     try:
-        yield
+        with _uncompiled():
+            yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """What `torch.compile` has made of a module before knows of no hook that came later: inside, it runs as written."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes a second
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return] # torch's own
 
 
 @contextmanager

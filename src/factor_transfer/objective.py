@@ -253,7 +253,7 @@ def groups_of(config: Config, pair: Pair) -> tuple[Group, ...]:
     named = [_named(config, side) for side in (pair.teacher, pair.student)]
     both = [found or _found(side) for found, side in zip(named, (pair.teacher, pair.student), strict=True)]
     count = min(len(found) for found in both)
-    if len(both[0]) != len(both[1]) and (named[0] or named[1] or not count):
+    if not count or (len(both[0]) != len(both[1]) and any(named)):
         found = f"{len(both[0])} of the teacher, {len(both[1])} of the student"
         raise ConfigError(
             f"--teacher-groups {_layers(both[0])} --student-groups {_layers(both[1])}",

@@ -1,0 +1,45 @@
+"""The quick start, word for word, where nothing is installed yet."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_quickstart__works_word_for_word_in_a_fresh_environment(tmp_path: Path) -> None:
+    """Every shell block of the page, in one shell, in a copy of the project's folder."""
+    page = (ROOT / "docs/quickstart.md").read_text()
+    install, *rest = re.findall(r"^```sh\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    project = tmp_path / "project"
+    shutil.copytree(ROOT / "src", project / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, project)
+    environment = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "VIRTUAL_ENV"}}
+    environment["PATH"] = os.pathsep.join([f"{sys.base_prefix}/bin", environment["PATH"]])  # this Python is `python3`
+    script = "\n".join(["set -e", install, "touch installed", *rest])
+    where = {"cwd": project, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run(["bash", "-c", script], **where, check=False)
+    if not (project / "installed").exists() and not os.environ.get("FACTOR_TRANSFER_CI"):
+        pytest.skip(f"pip cannot install here: {' '.join(done.stderr.split())[-300:]}")
+    assert done.returncode == 0, done.stderr
+    used = "import factor_transfer; print(factor_transfer.__file__)"
+    found = subprocess.run(["quickstart-env/bin/python", "-c", used], **where, check=False).stdout
+    assert found.startswith(str(project / "quickstart-env"))
+    run = project / "runs/demo"
+    assert (run / "report.html").exists()
+    exports = json.loads((run / "export/exports.json").read_text())
+    assert [row["format"] for row in exports["formats"]] == ["pt2", "onnx", "onnx-int8", "safetensors", "timm"]
+    assert exports["failed"] == {}
+    named = re.findall(r"^digits/(\d)\.png: (\d)", done.stdout, re.MULTILINE)
+    assert len(named) == 10, done.stdout
+    assert sum(digit == answer for digit, answer in named) >= 8, named
