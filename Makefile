@@ -19,7 +19,7 @@ compare-at-weight: .venv/installed  ## how the weight of attention above was cho
 	$(DIGITS) --methods alone,at --sweep at_weight=3,30,300 --validation-share 0.25 --seeds 3 --out runs/compare-digits-at-weight
 	$(call keep,compare-digits-at-weight)
 
-ABLATIONS = $(DIGITS) --methods alone,ft --sweep-on validation --seed 200 --seeds 3
+ABLATIONS = $(DIGITS) --methods alone,ft --sweep-on validation --seed 200 --seeds 6
 compare-ablation: .venv/installed  ## the paper's ablations on the same; leaves results/compare-digits-{ablation,translator}
 	$(ABLATIONS) --sweep k=0.5,0.75,1,2 --sweep p=2 --sweep paraphraser_epochs=0 --sweep paraphraser=none \
 		--out runs/compare-digits-ablation
