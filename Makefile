@@ -2,23 +2,30 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo compare compare-ablation test test-slow test-all fuzz lint types contracts docs check clean
+.PHONY: demo compare compare-at-weight compare-ablation test test-slow test-all fuzz lint types contracts docs check clean
 
 demo: .venv/installed  ## the whole job on the built-in digits, in about half a minute
 	$(BIN)/factor-transfer demo
 
-DIGITS = $(BIN)/factor-transfer compare --config src/factor_transfer/recipes/demo.yaml --no-baseline --seed 200 \
-	--seeds 10 --jobs 2 --threads 1 --log-with none
+DIGITS = $(BIN)/factor-transfer compare --config src/factor_transfer/recipes/demo.yaml --no-baseline --jobs 2 --threads 1 \
+	--log-with none
 keep = mkdir -p results/$(1) && cd runs/$(1) && tar cf - compare.json compare.md */summary.json | tar xf - -C ../../results/$(1)
 
 compare: .venv/installed  ## all methods on the built-in digits, ten seeds each, in minutes; leaves results/compare-digits
-	$(DIGITS) --methods alone,kd,at,fitnet,ft,ft+kd,at+kd --out runs/compare-digits
+	$(DIGITS) --methods alone,kd,at,fitnet,ft,ft+kd,at+kd --at-weight 3 --seed 200 --seeds 10 --out runs/compare-digits
 	$(call keep,compare-digits)
 
-compare-ablation: .venv/installed  ## the paper's ablations on the same; leaves results/compare-digits-ablation
-	$(DIGITS) --methods alone,ft --sweep k=0.5,0.75,1,2 --sweep p=2 --sweep paraphraser_epochs=0 \
-		--sweep paraphraser=none --sweep translator=none --sweep-on validation --out runs/compare-digits-ablation
+compare-at-weight: .venv/installed  ## how the weight of attention above was chosen, on a share of the training images
+	$(DIGITS) --methods alone,at --sweep at_weight=3,30,300 --validation-share 0.25 --seeds 3 --out runs/compare-digits-at-weight
+	$(call keep,compare-digits-at-weight)
+
+ABLATIONS = $(DIGITS) --methods alone,ft --sweep-on validation --seed 200 --seeds 3
+compare-ablation: .venv/installed  ## the paper's ablations on the same; leaves results/compare-digits-{ablation,translator}
+	$(ABLATIONS) --sweep k=0.5,0.75,1,2 --sweep p=2 --sweep paraphraser_epochs=0 --sweep paraphraser=none \
+		--out runs/compare-digits-ablation
+	$(ABLATIONS) --k 0.25 --sweep translator=conv,none --out runs/compare-digits-translator
 	$(call keep,compare-digits-ablation)
+	$(call keep,compare-digits-translator)
 
 test: .venv/installed-dev  ## the tests that take seconds each
 	$(BIN)/python -m pytest -m "not slow"

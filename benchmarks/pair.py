@@ -22,12 +22,13 @@ from factor_transfer.files import write_json
 from factor_transfer.frozen import FrozenTeacher, folded
 from factor_transfer.method import Paraphraser, Translator
 from factor_transfer.runs import Run, environment
+from factor_transfer.schedule import Plan
 from factor_transfer.seeds import seeded
 from factor_transfer.splits import PixelSplit
 from factor_transfer.stages import Job
 from factor_transfer.tasks import DistillationTask, ParaphraserTask, TeacherSide
 from factor_transfer.terms import FactorTransfer, Labels, Term
-from factor_transfer.train import Plan, Trainer
+from factor_transfer.train import Trainer
 
 RESULTS = Path(__file__).parent.parent / "results"
 FACTOR = {"factor": (32, 8, 8)}

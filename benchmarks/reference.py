@@ -72,7 +72,9 @@ class Reference:
     ) -> None:
         self.teacher, self.student, self.paraphraser = teacher.eval(), student.train(), paraphraser.eval()
         self.translator, self.graph = translator, graph
-        self.loader = DataLoader(images, batch_size=128, shuffle=True, num_workers=workers)
+        self.loader = DataLoader(
+            images, batch_size=128, shuffle=True, num_workers=workers, multiprocessing_context="fork"
+        )
         self.optimizers = [
             torch.optim.SGD(part.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
             for part in (self.student, self.translator)

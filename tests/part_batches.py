@@ -26,10 +26,11 @@ from factor_transfer.frozen import FrozenTeacher
 from factor_transfer.method import Paraphraser, Translator
 from factor_transfer.models import InputNorm
 from factor_transfer.runs import Run
+from factor_transfer.schedule import Plan
 from factor_transfer.seeds import seeded
 from factor_transfer.tasks import DistillationTask, ParaphraserTask, TeacherSide
 from factor_transfer.terms import FactorTransfer, Labels, Term
-from factor_transfer.train import Plan, Trainer
+from factor_transfer.train import Trainer
 
 NAMES = ("student", "cached", "paraphraser", "batch_norm", "float32", "skips", "stops")
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from factor_transfer.cli import app, main
-from factor_transfer.compare import compare
+from factor_transfer.compare import _delete, _Runner, compare
 from factor_transfer.config import DataConfig
 from factor_transfer.data import open_data
 from factor_transfer.errors import ConfigError, RunError
@@ -170,7 +170,7 @@ def test_outcome__is_what_the_runs_say(tmp_path: Path) -> None:
     assert [run["top1"] for run in found["runs"] if run["method"] == "ft"] == TOPS["ft"]
     said = in_words(found)
     assert "| ft | 83.00 | 83.60 | 83.10 |" in said
-    assert f"- ft {ft['to_alone']['verdict']}; {ft['to_kd']['verdict']}" in said
+    assert f"- ft: {ft['to_alone']['verdict']}; {ft['to_kd']['verdict']}" in said
     assert found["command"] in said
 
 
@@ -222,6 +222,67 @@ def test_compare__leaves_a_foreign_folder_alone(tmp_path: Path, name: str) -> No
     with pytest.raises(RunError, match="one of a comparison"):
         compare(config(out=str(tmp_path), overwrite=True))
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_compare__is_started_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="2 processes"):
+        compare(config(out=str(tmp_path / "c")))
+
+
+def test_compare__knows_who_shares_a_teacher_and_a_paraphraser(tmp_path: Path) -> None:
+    sweep = ("k=0.5,1", "lr=0.1,0.2", "teacher_layer=layer2,layer3", "paraphraser=none")
+    given = config(methods="alone,ft,ft+kd", seeds=1, teacher_epochs=2, sweep=sweep, out=str(tmp_path / "c"))
+    plan = planned(given)
+    keys = {run.variant: _Runner(plan).keys[run.name] for run in plan.runs}
+    assert keys["alone"].keys() == keys["ft paraphraser=none"].keys() == {"teacher"}
+    teachers = {name: each["teacher"] for name, each in keys.items()}
+    assert len({key for name, key in teachers.items() if "lr=0.2" not in name}) == 1
+    assert len({key for name, key in teachers.items() if "lr=0.2" in name}) == 1
+    assert teachers["alone"] != teachers["alone lr=0.2"], "--teacher-lr is --lr by default"
+    paraphrasers = {name: each["paraphraser"] for name, each in keys.items() if "paraphraser" in each}
+    for name, key in paraphrasers.items():
+        if name.startswith("ft "):
+            assert key == paraphrasers[name.replace("ft ", "ft+kd ")]
+    assert paraphrasers["ft lr=0.2"] != paraphrasers["ft k=0.5"], "it learned from another teacher"
+    assert len(set(paraphrasers.values())) == 5, "k = 1, two layers, another teacher, and all others"
+    plan = planned(config(methods="ft", seeds=2, sweep=("lr=0.1,0.2",), out=str(tmp_path / "c")))
+    given_teacher = [_Runner(plan).keys[run.name]["paraphraser"] for run in plan.runs]
+    assert len(set(given_teacher)) == 1, "a paraphraser has a learning rate of its own"
+
+
+def test_compare__overwrite_deletes_its_own_runs_and_no_others(tmp_path: Path) -> None:
+    given = config(methods="alone,ft", seeds=2, out=str(tmp_path), threads=1, overwrite=True)
+    write_summaries(tmp_path, TOPS, given)
+    shutil.copytree(tmp_path / "ft-s1", tmp_path / "kd-s1")
+    _delete(planned(given))
+    assert [path.name for path in tmp_path.iterdir()] == ["kd-s1"]
+
+
+@pytest.mark.parametrize(
+    ("views", "pinned", "passes", "waits"),
+    [(2, None, 1, True), (2, None, 2, False), (0, None, 0, False), ("auto", None, 0, True), ("auto", "3", 2, True),
+     ("auto", "3", 3, False), ("auto", "0", 0, False)],
+)  # fmt: skip
+def test_compare__waits_while_a_run_of_the_same_method_fills_the_factor_cache(
+    tmp_path: Path, views: Any, pinned: str | None, passes: int, waits: bool
+) -> None:
+    plan = planned(config(methods="kd,ft", seeds=2, jobs=2, threads=1, views=views, out=str(tmp_path), epochs=9))
+    runner = _Runner(plan)
+    _, ft, next_kd, next_ft = plan.runs
+    folder = Path(ft.config.out or "")
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"stage": "student", "epoch": 1}\n' * passes)
+    if pinned:
+        write_json(folder / "fingerprints.json", {"views": pinned})
+    runner.pending = [next_kd, next_ft]
+    runner.running, runner.makes = {ft.name: (ft, subprocess.Popen(["true"]))}, {ft.name: set()}
+    (folder / "paraphraser.safetensors").touch()
+    (folder / "stages").mkdir()
+    (folder / "stages" / "paraphraser.json").touch()
+    assert (runner._settings(next_ft, {}) is None) == waits
+    assert runner._settings(next_kd, {}) is not None
+    runner.running[ft.name][1].wait()
 
 
 # -- real runs

@@ -22,9 +22,9 @@ from factor_transfer.engine import Engine
 from factor_transfer.files import state_fingerprint
 from factor_transfer.models import load_network
 from factor_transfer.runs import environment, open_run
+from factor_transfer.schedule import Plan, optimizer_and_schedule
 from factor_transfer.settings import RECIPES, recipes
 from factor_transfer.stages import Job
-from factor_transfer.train import Plan, optimizer_and_schedule
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -102,7 +102,7 @@ def test_recipes__train_their_networks_for_two_steps(name: str, tmp_path: Path) 
         pair = job.pair()
         first = state_fingerprint(pair.student.network.module.state_dict())
         job.teacher(pair.teacher)
-        student = job.student(pair, job.paraphraser(pair))
+        student = job.student(pair, job.paraphrasers(pair))
         assert student.network.module(torch.zeros(2, 3, side, side)).shape == (2, classes)
         assert state_fingerprint(student.network.module.state_dict()) != first
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -16,9 +16,9 @@ from factor_transfer.features import Tapped
 from factor_transfer.files import state_fingerprint
 from factor_transfer.frozen import FrozenTeacher
 from factor_transfer.method import Paraphraser, Translator, load_reference_paraphraser
+from factor_transfer.schedule import Plan, optimizer_and_schedule
 from factor_transfer.tasks import DistillationTask, ParaphraserTask, TeacherSide
 from factor_transfer.terms import FactorTransfer, Labels, SoftTargets, StudentOutputs
-from factor_transfer.train import Plan, optimizer_and_schedule
 
 Golden = dict[str, Tensor]
 

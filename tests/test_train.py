@@ -30,10 +30,11 @@ from factor_transfer.features import Tapped
 from factor_transfer.method import Translator
 from factor_transfer.models import load_network
 from factor_transfer.runs import Run
+from factor_transfer.schedule import Plan, optimizer_and_schedule
 from factor_transfer.seeds import part_seed, seeded
 from factor_transfer.tasks import DistillationTask
 from factor_transfer.terms import FactorTransfer, Labels, Term
-from factor_transfer.train import Plan, Trainer, optimizer_and_schedule, training_chunks
+from factor_transfer.train import Trainer, training_chunks
 
 
 def config(**changed: Any) -> Config:

@@ -27,7 +27,7 @@ SettingsFile = Annotated[str | None, Parameter(
 )]  # fmt: skip
 TrustFile = Annotated[bool, Parameter(
     group="Run", negative="",
-    help="Let that file name a network or transform by package.module:callable, whose code is then run.",
+    help="Let that file name a network, transform or term by package.module:callable, whose code is then run.",
 )]  # fmt: skip
 TrustRun = Annotated[bool, Parameter(
     negative="", help="Run the code of a network that a run names by package.module:callable."
@@ -51,7 +51,7 @@ def settings_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
 
 def _check_trust(path: str, values: dict[str, Any], *, trusted: bool) -> None:
     """Files come from anywhere: one does not get to run code unless its user says so."""
-    code = [name for name in ("teacher", "student", "transform") if is_callable_name(str(values.get(name, "")))]
+    code = [name for name in ("teacher", "student", "transform", "term") if is_callable_name(str(values.get(name, "")))]
     if code and not trusted:
         raise ConfigError(
             path,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -24,29 +25,32 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from factor_transfer.arguments import names_in
 from factor_transfer.config import flag
 from factor_transfer.console import say, warn
 from factor_transfer.engine import stop_signals
-from factor_transfer.errors import Interrupted, RunError
+from factor_transfer.errors import ConfigError, Interrupted, RunError
 from factor_transfer.files import fingerprint, locked, read_json
 from factor_transfer.outcome import outcome, write_outcome
 from factor_transfer.page import repeat_command
 from factor_transfer.plan import CompareConfig, Plan, PlannedRun, planned
 from factor_transfer.runs import DEFAULTS, FREE, Run
+from factor_transfer.terms import numbered
 
 Made = Literal["teacher", "paraphraser"]
 """What runs share."""
 
 NO_MATTER: dict[Made, frozenset[str]] = {
     "teacher": frozenset(
-        {"k", "p", "beta", "kd_weight", "kd_temperature", "at_weight", "hint_epochs", "hint_weight", "teacher_groups",
-         "student_groups", "reconstruction", "factor_batch_norm", "paraphraser", "paraphraser_epochs",
-         "paraphraser_lr", "translator", "views", "epochs", "student_weights", "student_layer", "teacher_layer",
-         "label_weight", "model_ema", "model_ema_decay", "seed"}
+        {"k", "p", "beta", "kd_weight", "kd_temperature", "at_weight", "hint_epochs", "hint_weight", "term",
+         "teacher_groups", "student_groups", "reconstruction", "factor_batch_norm", "paraphraser",
+         "paraphraser_epochs", "paraphraser_lr", "translator", "views", "epochs", "student_weights", "student_layer",
+         "teacher_layer", "label_weight", "model_ema", "model_ema_decay", "seed"}
     ),
     "paraphraser": frozenset(
-        {"p", "beta", "kd_weight", "kd_temperature", "at_weight", "hint_epochs", "hint_weight", "teacher_groups",
-         "student_groups", "translator", "label_weight", "lr", "model_ema", "model_ema_decay", "seed"}
+        {"p", "beta", "kd_weight", "kd_temperature", "at_weight", "hint_epochs", "hint_weight", "term",
+         "teacher_groups", "student_groups", "translator", "label_weight", "lr", "model_ema", "model_ema_decay",
+         "seed"}
     ),
 }  # fmt: skip
 """Settings with which teacher, or paraphraser, are still the same: any other that differs makes another one."""
@@ -65,6 +69,9 @@ def compare(config: CompareConfig) -> tuple[Path, dict[str, Any]]:
         RunError: the folder is foreign, in use, or has runs with other settings; or runs failed.
         Interrupted: SIGINT or SIGTERM came; the runs under way are saved.
     """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        found = f"{os.environ['WORLD_SIZE']} processes, of which each would start every run"
+        raise ConfigError("compare under a launcher", found=found, hint="start it once, with --jobs for runs at once")
     plan = planned(config)
     _check_folder(plan.folder)
     try:
@@ -126,7 +133,7 @@ class _Runner:
 
     def _start_next(self) -> bool:
         """Start the first pending run that need not wait for another; False where there is none."""
-        known: dict[str, Path | bool] = {}
+        known: dict[str, str | bool] = {}
         for run in self.pending:
             settings = None if _held(_folder(run)) else self._settings(run, known)
             if settings is not None:
@@ -188,7 +195,7 @@ class _Runner:
 
     # -- what runs share
 
-    def _settings(self, run: PlannedRun, known: dict[str, Path | bool]) -> dict[str, Any] | None:
+    def _settings(self, run: PlannedRun, known: dict[str, str | bool]) -> dict[str, Any] | None:
         """The settings to start a run with; None while another makes what it will take. `known`: by key, `_shared`."""
         if self._cache_is_filling(run):
             return None
@@ -204,22 +211,22 @@ class _Runner:
                 return None
         settings, there = run.config.to_dict(), {what: known[key] for what, key in needs.items() if known[key]}
         if "teacher" in there:
-            settings |= {"teacher_weights": str(there["teacher"]), "teacher_epochs": 0}
+            settings |= {"teacher_weights": there["teacher"], "teacher_epochs": 0}
         if "paraphraser" in there:
-            settings["paraphraser"] = str(there["paraphraser"])
+            settings["paraphraser"] = there["paraphraser"]
         self.makes[run.name] = needs.keys() - there.keys()
         return settings
 
-    def _shared(self, what: Made, key: str) -> Path | bool:
-        """The file that some run has made, or taken, and measured; else whether one makes it, or will go on to."""
+    def _shared(self, what: Made, key: str) -> str | bool:
+        """The files that some run has made, or taken, and measured; else whether one makes it, or will go on to."""
         waiting = {each.name for each in self.pending}
         awaited = False
         for run in self.sharing[key]:
             folder = _folder(run)
-            file = folder / f"{what}.safetensors"
-            done = (folder / "summary.json").exists() or (folder / "stages" / f"{what}.json").exists()
-            if done and file.exists():
-                return file
+            files = [folder / f"{stage}.safetensors" for stage in _stages(what, run)]
+            marks = [folder / "stages" / f"{stage}.json" for stage in _stages(what, run)]
+            if (finished(run) or all(mark.exists() for mark in marks)) and all(file.exists() for file in files):
+                return ",".join(map(str, files))
             if run.name in self.running:
                 awaited |= what in self.makes[run.name]
             elif run.name in waiting and Run(folder).begun:
@@ -246,7 +253,7 @@ def finished(run: PlannedRun) -> bool:
 def taken(what: Made, settings: Mapping[str, Any]) -> bool:
     """Whether a run with these settings takes the teacher (or paraphraser) that another run of its comparison made."""
     if what == "paraphraser":
-        return Path(settings["paraphraser"] or "").name == "paraphraser.safetensors"
+        return re.fullmatch(r"paraphraser(_\d+)?\.safetensors", Path(settings["paraphraser"] or "").name) is not None
     return not settings["teacher_epochs"] and Path(settings["teacher_weights"] or "").name == "teacher.safetensors"
 
 
@@ -261,11 +268,18 @@ def _needs(run: PlannedRun) -> list[Made]:
     return [*needs, "paraphraser"] if config.beta and config.paraphraser is None else needs
 
 
+def _stages(what: Made, run: PlannedRun) -> list[str]:
+    """The stages that make it: a paraphraser for each of the teacher's layers."""
+    count = len(names_in(run.config.teacher_layer)) if what == "paraphraser" else 1
+    return [numbered(what, place) for place in range(count or 1)]
+
+
 def _key(what: Made, run: PlannedRun) -> str:
     """The same for runs whose settings would make the same teacher, or paraphraser."""
     without = NO_MATTER[what] | FREE
     decides = {name: value for name, value in run.config.to_dict().items() if name not in without}
-    return f"{what} {fingerprint(decides)}"
+    teacher = _key("teacher", run) if what == "paraphraser" and run.config.teacher_epochs else ""
+    return f"{what} {fingerprint([decides, teacher])}"
 
 
 def _saved(run: PlannedRun) -> dict[str, Any] | None:

@@ -159,6 +159,9 @@ class Config(DataConfig):
     2015). auto: an eighth of --epochs. 0: none."""
     hint_weight: Annotated[float, _in("Other terms")] = 0.0
     """Weight of the same regression as a term beside the others. It is a whole map, so the teacher stays live."""
+    term: Annotated[str | None, _in("Other terms")] = None
+    """Your own term beside the others: package.module:callable, which is given the pair of networks (`pairs.Pair`) and
+    returns a `terms.Term`."""
     teacher_groups: Annotated[str | None, _in("Other terms")] = None
     """Teacher's layers, with commas, for attention (all) and hint (the middle one). Default: the end of each group
     (stage) of another size."""
@@ -266,7 +269,8 @@ class Config(DataConfig):
             )
         if self.baseline and not self.label_weight:
             raise ConfigError("--baseline with --label-weight 0", found="a student alone that would learn nothing")
-        if not (self.label_weight or self.beta or self.kd_weight or self.at_weight or self.hint_weight):
+        taught = self.beta or self.kd_weight or self.at_weight or self.hint_weight or self.term
+        if not (self.label_weight or taught):
             raise ConfigError(
                 "--label-weight 0 with --beta 0",
                 found="a student that would learn nothing",

@@ -12,9 +12,11 @@ import resource
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,7 +34,7 @@ from factor_transfer.config import Config, Rgb, flag
 from factor_transfer.data import Dataset
 from factor_transfer.engine import Engine
 from factor_transfer.errors import FactorTransferError
-from factor_transfer.features import Logits, maps
+from factor_transfer.features import Logits, maps, tensor_in, watching
 from factor_transfer.files import state_fingerprint
 from factor_transfer.followers import follower
 from factor_transfer.frozen import FrozenTeacher
@@ -324,14 +326,19 @@ def _weights(config: Config, sizes: Mapping[str, float], norms: Mapping[str, flo
 def _term_sizes(task: DistillationTask, batch: Batch) -> tuple[dict[str, float], dict[str, float]]:
     """Of each term its size, and the norm of its gradient in the student's feature maps that it reads."""
     trainee, teacher = task.trainable_module.eval(), task.teacher
-    output, maps = trainee.student.maps(trainee.norm(batch.image))
+    raw: dict[str, Any] = {}  # what the layers gave: a map may be a view beside the network's own way
+    tapped = trainee.student
+    with ExitStack() as stack:
+        for layer in tapped.layers:
+            stack.enter_context(watching(tapped.module.get_submodule(layer), partial(raw.__setitem__, layer)))
+        output, maps = tapped.maps(trainee.norm(batch.image))
     student = StudentOutputs(Logits()(output), maps[trainee.student.layer], maps)
     outputs = {} if teacher is None else teacher(batch.image)
     sizes, norms = {}, {}
     for term in task.terms:
         loss = term(student, outputs, batch.label)
-        read = [maps[layer] for layer in term.taps] or [student.feature]
-        gradients = torch.autograd.grad(loss, read, retain_graph=True)
+        read = [tensor_in(raw[layer], tapped.module) for layer in term.taps or (tapped.layer,)]
+        gradients = torch.autograd.grad(loss, [given for given in read if given is not None], retain_graph=True)
         sizes[term.name], norms[term.name] = loss.item(), float(nn.utils.get_total_norm(gradients))
     return sizes, norms
 

@@ -220,9 +220,11 @@ def find_groups(module: nn.Module, images: Tensor) -> list[tuple[str, tuple[int,
         if size != (1, 1) and weighted:  # maps that no weights make are attention's own
             found.append((_named(flow, output), _shape(output, module), bool(groups)))
     found.sort(key=lambda each: each[1][1:], reverse=True)
+    if not found:
+        return []
     last = find_layer(module, images)
     shape = feature_shape(Tapped(module, last), images)
-    if found and found[-1][1][1:] == shape[1:]:
+    if found[-1][1][1:] == shape[1:]:
         found[-1] = last, shape, True
     stem = len(found) > 1 and not found[0][2] and any(group for *_, group in found[:-1])
     return [(layer, shape) for layer, shape, _ in (found[1:] if stem else found)]

@@ -10,6 +10,7 @@ from typing import Any
 
 _ALONE: dict[str, object] = {
     "label_weight": 1.0, "beta": 0.0, "kd_weight": 0.0, "at_weight": 0.0, "hint_epochs": 0, "hint_weight": 0.0,
+    "term": None,
 }  # fmt: skip
 """Cross-entropy with the labels: the student by itself."""
 
@@ -66,4 +67,6 @@ def method_of(settings: Mapping[str, Any]) -> str:
         "hints": bool(settings.get("hint_epochs") or settings.get("hint_weight")),
         "knowledge distillation": settings.get("kd_weight", 0) != 0,
     }
+    if settings.get("term"):
+        parts[str(settings["term"])] = True
     return " + ".join(name for name, there in parts.items() if there) or ALONE

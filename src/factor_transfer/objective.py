@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from factor_transfer.arguments import names_in
+from factor_transfer.arguments import imported, is_callable_name, names_in
 from factor_transfer.config import Config, flag
 from factor_transfer.errors import ConfigError
 from factor_transfer.features import Tapped, feature_map, find_groups
@@ -105,6 +105,25 @@ def new_translator(config: Config, pair: Pair, channels: int, place: int = 0) ->
     return nn.Identity()
 
 
+def own_term(config: Config, pair: Pair) -> Term:
+    """The user's own, its first weights drawn from --seed.
+
+    Raises:
+        ConfigError: it cannot be imported or called, or gives no term.
+    """
+    try:
+        if not is_callable_name(str(config.term)):
+            raise ValueError("no package.module:callable")
+        with seeded(part_seed(config.seed, "term")):
+            term = imported(str(config.term))(pair)
+        if not isinstance(term, Term):
+            raise TypeError(f"gives a {type(term).__name__}, no factor_transfer.terms.Term")
+    except Exception as error:  # whatever code of the user's raises
+        valid = "package.module:callable, such as new_method:Distances in examples/"
+        raise ConfigError(f"--term {config.term}", found=str(error), valid=valid) from error
+    return term
+
+
 class Objective:
     """The terms of the student's loss, those of weight 0 left out.
 
@@ -137,6 +156,8 @@ class Objective:
             self.terms.append(AttentionTransfer(self.groups, weight))
         if config.hint_weight:
             self.terms.append(self.hint(config.hint_weight))
+        if config.term is not None:
+            self.terms.append(own_term(config, pair))
 
     def _transfer(self, pairs: Sequence[Pair], factor_channels: Sequence[int]) -> None:
         """Factor transfer for each pair of layers; each has its own beta, and the term is their mean."""
@@ -200,7 +221,9 @@ class Objective:
     @property
     def teacher_layers(self) -> tuple[str, ...]:
         """Layers of the teacher that are read besides its own."""
-        return *(factor.pair.teacher.layer for factor in self.factors[1:]), *(group.teacher for group in self.groups)
+        groups = [group.teacher for group in self.groups]
+        read = [reader.layer for term in self.terms for reader in term.readers().values()]
+        return (*(factor.pair.teacher.layer for factor in self.factors[1:]), *groups, *read)
 
     @property
     def outputs(self) -> dict[str, tuple[int, ...] | None]:
@@ -230,7 +253,7 @@ def groups_of(config: Config, pair: Pair) -> tuple[Group, ...]:
     named = [_named(config, side) for side in (pair.teacher, pair.student)]
     both = [found or _found(side) for found, side in zip(named, (pair.teacher, pair.student), strict=True)]
     count = min(len(found) for found in both)
-    if len(both[0]) != len(both[1]) and (named[0] or named[1] or not count):
+    if not count or (len(both[0]) != len(both[1]) and any(named)):
         found = f"{len(both[0])} of the teacher, {len(both[1])} of the student"
         raise ConfigError(
             f"--teacher-groups {_layers(both[0])} --student-groups {_layers(both[1])}",

@@ -22,6 +22,8 @@ SHARED = ("teacher", "paraphraser")
 """Stages that one run does for many; their seconds are no method's."""
 
 HEADER = ("", "n", "top-1 %", "to alone", "p", "to kd", "p", "gap closed", "s / run", "x alone")
+FIGURES, DIFFERENCES = (0, 1, 2, 7, 8, 9), (0, 3, 4, 5, 6)
+"""The columns of each of the two tables on a terminal."""
 
 
 def outcome(plan: Plan) -> dict[str, Any]:
@@ -69,12 +71,21 @@ def write_outcome(folder: Path, found: Mapping[str, Any]) -> None:
 
 
 def show_outcome(folder: Path, found: Mapping[str, Any]) -> None:
-    """Print the table and the verdicts."""
-    table(_title(found), HEADER, [_row(each) for each in found["methods"] if each["n"]])
+    """Print the figures, the differences and the verdicts: two tables, since a terminal is narrow."""
+    there = [each for each in found["methods"] if each["n"]]
+    compared = [each for each in there if each["to_alone"] or each["to_kd"]]
+    _table(_title(found), FIGURES, there)
+    if compared:
+        _table("differences, with their 95 % intervals", DIFFERENCES, compared)
     for line in _verdicts(found):
         say(line)
     say(f"scored on {found['scored_on']}")
     say(f"all of it: {folder / 'compare.md'}, {folder / 'compare.json'}")
+
+
+def _table(title: str, columns: Sequence[int], methods: Sequence[Mapping[str, Any]]) -> None:
+    rows = [_row(each) for each in methods]
+    table(title, [HEADER[place] for place in columns], [[row[place] for place in columns] for row in rows])
 
 
 def in_words(found: Mapping[str, Any]) -> str:
@@ -123,7 +134,7 @@ def _methods(plan: Plan, found: Mapping[PlannedRun, Mapping[str, Any]]) -> list[
     for run, summary in found.items():
         if "top1" in summary["student"]:
             tops[run.variant][run.seed] = summary["student"]["top1"]
-        own = [value for stage, value in summary["seconds"].items() if stage not in SHARED]
+        own = [value for stage, value in summary["seconds"].items() if not stage.startswith(SHARED)]
         seconds[run.variant][run.seed] = sum(own)
         teachers[run.variant] = summary["teacher"].get("top1")
     to = {
@@ -208,8 +219,11 @@ def _scored_on(plan: Plan, summary: Mapping[str, Any]) -> str:
 
 def _shared_seconds(summaries: Any) -> dict[str, float]:
     """Seconds of what was made for all."""
-    found = {stage: sum(each["seconds"].get(stage, 0.0) for each in summaries) for stage in SHARED}
-    return {stage: seconds for stage, seconds in found.items() if seconds}
+    found: dict[str, float] = {}
+    for stage, seconds in (pair for each in summaries for pair in each["seconds"].items()):
+        if stage.startswith(SHARED) and seconds:
+            found[stage] = found.get(stage, 0.0) + seconds
+    return found
 
 
 def _summary(run: PlannedRun) -> dict[str, Any] | None:
@@ -287,7 +301,7 @@ def _two(value: float | None) -> str:
 
 def _verdicts(found: Mapping[str, Any]) -> list[str]:
     return [
-        f"{each['name']} " + "; ".join(to["verdict"] for to in (each["to_alone"], each["to_kd"]) if to)
+        f"{each['name']}: " + "; ".join(to["verdict"] for to in (each["to_alone"], each["to_kd"]) if to)
         for each in found["methods"]
         if each["to_alone"] or each["to_kd"]
     ]

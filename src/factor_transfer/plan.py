@@ -24,7 +24,7 @@ _COMPARISON = Parameter(group=Group("Comparison", sort_key=-1), negative_iterabl
 
 TERM_OF = {
     **dict.fromkeys(("k", "p", "reconstruction", "factor_batch_norm", "translator"), "beta"),
-    **dict.fromkeys(("paraphraser", "paraphraser_epochs", "paraphraser_lr"), "beta"),
+    **dict.fromkeys(("paraphraser", "paraphraser_epochs", "paraphraser_lr", "teacher_layer", "student_layer"), "beta"),
     "kd_temperature": "kd_weight",
 }
 """The weight without which a setting does nothing; a weight is its own."""

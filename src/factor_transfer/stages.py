@@ -29,9 +29,10 @@ from factor_transfer.objective import Objective, fresh_paraphrasers, given_parap
 from factor_transfer.pairs import Modules, Pair, Side, check_alive, check_knows, load_side
 from factor_transfer.report import say_paraphraser
 from factor_transfer.runs import Run
+from factor_transfer.schedule import Plan
 from factor_transfer.tasks import DistillationTask, ParaphraserTask, TeacherSide
 from factor_transfer.terms import FactorTransfer, Labels, Reader, SoftTargets, Term, numbered
-from factor_transfer.train import Plan, Trainer
+from factor_transfer.train import Trainer
 from factor_transfer.views import Transform
 from factor_transfer.weights import load_weights, paraphraser_metadata
 

@@ -159,7 +159,7 @@ def verdict(found: Difference, other: str, tested: int) -> str:
         return f"loses {-found.high:.2f} to {-found.low:.2f} points to {other}"
     span = f"{found.low:+.2f} to {found.high:+.2f} points"
     if found.low > 0 or found.high < 0:
-        return f"no difference to {other} is shown: {span} alone, but one of {tested} may look so by chance"
+        return f"no difference to {other} is shown: by itself it is {span}, but one of {tested} may be so by chance"
     return f"no difference to {other} is shown: it may be {span}"
 
 
