@@ -137,6 +137,7 @@ def test_report__names_what_an_early_run_lacks(run: Path, page: Page, tmp_path: 
 def test_findings__agree_with_the_run(run: Path) -> None:
     summary, found = read_json(run / "summary.json"), findings(run)
     assert found["missing"] == {}
+    assert summary["baseline"]["latency_ms"] == summary["student"]["latency_ms"], "one architecture has one latency"
     for role, right in found["right"].items():
         assert 100 * sum(right) / found["images"] == pytest.approx(summary[role]["top1"])
     assert found["only"]["teacher not student"] - found["only"]["student not teacher"] == pytest.approx(

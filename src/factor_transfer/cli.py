@@ -20,6 +20,19 @@ from factor_transfer.plan import CompareConfig
 from factor_transfer.settings import RECIPE, read_settings, recipe, recipes
 
 Flattened = Parameter(name="*")
+SettingsFile = Annotated[str | None, Parameter(
+    group="Run",
+    help="YAML file of settings, named as the flags, or recipe:NAME (see `factor-transfer recipes`). "
+         "Flags win over it.",
+)]  # fmt: skip
+TrustFile = Annotated[bool, Parameter(
+    group="Run", negative="",
+    help="Let that file name a network, transform or term by package.module:callable, whose code is then run.",
+)]  # fmt: skip
+TrustRun = Annotated[bool, Parameter(
+    negative="", help="Run the code of a network that a run names by package.module:callable."
+)]  # fmt: skip
+AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON.")]
 
 
 def settings_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -71,18 +84,10 @@ app = App(
 def distill(
     settings: Annotated[Config, Flattened],
     *,
-    config: Annotated[str | None, Parameter(group="Run")] = None,
-    trust_config: Annotated[bool, Parameter(group="Run", negative="")] = False,
+    config: SettingsFile = None,
+    trust_config: TrustFile = False,
 ) -> None:
-    """Train a student by Factor Transfer from a teacher. The same command again continues an interrupted run.
-
-    Parameters
-    ----------
-    config
-        YAML file of settings, named as the flags, or recipe:NAME (see `factor-transfer recipes`). Flags win over it.
-    trust_config
-        Let that file name a network, transform or term by package.module:callable, whose code is then run.
-    """
+    """Train a student by Factor Transfer from a teacher. The same command again continues an interrupted run."""
     from factor_transfer.distillation import run_distillation
     from factor_transfer.report import show
 
@@ -94,18 +99,10 @@ def distill(
 def compare(
     settings: Annotated[CompareConfig, Flattened],
     *,
-    config: Annotated[str | None, Parameter(group="Run")] = None,
-    trust_config: Annotated[bool, Parameter(group="Run", negative="")] = False,
+    config: SettingsFile = None,
+    trust_config: TrustFile = False,
 ) -> None:
-    """Run methods under one protocol, several seeds each, and say what is shown. The same command continues.
-
-    Parameters
-    ----------
-    config
-        YAML file of settings, named as the flags, or recipe:NAME (see `factor-transfer recipes`). Flags win over it.
-    trust_config
-        Let that file name a network, transform or term by package.module:callable, whose code is then run.
-    """
+    """Run methods under one protocol, several seeds each, and say what is shown. The same command continues."""
     from factor_transfer.compare import compare as run_all
     from factor_transfer.outcome import show_outcome
 
@@ -116,18 +113,10 @@ def compare(
 def doctor(
     settings: Annotated[Config, Flattened],
     *,
-    config: Annotated[str | None, Parameter(group="Run")] = None,
-    trust_config: Annotated[bool, Parameter(group="Run", negative="")] = False,
+    config: SettingsFile = None,
+    trust_config: TrustFile = False,
 ) -> None:
-    """Look before the hours are spent: the flags of `distill`, one batch, nothing written. Exit 0 fit, 1 warned, 2 not.
-
-    Parameters
-    ----------
-    config
-        YAML file of settings, named as the flags, or recipe:NAME (see `factor-transfer recipes`). Flags win over it.
-    trust_config
-        Let that file name a network, transform or term by package.module:callable, whose code is then run.
-    """
+    """Look before the hours are spent: flags of `distill`, one batch, nothing written. Exit 0 fit, 1 warned, 2 not."""
     from factor_transfer.doctor import diagnose
     from factor_transfer.report import show_diagnosis
 
@@ -140,15 +129,9 @@ def doctor(
 def suggest(
     settings: Annotated[SuggestConfig, Flattened],
     *,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Measure timm's networks on this machine, at the size of the images, and print those that fit, with commands.
-
-    Parameters
-    ----------
-    as_json
-        Print JSON instead of a table.
-    """
+    """Measure timm's networks on this machine, at the size of the images, and print those that fit, with commands."""
     from dataclasses import asdict
 
     from factor_transfer.report import show_suggestions
@@ -168,8 +151,8 @@ def evaluate(
     data: str | None = None,
     data_dir: str | None = None,
     device: str = "auto",
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
-    trust_config: Annotated[bool, Parameter(negative="")] = False,
+    as_json: AsJson = False,
+    trust_config: TrustRun = False,
 ) -> None:
     """Measure the networks of a finished run again: top-1 on its validation images, in float32.
 
@@ -184,10 +167,6 @@ def evaluate(
         Where a timm dataset lies.
     device
         auto, cpu, cuda or mps.
-    as_json
-        Print JSON instead of a table.
-    trust_config
-        Run the code of a network that the run names by package.module:callable.
     """
     from dataclasses import replace
 
@@ -209,7 +188,7 @@ def report(
     runs: Annotated[list[Path], Parameter(negative="")],
     *,
     out: Path | None = None,
-    trust_config: Annotated[bool, Parameter(negative="")] = False,
+    trust_config: TrustRun = False,
 ) -> None:
     """Make report.html of a finished run again; of several runs, or a folder of runs, a page that compares them.
 
@@ -219,8 +198,6 @@ def report(
         Run folders, or one folder of run folders.
     out
         The comparison's file. Default: comparison.html in the working folder.
-    trust_config
-        Run the code of a network that a run names by package.module:callable.
     """
     from factor_transfer.comparison import runs_in, write_comparison
     from factor_transfer.outcome import tabulated
@@ -249,7 +226,7 @@ def export(
     data_license: str | None = None,
     teacher_license: str | None = None,
     intended: str | None = None,
-    trust_config: Annotated[bool, Parameter(negative="")] = False,
+    trust_config: TrustRun = False,
 ) -> None:
     """Write a finished run's student in every format, check each in a fresh process, and measure its latency.
 
@@ -275,8 +252,6 @@ def export(
         Licence of the teacher's weights, for the model card.
     intended
         What the student is meant for, for the model card.
-    trust_config
-        Run the code of a network that the run names by package.module:callable.
     """
     from factor_transfer.page import write_report
     from factor_transfer.report import show_exports
@@ -298,7 +273,7 @@ def predict(
     *,
     top: int = 5,
     threads: int | None = None,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Name what is on images, with an exported student, through onnxruntime or torch.
 
@@ -312,8 +287,6 @@ def predict(
         Classes to print for each image.
     threads
         CPU threads. Default: the runtime's choice.
-    as_json
-        Print a JSON list instead of lines.
     """
     from factor_transfer.predict import predict_images
 

@@ -23,11 +23,11 @@ def finish(job: Job, pair: Pair, student: Side, baseline: Side | None) -> None:
         return
     sides: dict[str, Side | None] = {"teacher": pair.teacher, "baseline": baseline, "student": student}
     there = {role: side for role, side in sides.items() if side is not None}
-    networks = [side.network for side in there.values()]
-    latencies = latency_ms([network.module for network in networks], [network.size for network in networks])
+    taken = [side.network for role, side in there.items() if role != "baseline"]  # that one is another student
+    times = latency_ms([network.module for network in taken], [network.size for network in taken])
     summary: dict[str, Any] = {
-        role: _described(job, role, side) | {"latency_ms": latency}
-        for (role, side), latency in zip(there.items(), latencies, strict=True)
+        role: _described(job, role, side) | {"latency_ms": times[0 if role == "teacher" else -1]}
+        for role, side in there.items()
     }
     summary |= {
         "method": method_of(vars(job.config)),
