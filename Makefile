@@ -7,7 +7,7 @@ BIN := .venv/bin
 demo: .venv/installed  ## the whole job on the built-in digits, in about half a minute
 	$(BIN)/factor-transfer demo
 
-DIGITS = $(BIN)/factor-transfer compare --config src/factor_transfer/recipes/demo.yaml --no-baseline --jobs 2 --threads 1 \
+DIGITS = $(BIN)/factor-transfer compare --config recipe:demo --no-baseline --jobs 2 --threads 1 \
 	--log-with none
 keep = mkdir -p results/$(1) && cd runs/$(1) && tar cf - compare.json compare.md */summary.json | tar xf - -C ../../results/$(1)
 
