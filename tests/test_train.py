@@ -299,7 +299,9 @@ def test_trainer__says_that_a_translator_is_dead(
     digits: Dataset, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Follow(FactorTransfer):
-        needs = frozenset()
+        def __init__(self, translator: Translator, beta: float) -> None:
+            super().__init__(translator, beta)
+            self.needs = frozenset()
 
         def forward(self, student: Any, teacher: Any, labels: torch.Tensor) -> torch.Tensor:
             return super().forward(student, {"factor": student.feature.detach()}, labels)
