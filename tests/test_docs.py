@@ -226,7 +226,11 @@ def runnable(page: Path) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if runnable(page) and page.stem != "quickstart"],  # test_quickstart.py runs that one
+    ids=lambda page: page.stem,
+)
 def test_docs__what_can_be_run_runs(page: Path, factor_transfer: Command, tmp_path: Path) -> None:
     """A page's blocks from top to bottom, in one folder."""
 
