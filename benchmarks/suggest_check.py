@@ -5,8 +5,7 @@
 The separate timing is torch's own (`torch.utils.benchmark.Timer`), of modules that timm built. Raw:
 results/suggest.json. Exits with 1 where one is off by more than 20 %. On a machine
 with other work, `chrt -f 50 python ...` (as root) keeps that out of both timings. Larger images: a fresh process of
-glibc's gives its memory back after every pass and faults it in again (mobilenetv2_100 at 128x128 pixels: over 1,000
-page faults, half of its time), which a process that has done more does not;
+glibc's gives its memory back after every pass and faults it in again, which a process that has done more does not;
 `MALLOC_TRIM_THRESHOLD_=200000000 MALLOC_MMAP_THRESHOLD_=200000000` before both keeps it.
 """
 
