@@ -3,10 +3,11 @@
     python benchmarks/suggest_check.py [--data DATA] [--max-params N] [--count N]
 
 The separate timing is torch's own (`torch.utils.benchmark.Timer`), of modules that timm built. Raw:
-results/suggest.json. Exits with 1 where one is off by more than 20 %. On a machine
-with other work, `chrt -f 50 python ...` (as root) keeps that out of both timings. Larger images: a fresh process of
-glibc's gives its memory back after every pass and faults it in again, which a process that has done more does not;
-`MALLOC_TRIM_THRESHOLD_=200000000 MALLOC_MMAP_THRESHOLD_=200000000` before both keeps it.
+results/suggest.json. Exits with 1 where one is off by more than 20 %. On a machine with other work,
+`chrt -f 50 python ...` (as root) keeps that out of both timings.
+
+With `--no-keep-memory` the separate processes run with glibc as it is. Where nothing chances to lie behind them, it
+gives a network's maps back to the system after every pass and faults them in again in the next: half as long again.
 """
 
 from __future__ import annotations
@@ -45,17 +46,19 @@ app = App()
 @app.default
 def check(
     *, data: str = "digits", img_size: int = 32, max_params: float = 1e6, threads: int = 1, count: int = 20,
-    out: Annotated[Path, Parameter(allow_leading_hyphen=True)] = Path("results/suggest.json"),
+    keep_memory: bool = True, out: Annotated[Path, Parameter(allow_leading_hyphen=True)] = Path("results/suggest.json"),
 ) -> None:  # fmt: skip
     """Time what `suggest` proposes once more, independently."""
     flags = ["--data", data, "--img-size", img_size, "--teacher", "cifar_resnet56", "--max-params", max_params,
              "--threads", threads, "--json"]  # fmt: skip
     command = [sys.executable, "-m", "factor_transfer", "suggest", *map(str, flags)]
     found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    kept = {"MALLOC_TRIM_THRESHOLD_": "200000000", "MALLOC_MMAP_THRESHOLD_": "200000000"} if keep_memory else {}
     rows = []
     for each in found["suggestions"][:count]:
         asked = json.dumps([each["name"], each["args"], found["img_size"], threads])
-        alone = subprocess.run([sys.executable, "-c", TIMER, asked], check=True, stdout=subprocess.PIPE, text=True)
+        timer = [sys.executable, "-c", TIMER, asked]
+        alone = subprocess.run(timer, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **kept})
         separate, spread, blocks = json.loads(alone.stdout)
         off = each["latency_ms"] / separate - 1
         rows.append({**each, "separate_ms": separate, "separate_iqr_ms": spread, "blocks": blocks, "off": off})
@@ -66,7 +69,7 @@ def check(
     result = {"command": shlex.join(["python", *sys.argv]), "suggest": shlex.join(command[1:]), "n": len(rows),
               "worst": worst, "mean": statistics.mean(offs), "sd": statistics.stdev(offs),
               "real_time_priority": os.sched_getscheduler(0) == os.SCHED_FIFO, "load": os.getloadavg()[0],
-              "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
+              "keep_memory": keep_memory,
               "environment": environment(), "rows": rows}  # fmt: skip
     out.write_text(json.dumps(result, indent=1) + "\n")
     sys.exit(worst > 0.2)

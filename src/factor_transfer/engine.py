@@ -86,7 +86,7 @@ class Engine:
         )
         self.device = self.accelerator.device
         if self.device.type == "cpu":
-            _keep_memory()
+            keep_memory()
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         if self.processes > 1:
             atexit.register(_leave_group)
@@ -282,7 +282,7 @@ def _leave_group() -> None:
         destroy_process_group()
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Have glibc keep what is freed for the next step; elsewhere nothing is changed.
 
     By default it gives large blocks back to the system, which hands them out again page by page, cleared: a few

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import shlex
+import statistics
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -12,10 +16,14 @@ import torch
 from factor_transfer.config import SuggestConfig, flag
 from factor_transfer.console import say
 from factor_transfer.data import open_data
+from factor_transfer.engine import keep_memory
 from factor_transfer.errors import ConfigError
 from factor_transfer.export import latency_ms
 from factor_transfer.models import DEFAULT_SIZE, Network, count_parameters, load_network
 from factor_transfer.views import SMALL
+
+TURNS = 3
+"""Processes that time a network, one after another."""
 
 Candidate = tuple[str, dict[str, Any]]
 """A timm name, and constructor arguments."""
@@ -86,8 +94,7 @@ def suggest(config: SuggestConfig) -> tuple[list[Suggestion], int]:
     networks = [load_network(n, role="student", num_classes=classes, img_size=size, args=a) for n, a in candidates]
     say(f"suggest: {len(networks)} networks on this machine, {torch.get_num_threads()} threads, {size}x{size} pixels")
     small = [place for place, network in enumerate(networks) if _within(_measures(network), limits)]
-    # Only what is small enough is timed; the networks take turns, so that no disturbance meets one of them alone.
-    times = latency_ms([networks[place].module for place in small], [size] * len(small))
+    times = _latencies([candidates[place] for place in small], classes, size)  # only of what is small enough
     found = [
         Suggestion(
             candidates[place][0], candidates[place][1], **_measures(networks[place]), latency_ms=milliseconds,
@@ -106,6 +113,28 @@ def suggest(config: SuggestConfig) -> tuple[list[Suggestion], int]:
             hint="raise the limit, or give a smaller --img-size",
         )
     return sorted(fitting, key=lambda each: -each.parameters), size
+
+
+def _latencies(candidates: Sequence[Candidate], classes: int, size: int) -> list[float]:
+    """Median milliseconds of one image through each, in processes of their own, as in use.
+
+    In one process with all of them, each would find the heap in the pieces that the others left, and be slower by a
+    tenth. They take turns, so that no disturbance meets one of them alone.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    measure = partial(_latency, classes=classes, size=size, threads=torch.get_num_threads())
+    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as processes:
+        turns = [list(processes.map(measure, candidates)) for _ in range(TURNS)]
+    return [statistics.median(times) for times in zip(*turns, strict=True)]
+
+
+def _latency(candidate: Candidate, classes: int, size: int, threads: int) -> float:
+    torch.set_num_threads(threads)
+    keep_memory()  # whether glibc gives any back depends on what chances to lie behind it, and doubles some latencies
+    name, args = candidate
+    network = load_network(name, role="student", num_classes=classes, img_size=size, args=args)
+    return latency_ms([network.module], [size], rounds=10)[0]
 
 
 def _measures(network: Network) -> dict[str, Any]:
