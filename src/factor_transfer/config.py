@@ -144,8 +144,9 @@ class Config(DataConfig):
     p: Annotated[float, _in("Factor transfer")] = 1.0
     """Norm of the factor difference. The paper's choice is 1; 2 is nearly the same."""
     beta: Annotated[float | Literal["auto"], _in("Factor transfer")] = "auto"
-    """Weight of the factor loss. auto: the bound 2 x beta / sqrt(elements) of the authors' CIFAR-10 program (beta
-    500 at 2048). 0: no factor transfer, and no paraphraser."""
+    """Weight of the factor loss. auto: its gradient in the student's map is to that of the cross-entropy as in the
+    authors' CIFAR-10 program, before the first step; without labels, its bound 2 x beta / sqrt(elements) is as there
+    (beta 500 at 2048). 0: no factor transfer, and no paraphraser."""
     kd_weight: Annotated[float, _in("Other terms")] = 0.0
     """Weight of the teacher's softened predictions (knowledge distillation, Hinton et al. 2015), times the
     temperature's square. 0: none."""

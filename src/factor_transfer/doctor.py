@@ -11,12 +11,10 @@ import math
 import resource
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,11 +28,12 @@ from timm.data.constants import (
 )
 from torch import Tensor, nn
 
+from factor_transfer.balance import pulls
 from factor_transfer.config import Config, Rgb, flag
 from factor_transfer.data import Dataset
 from factor_transfer.engine import Engine
 from factor_transfer.errors import FactorTransferError
-from factor_transfer.features import Logits, maps, tensor_in, watching
+from factor_transfer.features import Logits, maps
 from factor_transfer.files import state_fingerprint
 from factor_transfer.followers import follower
 from factor_transfer.frozen import FrozenTeacher
@@ -44,10 +43,9 @@ from factor_transfer.models import InputNorm, Network, count_parameters
 from factor_transfer.objective import fresh_paraphrasers
 from factor_transfer.pairs import Modules, Pair, Side, check_alive, check_knows
 from factor_transfer.runs import Run
-from factor_transfer.splits import Batch, Split
+from factor_transfer.splits import Batch, Sample, Split
 from factor_transfer.stages import Job
-from factor_transfer.tasks import DistillationTask, TeacherSide
-from factor_transfer.terms import StudentOutputs
+from factor_transfer.tasks import TeacherSide
 from factor_transfer.views import SMALL
 
 SAMPLE = 512
@@ -161,24 +159,6 @@ def _look(config: Config, modules: Modules, found: Diagnosis) -> None:
 # -- data
 
 
-class Sample(Split):
-    """At most `count` images of a split, evenly spread over it."""
-
-    def __init__(self, split: Split, count: int) -> None:
-        self._split = split
-        self._places = np.unique(np.linspace(0, len(split) - 1, count).astype(np.int64))
-        self.labels = split.labels[self._places]
-
-    def batches(self, chunks: Iterable[np.ndarray], view: int | None) -> Iterator[Batch]:
-        """See `Split`."""
-        return self._split.batches([self._places[chunk] for chunk in chunks], view)
-
-    def whole(self) -> Batch:
-        """All of it, as evaluation shows it."""
-        (batch,) = self.batches([np.arange(len(self))], view=None)
-        return batch
-
-
 def _data(data: Dataset, config: Config) -> Iterator[Finding]:
     for note in data.notes:
         if "no training images" in note:
@@ -276,12 +256,20 @@ def _losses(job: Job, pair: Pair, found: Diagnosis) -> Iterator[Finding]:
     """One batch through teacher, paraphraser, student and translator: sizes, gradients, seconds."""
     config, data, objective = job.config, job.data, job.objective
     paraphrasers = fresh_paraphrasers(config, pair)
-    (batch,) = data.train.batches([np.arange(min(config.batch_size, len(data.train)))], view=0)
+    sample = Sample(data.train, config.batch_size)
+    (batch,) = sample.batches([np.arange(len(sample))], view=0)
     network, first = pair.teacher.tapped(objective.teacher_layers), next(iter(paraphrasers), None)
     readers = objective.readers(paraphrasers)
     teacher = FrozenTeacher(TeacherSide(network, pair.teacher.network.norm, pair.size, first, readers))
     task = job.student_task(pair.student, objective.terms, teacher)
-    sizes, norms = _term_sizes(task, batch)
+    if config.beta == "auto":
+        job.balance(pair, teacher)
+    measured = pulls(task, batch)
+    sizes = {name: pull.size for name, pull in measured.items()}
+    own = pair.student.layer
+    norms = {
+        term.name: math.hypot(*map(measured[term.name].norms.__getitem__, term.taps or (own,))) for term in task.terms
+    }
     task.train()
     seconds = min(_step_seconds(task, batch, job.engine) for _ in range(2))
     steps = -(-len(data.train) // config.batch_size)
@@ -321,26 +309,6 @@ def _weights(config: Config, sizes: Mapping[str, float], norms: Mapping[str, flo
     elif ratio > DROWNING:
         what = f"--beta {beta}: the factor term is {ratio:.2g} times the cross-entropy: the labels will drown"
         yield Finding("warning", what, "--beta auto")
-
-
-def _term_sizes(task: DistillationTask, batch: Batch) -> tuple[dict[str, float], dict[str, float]]:
-    """Of each term its size, and the norm of its gradient in the student's feature maps that it reads."""
-    trainee, teacher = task.trainable_module.eval(), task.teacher
-    raw: dict[str, Any] = {}  # what the layers gave: a map may be a view beside the network's own way
-    tapped = trainee.student
-    with ExitStack() as stack:
-        for layer in tapped.layers:
-            stack.enter_context(watching(tapped.module.get_submodule(layer), partial(raw.__setitem__, layer)))
-        output, maps = tapped.maps(trainee.norm(batch.image))
-    student = StudentOutputs(Logits()(output), maps[trainee.student.layer], maps)
-    outputs = {} if teacher is None else teacher(batch.image)
-    sizes, norms = {}, {}
-    for term in task.terms:
-        loss = term(student, outputs, batch.label)
-        read = [tensor_in(raw[layer], tapped.module) for layer in term.taps or (tapped.layer,)]
-        gradients = torch.autograd.grad(loss, [given for given in read if given is not None], retain_graph=True)
-        sizes[term.name], norms[term.name] = loss.item(), float(nn.utils.get_total_norm(gradients))
-    return sizes, norms
 
 
 def _step_seconds(task: nn.Module, batch: Batch, engine: Engine) -> float:

@@ -213,6 +213,8 @@ def factor_loss_bound(elements: int, p: float = 1) -> float:
 def portable_beta(elements: int, p: float = 1) -> float:
     """The beta whose bound on the factor term is that of the authors' CIFAR-10 program (beta 500 at 2048 elements).
 
+    How hard the term pulls depends on the student, too (see `balance`); this is for where there is nothing to weigh.
+
     >>> round(portable_beta(2048)), round(portable_beta(512))
     (500, 250)
     """

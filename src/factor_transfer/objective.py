@@ -14,7 +14,7 @@ from factor_transfer.arguments import imported, is_callable_name, names_in
 from factor_transfer.config import Config, flag
 from factor_transfer.errors import ConfigError
 from factor_transfer.features import Tapped, feature_map, find_groups
-from factor_transfer.method import Paraphraser, Straight, Translator, factor_channels
+from factor_transfer.method import Paraphraser, Straight, Translator, factor_channels, factor_loss_bound
 from factor_transfer.methods import method_of
 from factor_transfer.pairs import Pair, Side, factor_weight
 from factor_transfer.seeds import part_seed, seeded
@@ -168,12 +168,26 @@ class Objective:
             layer = pair.student.layer if place else None
             self.terms.append(FactorTransfer(translator, beta / len(pairs), self.config.p, layer, place))
         first = self.factors[0]
-        self.record |= {"beta": first.beta, "bound": first.bound, "elements": math.prod(first.shape)}
-        self.record["factor_channels"] = first.channels
+        self.record |= {"elements": math.prod(first.shape), "factor_channels": first.channels}
+        how = "bound" if self.config.beta == "auto" else "given"
+        self.weigh([factor.beta for factor in self.factors], how)
+
+    def weigh(self, betas: Sequence[float], how: str) -> None:
+        """Give each pair of layers its beta, and say how it was found; where one is nan, it keeps its own."""
+        transfers = [term for term in self.terms if isinstance(term, FactorTransfer)]
+        for place, (beta, term) in enumerate(zip(betas, transfers, strict=True)):
+            if not math.isnan(beta):
+                bound = beta * factor_loss_bound(math.prod(self.factors[place].shape), self.config.p)
+                self.factors[place] = self.factors[place]._replace(beta=beta, bound=bound)
+                term.beta = beta / len(transfers)
+        self.record |= {"beta": self.factors[0].beta, "bound": self.factors[0].bound, "beta_by": how}
 
     def lines(self) -> Iterator[str]:
         """What a user is told."""
         yield f"student: {method_of(vars(self.config))}"
+        by = {"bound": " (auto, by its bound)", "gradients": " (auto, by gradients)"}.get(
+            self.record.get("beta_by", ""), ""
+        )
         for factor in self.factors:
             channels, height, width = factor.shape
             several = len(self.factors) > 1
@@ -181,7 +195,7 @@ class Objective:
             share = f", of which 1/{len(self.factors)} counts" if several else ""
             yield (
                 f"factor{where}: {channels} channels of {height}x{width} ({math.prod(factor.shape)} elements); "
-                f"beta {factor.beta:g}, so its term is at most {factor.bound:.3g}{share}"
+                f"beta {factor.beta:.4g}{by}, so its term is at most {factor.bound:.3g}{share}"
             )
         for group in self.groups:
             at = f"{group.size[0]}x{group.size[1]}"

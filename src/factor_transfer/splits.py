@@ -172,6 +172,24 @@ class FileSplit(Split):
         )
 
 
+class Sample(Split):
+    """At most `count` images of a split, evenly spread over it."""
+
+    def __init__(self, split: Split, count: int) -> None:
+        self._split = split
+        self._places = np.unique(np.linspace(0, len(split) - 1, count).astype(np.int64))
+        self.labels = split.labels[self._places]
+
+    def batches(self, chunks: Iterable[np.ndarray], view: int | None) -> Iterator[Batch]:
+        """See `Split`."""
+        return self._split.batches([self._places[chunk] for chunk in chunks], view)
+
+    def whole(self) -> Batch:
+        """All of it, as evaluation shows it."""
+        (batch,) = self.batches([np.arange(len(self))], view=None)
+        return batch
+
+
 @dataclass(frozen=True)
 class _Chunks(torch.utils.data.Dataset["Batch | Unreadable"]):
     """What the loader's processes hold: a chunk of indices is one item."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor, nn
 
+from factor_transfer.balance import balanced
 from factor_transfer.cache import CachedTeacher, FactorCache, choose_views, say_what_changed
 from factor_transfer.config import Config, plain
 from factor_transfer.console import say, warn
@@ -30,11 +31,15 @@ from factor_transfer.pairs import Modules, Pair, Side, check_alive, check_knows,
 from factor_transfer.report import say_paraphraser
 from factor_transfer.runs import Run
 from factor_transfer.schedule import Plan
+from factor_transfer.splits import Sample
 from factor_transfer.tasks import DistillationTask, ParaphraserTask, TeacherSide
 from factor_transfer.terms import FactorTransfer, Labels, Reader, SoftTargets, Term, numbered
 from factor_transfer.train import Trainer
 from factor_transfer.views import Transform
 from factor_transfer.weights import load_weights, paraphraser_metadata
+
+BALANCE_IMAGES = 256
+"""Training images, in two batches, on which --beta auto is measured."""
 
 SAMPLE = 64
 """Validation images on which the teacher's features are looked at, and an export is compared with its student."""
@@ -235,6 +240,10 @@ class Job:
 
     def student(self, pair: Pair, paraphrasers: Sequence[Paraphraser | Straight]) -> Side:
         """The student, by the terms that the settings name: by Factor Transfer, if there are paraphrasers."""
+        readers = self.objective.readers(paraphrasers)
+        teacher = self._teacher_side(pair, next(iter(paraphrasers), None), readers)
+        if self.config.beta == "auto":
+            self.balance(pair, teacher)
         found = {**self.objective.record, "views": self.views}
         for line in self.objective.lines():
             say(line)
@@ -242,14 +251,31 @@ class Job:
             say("student: nothing trains a head, so it is not measured: what it has learned are features")
         if self.objective.hint_epochs:
             self._hint(pair)
-        readers = self.objective.readers(paraphrasers)
-        teacher = self._teacher_side(pair, next(iter(paraphrasers), None), readers)
         shown = self._cached(teacher, pair, paraphrasers) if self.views and self.objective.outputs else teacher
         try:
             return self._student("student", pair.student, self.objective.terms, shown, found)
         finally:
             if isinstance(shown, CachedTeacher):
                 shown.cache.close()
+
+    def balance(self, pair: Pair, teacher: FrozenTeacher) -> None:
+        """Weigh the factor terms against the labels, as `balanced` says; a run that has begun keeps its weights.
+
+        Without labels the terms keep the bound of the authors' program.
+        """
+        run, objective = self.run, self.objective
+        if not (self.data.labelled and self.config.label_weight):
+            return
+        if "beta" not in run.pins():
+            factors = [term for term in objective.terms if isinstance(term, FactorTransfer)]
+            task = self.engine.place(self.student_task(pair.student, [Labels(), *factors], teacher))
+            sample = Sample(self.data.train, BALANCE_IMAGES)
+            chunks = [np.arange(len(sample))[place::2] for place in range(2)]
+            betas = self.engine.all_of(balanced(task, sample.batches(chunks, view=0)))[0]
+            run.pin("beta", " ".join(map(repr, betas)), "--beta auto found otherwise when the run began")
+        else:
+            betas = [float(beta) for beta in run.pins()["beta"].split()]
+        objective.weigh(betas, "gradients")
 
     def _hint(self, pair: Pair) -> None:
         """FitNets' first stage: the student up to its guided layer, and a regressor, learn the teacher's hint."""
