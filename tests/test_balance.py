@@ -126,7 +126,8 @@ def settings(out: Path, **more: object) -> Config:
     return Config(**{
         "data": "digits", "teacher": "cifar_resnet20", "teacher_args": small, "student": "cifar_resnet20",
         "student_args": smaller, "teacher_epochs": 6, "paraphraser_epochs": 1, "epochs": 1, "views": 1, "lr": 0.05,
-        "threads": 1, "device": "cpu", "log_with": "none", "cache_dir": str(out / "cache"), "out": str(out / "run"), **more,
+        "threads": 1, "device": "cpu", "log_with": "none", "cache_dir": str(out / "cache"), "out": str(out / "run"),
+        **more,
     })  # fmt: skip
 
 

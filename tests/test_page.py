@@ -76,7 +76,7 @@ def test_report__tips_and_sorting_work(run: Path, page: Page) -> None:
     # Marks may lie on each other: networks of this size are measured alike.
     there = page.run(f"document.elementFromPoint({place[0]}, {place[1]}).closest('[data-tip]').dataset.tip")
     assert page.run("document.getElementById('tip').textContent") == there
-    assert there.split(":")[0] in {"teacher", "student alone", "student"}
+    assert there.split(":")[0] in {"teacher", "student alone", "student by Factor Transfer"}
     assert page.run("!document.getElementById('tip').hidden")
     column = (
         "(t => [...t.tBodies[0].rows].map(row => Number(row.cells[2].textContent)))"
