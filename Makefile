@@ -2,14 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo compare compare-at-weight compare-ablation test test-slow test-all fuzz lint types contracts docs check clean
+.PHONY: demo compare compare-at-weight compare-ablation compare-cifar10 test test-slow test-all fuzz lint types contracts docs check clean
 
 demo: .venv/installed  ## the whole job on the built-in digits, in about half a minute
 	$(BIN)/factor-transfer demo
 
 DIGITS = $(BIN)/factor-transfer compare --config recipe:demo --no-baseline --jobs 2 --threads 1 \
 	--log-with none
-keep = mkdir -p results/$(1) && cd runs/$(1) && tar cf - compare.json compare.md */summary.json | tar xf - -C ../../results/$(1)
+keep = mkdir -p results/$(1) && cd runs/$(1) && tar cf - compare.json compare.md */summary.json */metrics.jsonl | tar xf - -C ../../results/$(1)
 
 compare: .venv/installed  ## all methods on the built-in digits, ten seeds each, in minutes; leaves results/compare-digits
 	$(DIGITS) --methods alone,kd,at,fitnet,ft,ft+kd,at+kd --at-weight 3 --seed 200 --seeds 10 --out runs/compare-digits
@@ -26,6 +26,14 @@ compare-ablation: .venv/installed  ## the paper's ablations on the same; leaves 
 	$(ABLATIONS) --k 0.25 --sweep translator=conv,none --out runs/compare-digits-translator
 	$(call keep,compare-digits-ablation)
 	$(call keep,compare-digits-translator)
+
+CIFAR10 ?= ../shared
+compare-cifar10: .venv/installed  ## the rivals on 10,000 real images, three seeds; about an hour; leaves results/compare-cifar10-10k
+	$(BIN)/factor-transfer compare --data $(CIFAR10)/cifar10-jpeg --train-images 10000 --teacher cifar_resnet56 \
+		--teacher-weights $(CIFAR10)/checkpoints/resnet56-cifar10-jpeg.safetensors --student cifar_resnet20 \
+		--methods alone,kd,at,fitnet,ft,ft+kd --beta 500 --views 8 --epochs 20 --seeds 3 --jobs 2 --threads 1 \
+		--log-with none --out runs/compare-cifar10-10k
+	$(call keep,compare-cifar10-10k)
 
 test: .venv/installed-dev  ## the tests that take seconds each
 	$(BIN)/python -m pytest -m "not slow"

@@ -27,7 +27,7 @@ def main(folder: Path) -> None:
     """Read, print, and keep."""
     times = read_json(RESULTS / "passes.json")["times_alone"]
     curves = {name: [curve(run) for run in sorted(folder.glob(f"{name}-s*"))] for name in ("alone", "ft")}
-    config = read_json(next(folder.glob("ft-s*/config.json")))
+    config = read_json(next(folder.glob("ft-s*/summary.json")))["settings"]
     before = config["paraphraser_epochs"] * times["paraphraser"]
     fills = min(config["views"], config["epochs"])
 
