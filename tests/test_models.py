@@ -208,7 +208,7 @@ def test_load_paraphraser__reads_what_was_written_and_what_the_authors_published
 
 
 def test_read_state__leaves_nothing_behind(tmp_path: Path) -> None:
-    """A process that reads weights for days does not grow: safetensors' own `load_file` loses 60 bytes a tensor."""
+    """A process that reads weights for days does not grow: safetensors' own `load_file` does."""
     file = tmp_path / "weights.safetensors"
     save_file({f"layer{place}.weight": torch.zeros(300 + place) for place in range(100)}, file)
     read_state(file, "weights")

@@ -180,7 +180,9 @@ class Objective:
                 bound = beta * factor_loss_bound(math.prod(self.factors[place].shape), self.config.p)
                 self.factors[place] = self.factors[place]._replace(beta=beta, bound=bound)
                 term.beta = beta / len(transfers)
-        self.record |= {"beta": self.factors[0].beta, "bound": self.factors[0].bound, "beta_by": how}
+        self.record |= {"beta": self.factors[0].beta, "bound": self.factors[0].bound}
+        if not math.isnan(betas[0]):
+            self.record["beta_by"] = how
 
     def lines(self) -> Iterator[str]:
         """What a user is told."""

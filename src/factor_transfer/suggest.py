@@ -118,8 +118,8 @@ def suggest(config: SuggestConfig) -> tuple[list[Suggestion], int]:
 def _latencies(candidates: Sequence[Candidate], classes: int, size: int) -> list[float]:
     """Median milliseconds of one image through each, in processes of their own, as in use.
 
-    In one process with all of them, each would find the heap in the pieces that the others left, and be slower by a
-    tenth. They take turns, so that no disturbance meets one of them alone.
+    In one process with all of them, each would find the heap in the pieces that the others left. They take turns, so
+    that no disturbance meets one of them alone.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -131,7 +131,7 @@ def _latencies(candidates: Sequence[Candidate], classes: int, size: int) -> list
 
 def _latency(candidate: Candidate, classes: int, size: int, threads: int) -> float:
     torch.set_num_threads(threads)
-    keep_memory()  # whether glibc gives any back depends on what chances to lie behind it, and doubles some latencies
+    keep_memory()  # whether glibc gives any back depends on what chances to lie behind it
     name, args = candidate
     network = load_network(name, role="student", num_classes=classes, img_size=size, args=args)
     return latency_ms([network.module], [size], rounds=10)[0]

@@ -32,7 +32,7 @@ def load_weights(module: nn.Module, path: str | Path, given: str) -> None:
 def read_state(path: str | Path, given: str) -> dict[str, Tensor]:
     """The tensors in a file of weights; a `state_dict` inside and `module.` prefixes are seen through.
 
-    A safetensors file is read whole: `load_file` of safetensors 0.8 loses 60 bytes for every tensor it reads.
+    A safetensors file is read whole: `load_file` of safetensors 0.8 never gives back all of what it takes.
 
     Raises:
         ModelError: the file is missing, unreadable, or would have to run code to be read.
