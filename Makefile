@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo compare compare-at-weight compare-ablation compare-cifar10 test test-slow test-all fuzz lint types contracts docs check clean
+.PHONY: demo compare compare-at-weight compare-ablation compare-cifar10 compare-cifar10-50k compare-cifar10-why test test-slow test-all fuzz lint types contracts docs check clean
 
 demo: .venv/installed  ## the whole job on the built-in digits, in about half a minute
 	$(BIN)/factor-transfer demo
@@ -28,12 +28,23 @@ compare-ablation: .venv/installed  ## the paper's ablations on the same; leaves 
 	$(call keep,compare-digits-translator)
 
 CIFAR10 ?= ../shared
+REAL = $(BIN)/factor-transfer compare --data $(CIFAR10)/cifar10-jpeg --teacher cifar_resnet56 --student cifar_resnet20 \
+	--teacher-weights $(CIFAR10)/checkpoints/resnet56-cifar10-jpeg.safetensors --beta 500 --views 8 --jobs 2 --threads 1 \
+	--log-with none
 compare-cifar10: .venv/installed  ## the rivals on 10,000 real images, three seeds; about an hour; leaves results/compare-cifar10-10k
-	$(BIN)/factor-transfer compare --data $(CIFAR10)/cifar10-jpeg --train-images 10000 --teacher cifar_resnet56 \
-		--teacher-weights $(CIFAR10)/checkpoints/resnet56-cifar10-jpeg.safetensors --student cifar_resnet20 \
-		--methods alone,kd,at,fitnet,ft,ft+kd --beta 500 --views 8 --epochs 20 --seeds 3 --jobs 2 --threads 1 \
-		--log-with none --out runs/compare-cifar10-10k
+	$(REAL) --train-images 10000 --methods alone,kd,at,fitnet,ft,ft+kd --epochs 20 --seeds 3 --out runs/compare-cifar10-10k
 	$(call keep,compare-cifar10-10k)
+
+compare-cifar10-50k: .venv/installed  ## alone and ft on all of them, two seeds; 40 minutes; leaves results/compare-cifar10-50k
+	$(REAL) --methods alone,ft --epochs 12 --seeds 2 --out runs/compare-cifar10-50k
+	$(call keep,compare-cifar10-50k)
+
+WHY = $(REAL) --train-images 10000 --epochs 12 --seeds 2
+compare-cifar10-why: .venv/installed  ## what would raise ft there, on held-out training images; 30 minutes; leaves results/cifar10-why{,-layers}
+	$(WHY) --methods alone,ft --sweep beta=500,2000,8000 --sweep k=1 --sweep paraphraser_epochs=30 --out runs/cifar10-why
+	$(WHY) --methods ft --sweep beta=500 --teacher-layer layer2,layer3 --student-layer layer2,layer3 --out runs/cifar10-why-layers
+	$(call keep,cifar10-why)
+	$(call keep,cifar10-why-layers)
 
 test: .venv/installed-dev  ## the tests that take seconds each
 	$(BIN)/python -m pytest -m "not slow"

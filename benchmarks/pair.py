@@ -142,14 +142,16 @@ def take_turns(works: Works, turns: int, warm_up: Works | None = None) -> dict[s
     return seconds
 
 
-def summed_up(seconds: dict[str, list[float]], unit: float, engine: Engine, base: str = "alone") -> dict[str, Any]:
+def summed_up(
+    seconds: dict[str, list[float]], unit: float, machine: dict[str, Any], base: str = "alone"
+) -> dict[str, Any]:
     """Medians in `unit`s (steps or passes), how many times the time of `base` each takes, and the raw times."""
     medians = {name: statistics.median(times) / unit for name, times in seconds.items()}
     return {
         "median_seconds": medians,
         f"times_{base}": {name: value / medians[base] for name, value in medians.items()},
         "raw_seconds": seconds,
-        "environment": environment(**engine.describe()),
+        "environment": environment(**machine),
     }
 
 

@@ -2,23 +2,25 @@
 
     python benchmarks/passes.py ../shared [REPEATS]    # two threads; three repeats, 25 minutes; results/passes.json
 
-`reference` records the teacher's graph, as the published program does; `reference without graph` does not; each is a
-process of its own. `fill` is a pass with a live teacher that also fills the cache. From the medians: `schedule`, what
-164 passes with 8 views cost (6 passes of the paraphraser, 8 that fill the cache, 156 from it) over 164 passes of the
-student alone.
+Every repeat starts its processes anew: where a process chances to lay its maps in memory changes all of its passes by
+several per cent. `reference` records the teacher's graph, as the published program does; `reference without graph` does
+not; each is a process of its own. `fill` is a pass with a live teacher that fills the cache, from which `cached` reads.
+From the medians: `schedule`, what 164 passes with 8 views cost (6 passes of the paraphraser, 8 that fill the cache, 156
+from it) over 164 passes of the student alone.
 """
 
 from __future__ import annotations
 
-import shutil
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from pair import FACTOR, Measured, Works, keep, measured, summed_up, take_turns
+from pair import Works, keep, measured, summed_up, take_turns
 
-from factor_transfer.cache import CachedTeacher, FactorCache
 from factor_transfer.engine import stop_signals
 from factor_transfer.train import Trainer
 
@@ -28,35 +30,53 @@ STEPS = 20
 
 
 def main(shared: Path, repeats: int) -> None:
-    """Measure, print, and keep the raw times."""
+    """Measure, print, and keep the raw times, after every repeat."""
+    seconds: dict[str, list[float]] = {}
+    for done in range(1, repeats + 1):
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            found = process.submit(repeat, shared).result()
+        for name, value in found["seconds"].items():
+            seconds.setdefault(name, []).append(value)
+        keep("passes", costs(seconds, found["machine"]) | {"images": found["images"], "repeats": done})
+
+
+def repeat(shared: Path) -> dict[str, Any]:
+    """Seconds of one pass of each kind."""
     with measured(shared) as pair, pair.reference(graph=True) as recorded, pair.reference(graph=False) as plain_loop:
         trainers = {name: pair.trainer(name) for name in ("live", "cached", "alone", "paraphraser")}
+
+        def some_steps(name: str) -> None:
+            trainers[name].task.train()
+            for batch in trainers[name].train.batches(np.arange(STEPS * 128).reshape(STEPS, 128), view=0):
+                trainers[name]._step(batch, 128, view=0)
+
         works: Works = {
             "reference": recorded.run_pass,
             "reference without graph": plain_loop.run_pass,
-            "fill": partial(fill, pair, pair.trainer("cached")),
-            **{name: partial(one_pass, trainer) for name, trainer in trainers.items()},
+            "live": partial(one_pass, trainers["live"]),
+            "fill": partial(one_pass, trainers["cached"]),  # into the empty cache
+            "cached": partial(one_pass, trainers["cached"]),
+            "alone": partial(one_pass, trainers["alone"]),
+            "paraphraser": partial(one_pass, trainers["paraphraser"]),
             "input": partial(input_only, trainers["alone"]),
         }
-        warm_up: Works = {name: partial(some_steps, trainer) for name, trainer in trainers.items()}
+        warm_up: Works = {name: partial(some_steps, name) for name in ("live", "alone", "paraphraser")}
         warm_up |= {"reference": partial(recorded.run, STEPS), "plain": partial(plain_loop.run, STEPS)}
-        warm_up |= {"cached": works["cached"]}  # fills the cache
-        cost = summed_up(take_turns(works, repeats, warm_up), 1, pair.engine)
-        times = cost["times_alone"]
-        parts = PARAPHRASER_EPOCHS * times["paraphraser"] + VIEWS * times["fill"] + (EPOCHS - VIEWS) * times["cached"]
-        reference = {name: times["reference"] / times[name] for name in ("live", "fill", "cached", "alone")}
-        plain = {name: times["reference without graph"] / times[name] for name in ("live", "fill", "cached", "alone")}
-        keep(
-            "passes",
-            cost
-            | {
-                "reference_over": reference,
-                "reference_without_graph_over": plain,
-                "schedule": {"epochs": EPOCHS, "views": VIEWS, "times_alone": parts / EPOCHS},
-                "images": len(pair.train),
-                "repeats": repeats,
-            },
-        )
+        seconds = {name: times[0] for name, times in take_turns(works, 1, warm_up).items()}
+        return {"seconds": seconds, "images": len(pair.train), "machine": pair.engine.describe()}
+
+
+def costs(seconds: dict[str, list[float]], machine: dict[str, Any]) -> dict[str, Any]:
+    """Medians, and what they say."""
+    cost = summed_up(seconds, 1, machine)
+    times = cost["times_alone"]
+    parts = PARAPHRASER_EPOCHS * times["paraphraser"] + VIEWS * times["fill"] + (EPOCHS - VIEWS) * times["cached"]
+    ours = ("live", "fill", "cached", "alone")
+    return cost | {
+        "reference_over": {name: times["reference"] / times[name] for name in ours},
+        "reference_without_graph_over": {name: times["reference without graph"] / times[name] for name in ours},
+        "schedule": {"epochs": EPOCHS, "views": VIEWS, "times_alone": parts / EPOCHS},
+    }
 
 
 def one_pass(trainer: Trainer) -> None:
@@ -64,23 +84,6 @@ def one_pass(trainer: Trainer) -> None:
     with stop_signals() as stop:
         trainer._pass(stop)
     trainer._end_pass()
-
-
-def some_steps(trainer: Trainer) -> None:
-    """A few steps, to warm up."""
-    trainer.task.train()
-    for batch in trainer.train.batches(np.arange(STEPS * 128).reshape(STEPS, 128), view=0):
-        trainer._step(batch, 128, view=0)
-
-
-def fill(pair: Measured, trainer: Trainer) -> None:
-    """A pass of our own engine into an empty cache."""
-    folder = pair.work / "filled"
-    cache = FactorCache(folder, {"benchmark": 2}, FACTOR, len(pair.train), views=1)
-    trainer.task.teacher = CachedTeacher(pair.live, cache)
-    one_pass(trainer)
-    cache.close()
-    shutil.rmtree(folder)
 
 
 def input_only(trainer: Trainer) -> None:

@@ -38,7 +38,7 @@ def main(shared: Path) -> None:
             }
             works |= {name: partial(turn, pair.trainer(name)) for name in ("live", "cached", "alone")}
             seconds = take_turns(works, TURNS)
-        keep("step", summed_up(seconds, STEPS, pair.engine) | {"turns": TURNS, "steps_a_turn": STEPS})
+        keep("step", summed_up(seconds, STEPS, pair.engine.describe()) | {"turns": TURNS, "steps_a_turn": STEPS})
 
 
 if __name__ == "__main__":

@@ -172,8 +172,9 @@ class Engine:
 
         After every step, so that all processes hold the same state at any moment: what one of them saves is whole.
         """
-        buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
-        if self.processes > 1 and buffers:
+        if self.processes == 1:
+            return
+        if buffers := [buffer for buffer in module.buffers() if buffer.is_floating_point()]:
             parts = torch.cat([buffer.flatten() for buffer in buffers])
             means = self.accelerator.reduce(parts, "mean").split([buffer.numel() for buffer in buffers])
             for buffer, mean in zip(buffers, means, strict=True):
