@@ -135,6 +135,19 @@ def test_factor_loss__is_safe_for_zero_and_huge_factors_in_half_precision(dtype:
     assert student.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("p", [1, 2])
+def test_factor_loss__gives_its_gradient_in_the_layout_of_the_map(p: float) -> None:
+    factor = torch.randn(4, 8, 6, 5).to(memory_format=torch.channels_last).requires_grad_()
+    teacher = torch.randn(4, 8, 6, 5)
+    layouts: list[tuple[int, ...]] = []
+    translated = factor * 1
+    translated.register_hook(lambda gradient: layouts.append(gradient.stride()))  # type: ignore[no-untyped-call]
+    loss = factor_transfer_loss(translated, teacher, p)
+    torch.testing.assert_close(loss, factor_transfer_loss(factor.detach().contiguous(), teacher, p))
+    loss.backward()
+    assert layouts == [factor.stride()]
+
+
 def test_normalize_factor__flattens_each_sample_to_length_one() -> None:
     factor = torch.randn(5, 4, 3, 2) * torch.tensor([1.0, 10, 100, 1e-3, 0]).view(5, 1, 1, 1)
     lengths = normalize_factor(factor).norm(dim=1)
