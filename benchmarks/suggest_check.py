@@ -3,10 +3,10 @@
     python benchmarks/suggest_check.py [--data DATA] [--max-params N] [--count N]
 
 The separate timing is torch's own (`torch.utils.benchmark.Timer`), of modules that timm built, once before `suggest`
-and once after it: a machine changes its speed within minutes, and so the mean of the two is of the time of `suggest`. What
-one says of the other (`drift`) is the least that any comparison can be off by. Raw: results/suggest.json. Exits with 1
-where one is off by more than 20 %. On a machine with other work, `chrt -f 50 python ...` (as root) keeps that out of
-all timings.
+and once after it: a machine changes its speed within minutes, and so the mean of the two is of the time of `suggest`.
+What one says of the other (`drift`) is the least that any comparison can be off by. Raw: results/suggest.json. Exits
+with 1 where one is off by more than 20 %. On a machine with other work, `chrt -f 50 python ...` (as root) keeps that
+out of all timings.
 
 With `--no-keep-memory` the separate processes run with glibc as it is. Where nothing chances to lie behind them, it
 gives a network's maps back to the system after every pass and faults them in again in the next: half as long again.
