@@ -60,6 +60,13 @@ def test_planned__runs_seed_by_seed_and_method_by_method() -> None:
         assert differing <= {*METHODS["kd"], "seed", "out"}
 
 
+def test_planned__groups_are_for_the_methods_that_read_them() -> None:
+    plan = planned(config(methods="alone,at,fitnet,ft", seeds=1, teacher_groups="layer1", student_groups="layer2"))
+    of = {run.variant: (run.config.teacher_groups, run.config.student_groups) for run in plan.runs}
+    given = ("layer1", "layer2")
+    assert of == {"alone": (None, None), "at": given, "fitnet": given, "ft": (None, None)}
+
+
 def test_planned__every_run_is_a_command() -> None:
     more: dict[str, Any] = {"sweep": ("student_args={layers: [1, 1, 1]},{layers: [2, 2, 2]}", "lr=0.1,1e-3")}
     plan = planned(
@@ -103,6 +110,7 @@ def test_planned__a_swept_protocol_has_its_own_reference() -> None:
         (["--methods", "alone,ftt"], r"--methods alone,ftt\n.*no method ftt\n.*ft"),
         (["--methods", ","], r"--methods\n.*no method\n.*alone, kd"),
         (["--kd-weight", "2"], r"--kd-weight 2.0\n.*set it themselves: alone 0.0, kd 0.9.*\n.*--sweep kd_weight=2.0"),
+        (["--teacher-groups", "layer1", "--methods", "alone,ft"], r"--teacher-groups layer1\n.*alone, ft\n.*add at"),
         (["--seeds", "0"], r"--seeds 0\n.*from 1"),
         (["--jobs", "2"], r"--jobs 2\n.*no --threads.*\n.*--threads 1"),
         (["--baseline"], r"--baseline\n.*\n.*name alone"),

@@ -19,9 +19,12 @@ _SOFT: dict[str, object] = {"label_weight": 0.1, "kd_weight": 0.9, "kd_temperatu
 temperature T. T = 4 and a = 0.9 are the field's usual values: those of the attention transfer program (`--alpha 0.9
 --temperature 4`) and of RepDistiller (`-r 0.1 -a 0.9`, Tian, Krishnan, Isola, ICLR 2020)."""
 
+UNGUIDED: dict[str, object] = {"teacher_groups": None, "student_groups": None}
+"""For a method without a term that reads groups."""
+
 METHODS: Mapping[str, Mapping[str, object]] = {
-    "alone": _ALONE,
-    "kd": {**_ALONE, **_SOFT},
+    "alone": {**_ALONE, **UNGUIDED},
+    "kd": {**_ALONE, **UNGUIDED, **_SOFT},
     # Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, equation 2; beta 1000 as in their program.
     "at": {**_ALONE, "at_weight": "auto"},
     # Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, algorithm 1: stage 1 by the hint (equation 3),
@@ -29,8 +32,8 @@ METHODS: Mapping[str, Mapping[str, object]] = {
     # (theirs has temperature 3 and a weight that falls from 4 to 1). An eighth of the passes: RepDistiller's 30 of 240.
     "fitnet": {**_ALONE, **_SOFT, "hint_epochs": "auto"},
     # Kim, Park, Kwak, NeurIPS 2018, equations 2 to 4.
-    "ft": {**_ALONE, "beta": "auto"},
-    "ft+kd": {**_ALONE, **_SOFT, "beta": "auto"},
+    "ft": {**_ALONE, **UNGUIDED, "beta": "auto"},
+    "ft+kd": {**_ALONE, **UNGUIDED, **_SOFT, "beta": "auto"},
     # Both of Zagoruyko & Komodakis' terms with their weights. Deviation: their text lets beta fall while training,
     # without saying how; their program does not.
     "at+kd": {**_ALONE, **_SOFT, "at_weight": "auto"},

@@ -18,7 +18,7 @@ from cyclopts import Group, Parameter
 
 from factor_transfer.config import FIELDS, Config, flag, plain
 from factor_transfer.errors import ConfigError, near
-from factor_transfer.methods import METHODS, settings_of
+from factor_transfer.methods import METHODS, UNGUIDED, settings_of
 
 _COMPARISON = Parameter(group=Group("Comparison", sort_key=-1), negative_iterable=())
 
@@ -147,9 +147,12 @@ def _check_given(config: CompareConfig, settings: dict[str, dict[str, Any]]) -> 
             continue
         value = getattr(config, name)
         if value != usual[name] and all(each[name] != value for each in settings.values()):
-            found = ", ".join(f"{variant} {each[name]}" for variant, each in settings.items())
-            hint = f"leave it out, or give --sweep {name}={value}"
-            raise ConfigError(f"{flag(name)} {value}", found=f"methods that set it themselves: {found}", hint=hint)
+            if name in UNGUIDED:
+                found, hint = f"no term that reads groups: {', '.join(settings)}", "leave it out, or add at or fitnet"
+            else:
+                own = ", ".join(f"{variant} {each[name]}" for variant, each in settings.items())
+                found, hint = f"methods that set it themselves: {own}", f"leave it out, or give --sweep {name}={value}"
+            raise ConfigError(f"{flag(name)} {value}", found=found, hint=hint)
 
 
 def default_folder(config: Config) -> str:
@@ -161,9 +164,11 @@ def default_folder(config: Config) -> str:
 def acts_on(setting: str, method: str) -> bool:
     """Whether a setting changes anything in a method.
 
-    >>> acts_on("k", "ft"), acts_on("k", "kd"), acts_on("lr", "alone"), acts_on("kd_weight", "ft+kd")
+    >>> acts_on("k", "ft"), acts_on("k", "kd"), acts_on("lr", "alone"), acts_on("teacher_groups", "at")
     (True, False, True, True)
     """
+    if setting in UNGUIDED:
+        return setting not in METHODS[method]
     term = TERM_OF.get(setting, setting)
     return METHODS[method].get(term, 1) != 0
 
