@@ -1,6 +1,6 @@
 """Whether `--beta auto` lands where a sweep finds the best beta: four pairs of networks, two input sizes.
 
-    python benchmarks/beta_plateau.py    # a quarter of an hour of two cores; results/beta-plateau.json
+    python benchmarks/beta_plateau.py    # half an hour of two cores; results/beta-plateau.json
 
 Each pair is a `factor-transfer compare` on the built-in digits that sweeps beta, scored on a share of the training
 images. The plateau is every beta that is not shown to be worse than the best one: the 95 % interval of its paired
