@@ -277,6 +277,7 @@ class Config(DataConfig):
                 found="a student that would learn nothing",
                 valid="labels, factors, or another term: --kd-weight, --at-weight or --hint-weight above 0",
             )
+        self._check_groups()
         if not 0 < self.validation_share < 1:
             raise ConfigError(f"--validation-share {self.validation_share}", valid="above 0 and below 1")
         if self.hflip is not None and not 0 <= self.hflip <= 1:
@@ -287,6 +288,18 @@ class Config(DataConfig):
             raise ConfigError(f"--teacher-std {self.teacher_std}", valid="three numbers above 0")
         if not 0 < self.model_ema_decay < 1:
             raise ConfigError(f"--model-ema-decay {self.model_ema_decay}", valid="above 0 and below 1")
+
+    def _check_groups(self) -> None:
+        """A term reads the groups that are named."""
+        guided = self.at_weight or self.hint_epochs or self.hint_weight
+        for name in ("teacher_groups", "student_groups"):
+            if getattr(self, name) and not guided:
+                raise ConfigError(
+                    f"{flag(name)} {getattr(self, name)}",
+                    found="no term that reads groups",
+                    valid="--at-weight, --hint-epochs or --hint-weight above 0",
+                    hint="leave it out, or name the layers of the factor: --teacher-layer, --student-layer",
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON and YAML hold them (tuples become lists)."""

@@ -137,14 +137,6 @@ class Objective:
     def __init__(self, config: Config, pair: Pair, factor_channels: Sequence[int], classes: int) -> None:
         self.config = config
         guided = config.at_weight or config.hint_weight or config.hint_epochs
-        given = {f"--{role}-groups": getattr(config, f"{role}_groups") for role in ("teacher", "student")}
-        if not guided and any(given.values()):
-            raise ConfigError(
-                " ".join(f"{name} {value}" for name, value in given.items() if value),
-                found="no term that reads groups",
-                valid="--at-weight, --hint-epochs or --hint-weight above 0",
-                hint="leave it out, or name the layers of the factor: --teacher-layer, --student-layer",
-            )
         self.groups = groups_of(config, pair) if guided else ()
         self.factors: list[Factor] = []
         self.classes = classes

@@ -73,6 +73,9 @@ class CompareConfig(Config):
         if self.sweep_on not in ("train-holdout", "validation"):
             raise ConfigError(f"--sweep-on {self.sweep_on}", valid=("train-holdout", "validation"))
 
+    def _check_groups(self) -> None:
+        """Each method has terms of its own: `planned` knows them."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -164,8 +167,10 @@ def default_folder(config: Config) -> str:
 def acts_on(setting: str, method: str) -> bool:
     """Whether a setting changes anything in a method.
 
-    >>> acts_on("k", "ft"), acts_on("k", "kd"), acts_on("lr", "alone"), acts_on("teacher_groups", "at")
+    >>> acts_on("k", "ft"), acts_on("k", "kd"), acts_on("lr", "alone"), acts_on("kd_weight", "ft+kd")
     (True, False, True, True)
+    >>> acts_on("teacher_groups", "at"), acts_on("teacher_groups", "ft")
+    (True, False)
     """
     if setting in UNGUIDED:
         return setting not in METHODS[method]
