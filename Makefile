@@ -40,7 +40,7 @@ compare-cifar10-50k: .venv/installed  ## alone and ft on all of them, two seeds;
 	$(call keep,compare-cifar10-50k)
 
 WHY = $(REAL) --train-images 10000 --epochs 12 --seeds 2
-compare-cifar10-why: .venv/installed  ## what would raise ft there, on held-out training images; 30 minutes; leaves results/cifar10-why{,-layers}
+compare-cifar10-why: .venv/installed  ## what would raise ft there, on held-out training images; about 40 minutes; leaves results/cifar10-why{,-layers}
 	$(WHY) --methods alone,ft --sweep beta=125,500,2000,8000 --sweep k=1 --out runs/cifar10-why
 	$(WHY) --methods ft --sweep beta=500 --teacher-layer layer2,layer3 --student-layer layer2,layer3 --out runs/cifar10-why-layers
 	$(call keep,cifar10-why)

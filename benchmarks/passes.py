@@ -2,11 +2,11 @@
 
     python benchmarks/passes.py ../shared [REPEATS]    # two threads; three repeats, 25 minutes; results/passes.json
 
-Every repeat starts its processes anew: where a process chances to lay its maps in memory changes all of its passes by
-several per cent. `reference` records the teacher's graph, as the published program does; `reference without graph` does
-not; each is a process of its own. `fill` is a pass with a live teacher that fills the cache, from which `cached` reads.
-From the medians: `schedule`, what 164 passes with 8 views cost (6 passes of the paraphraser, 8 that fill the cache, 156
-from it) over 164 passes of the student alone.
+Every repeat starts its processes anew: all passes of one may be several per cent faster than those of another.
+`reference` records the teacher's graph, as the published program does; `reference without graph` does not; each is a
+process of its own. `fill` is a pass with a live teacher that fills the cache, from which `cached` reads. From the
+medians: `schedule`, what 164 passes with 8 views cost (6 passes of the paraphraser, 8 that fill the cache, 156 from it)
+over 164 passes of the student alone.
 """
 
 from __future__ import annotations
