@@ -274,10 +274,13 @@ def test_grad_checkpointing__same_gradients_less_kept(name: str) -> None:
 # -- option A and memory format
 
 
-def test_pad_shortcut__the_gradient_keeps_the_layout_of_the_map() -> None:
-    x = torch.randn(2, 4, 7, 7).to(memory_format=torch.channels_last).requires_grad_()
-    (gradient,) = torch.autograd.grad(PadShortcut(4, 6, 2)(x).square().sum(), x)
-    assert gradient.is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_pad_shortcut__output_and_gradient_keep_the_layout_of_the_map(layout: torch.memory_format) -> None:
+    x = torch.randn(2, 4, 7, 7).to(memory_format=layout).requires_grad_()
+    out = PadShortcut(4, 6, 2)(x)
+    (gradient,) = torch.autograd.grad(out.square().sum(), x)
+    assert out.is_contiguous(memory_format=layout)
+    assert gradient.is_contiguous(memory_format=layout)
     expected = torch.zeros_like(x)
     expected[:, :, ::2, ::2] = 2 * x[:, :, ::2, ::2]
     assert gradient.equal(expected)

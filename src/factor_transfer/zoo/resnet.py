@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
@@ -84,7 +85,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
         y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        # In place: the sum is nobody else's, where batch norm's output may be hooked.
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x), inplace=True)
 
 
 class PadShortcut(nn.Module):
@@ -108,8 +110,10 @@ class PadShortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
-        # By pooling, not slicing: the gradient of a slice is not channels-last, and slows what is before it down.
-        return F.pad(F.avg_pool2d(x, 1, self.stride), (0, 0, 0, 0, *self.padding))
+        # As the map lies in memory: so will its gradient, and another order slows all layers before down.
+        if x.is_contiguous(memory_format=torch.channels_last):
+            return F.pad(x.permute(0, 2, 3, 1)[:, :: self.stride, :: self.stride], self.padding).permute(0, 3, 1, 2)
+        return F.pad(x[..., :: self.stride, :: self.stride], (0, 0, 0, 0, *self.padding))
 
 
 def _make_shortcut(in_channels: int, channels: int, stride: int, shortcut: Shortcut) -> nn.Module:
