@@ -14,9 +14,9 @@ from factor_transfer.arguments import imported, is_callable_name, names_in
 from factor_transfer.config import Config, flag
 from factor_transfer.errors import ConfigError
 from factor_transfer.features import Tapped, feature_map, find_groups
-from factor_transfer.method import Paraphraser, Straight, Translator, factor_channels, factor_loss_bound
+from factor_transfer.method import Paraphraser, Straight, Translator, factor_channels, factor_loss_bound, portable_beta
 from factor_transfer.methods import method_of
-from factor_transfer.pairs import Pair, Side, factor_weight
+from factor_transfer.pairs import Pair, Side
 from factor_transfer.seeds import part_seed, seeded
 from factor_transfer.terms import (
     AttentionTransfer,
@@ -42,13 +42,17 @@ class Factor(NamedTuple):
     pair: Pair
     channels: int
     beta: float
-    bound: float
-    """What beta times its loss is at most."""
+    p: float
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(K, H, W)."""
         return self.channels, *self.pair.size
+
+    @property
+    def bound(self) -> float:
+        """What beta times its loss is at most."""
+        return self.beta * factor_loss_bound(math.prod(self.shape), self.p)
 
 
 def new_paraphraser(config: Config, pair: Pair, file: str | None, place: int = 0) -> Paraphraser | Straight:
@@ -162,11 +166,12 @@ class Objective:
     def _transfer(self, pairs: Sequence[Pair], factor_channels: Sequence[int]) -> None:
         """Factor transfer for each pair of layers; each has its own beta, and the term is their mean."""
         for place, (pair, channels) in enumerate(zip(pairs, factor_channels, strict=True)):
-            beta, bound = factor_weight(self.config, channels * pair.size[0] * pair.size[1])
-            self.factors.append(Factor(pair, channels, beta, bound))
+            p, elements = self.config.p, channels * pair.size[0] * pair.size[1]
+            beta = portable_beta(elements, p) if self.config.beta == "auto" else self.config.beta
+            self.factors.append(Factor(pair, channels, beta, p))
             translator = new_translator(self.config, pair, channels, place)
             layer = pair.student.layer if place else None
-            self.terms.append(FactorTransfer(translator, beta / len(pairs), self.config.p, layer, place))
+            self.terms.append(FactorTransfer(translator, beta / len(pairs), p, layer, place))
         first = self.factors[0]
         self.record |= {"elements": math.prod(first.shape), "factor_channels": first.channels}
         how = "bound" if self.config.beta == "auto" else "given"
@@ -177,8 +182,7 @@ class Objective:
         transfers = [term for term in self.terms if isinstance(term, FactorTransfer)]
         for place, (beta, term) in enumerate(zip(betas, transfers, strict=True)):
             if not math.isnan(beta):
-                bound = beta * factor_loss_bound(math.prod(self.factors[place].shape), self.config.p)
-                self.factors[place] = self.factors[place]._replace(beta=beta, bound=bound)
+                self.factors[place] = self.factors[place]._replace(beta=beta)
                 term.beta = beta / len(transfers)
         self.record |= {"beta": self.factors[0].beta, "bound": self.factors[0].bound}
         if not math.isnan(betas[0]):

@@ -14,7 +14,6 @@ from factor_transfer.config import Config, flag
 from factor_transfer.console import say
 from factor_transfer.errors import TrainingError
 from factor_transfer.features import Tapped, feature_map, feature_shape, find_layer
-from factor_transfer.method import factor_loss_bound, portable_beta
 from factor_transfer.models import Network, Role, load_network, own_size
 from factor_transfer.views import SMALL
 
@@ -136,12 +135,6 @@ def teacher_size(config: Config, img_size: int, module: nn.Module | None = None)
     if config.teacher_size is not None or config.img_size is not None or img_size <= SMALL:
         return config.teacher_size or img_size
     return own_size(config.teacher if module is None else module, "teacher")
-
-
-def factor_weight(config: Config, elements: int) -> tuple[float, float]:
-    """beta, and what its term is at most, for factors of so many elements."""
-    beta = portable_beta(elements, config.p) if config.beta == "auto" else config.beta
-    return beta, beta * factor_loss_bound(elements, config.p)
 
 
 def load_side(role: Role, config: Config, num_classes: int, img_size: int, module: nn.Module | None = None) -> Side:
