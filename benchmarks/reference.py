@@ -20,7 +20,7 @@ from torch import Tensor, multiprocessing, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from factor_transfer.method import Paraphraser, Translator, factor_transfer_loss
+from factor_transfer.method import Paraphraser, Translator
 
 Pixels = np.ndarray
 
@@ -101,7 +101,8 @@ class Reference:
         with torch.set_grad_enabled(self.graph):
             factor = self.paraphraser.encode(self.teacher(images)[1])
         logits, feature = self.student(images)
-        loss = F.cross_entropy(logits, labels) + 500 * factor_transfer_loss(self.translator(feature), factor.detach())
+        ours, theirs = (F.normalize(each.flatten(1)) for each in (self.translator(feature), factor.detach()))
+        loss = F.cross_entropy(logits, labels) + 500 * F.l1_loss(ours, theirs)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         torch.autograd.backward(loss)
