@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo compare compare-at-weight compare-ablation compare-cifar10 compare-cifar10-50k compare-cifar10-why test test-slow test-all fuzz lint types contracts docs check clean
+.PHONY: demo compare compare-at-weight compare-ablation compare-cifar10 compare-cifar10-50k compare-cifar10-why compare-cifar10-layers test test-slow test-all fuzz lint types contracts docs check clean
 
 demo: .venv/installed  ## the whole job on the built-in digits, in about half a minute
 	$(BIN)/factor-transfer demo
@@ -45,6 +45,13 @@ compare-cifar10-why: .venv/installed  ## what would raise ft there, on held-out 
 	$(WHY) --methods ft --sweep beta=500 --teacher-layer layer2,layer3 --student-layer layer2,layer3 --out runs/cifar10-why-layers
 	$(call keep,cifar10-why)
 	$(call keep,cifar10-why-layers)
+
+LAYERS = $(REAL) --train-images 10000 --epochs 12 --seed 3 --seeds 3
+compare-cifar10-layers: .venv/installed  ## factors of two layers against those of one, on the validation images and other seeds than above; 20 minutes; leaves results/cifar10-layers-{one,two}
+	$(LAYERS) --methods alone,ft --out runs/cifar10-layers-one
+	$(LAYERS) --methods ft --teacher-layer layer2,layer3 --student-layer layer2,layer3 --out runs/cifar10-layers-two
+	$(call keep,cifar10-layers-one)
+	$(call keep,cifar10-layers-two)
 
 test: .venv/installed-dev  ## the tests that take seconds each
 	$(BIN)/python -m pytest -m "not slow"
