@@ -1,6 +1,6 @@
 """Whether `--beta auto` lands on the plateau of a sweep: four pairs of networks, two input sizes, real images.
 
-    python benchmarks/beta_plateau.py ../shared    # an hour of two cores; results/beta-plateau.json
+    python benchmarks/beta_plateau.py ../shared    # an hour or two of two cores; results/beta-plateau.json
 
 The teacher is the ResNet-56 of ../shared, the training images a fixed share of 10,000, and what is scored are 5,000
 training images that were held out. For each pair a sweep over beta finds the best one (two seeds). The best of several
