@@ -175,6 +175,16 @@ def conv3x3(in_channels: int, channels: int, stride: int = 1, bias: bool = False
     return nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=bias)
 
 
+def rectified(norm: nn.Module, x: Tensor) -> Tensor:
+    """ReLU of a batch norm's output: in its place, which spares a map, unless a hook may have kept that output.
+
+    >>> import torch
+    >>> rectified(nn.BatchNorm2d(1).eval(), torch.tensor([[[[-1.0, 0.0]]]]))
+    tensor([[[[0., 0.]]]])
+    """
+    return F.relu(norm(x), inplace=not norm._forward_hooks)
+
+
 def registered(entry_point: EntryPoint) -> EntryPoint:
     """timm's `register_model`, with the type it lacks."""
     register_model(entry_point)

@@ -18,7 +18,7 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from factor_transfer.errors import ConfigError
-from factor_transfer.zoo.base import CifarNet, Group, build, cifar_cfg, conv3x3, registered
+from factor_transfer.zoo.base import CifarNet, Group, build, cifar_cfg, conv3x3, rectified, registered
 
 Shortcut = Literal["A", "B"]
 
@@ -84,8 +84,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
-        y = F.relu(self.bn1(self.conv1(x)))
-        # In place: the sum is nobody else's, where batch norm's output may be hooked.
+        y = rectified(self.bn1, self.conv1(x))
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x), inplace=True)
 
 

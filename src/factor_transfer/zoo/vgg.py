@@ -14,11 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from factor_transfer.zoo.base import CifarNet, Group, build, cifar_cfg, conv3x3, registered
+from factor_transfer.zoo.base import CifarNet, Group, build, cifar_cfg, conv3x3, rectified, registered
 
 VGG13 = ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512))
 
@@ -75,7 +74,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H, W)."""
-        return F.relu(self.bn(self.conv(x)))
+        return rectified(self.bn, self.conv(x))
 
 
 default_cfgs = generate_default_cfgs({"cifar_vgg13": cifar_cfg("layer1.0.conv", 2)})

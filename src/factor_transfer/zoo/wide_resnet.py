@@ -13,12 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from factor_transfer.errors import ConfigError
-from factor_transfer.zoo.base import CifarNet, Group, build, cifar_cfg, conv3x3, registered
+from factor_transfer.zoo.base import CifarNet, Group, build, cifar_cfg, conv3x3, rectified, registered
 
 
 class CifarWideResNet(CifarNet):
@@ -91,9 +90,9 @@ class PreActivationBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
-        active = F.relu(self.bn1(x))
+        active = rectified(self.bn1, x)
         carried = x if self.shortcut is None else self.shortcut(active)
-        y: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        y: Tensor = self.conv2(rectified(self.bn2, self.conv1(active)))
         return y + carried
 
 
