@@ -1,6 +1,7 @@
 """The published procedure, written plainly, to measure against: float32, contiguous layout, a live teacher.
 
-As there: each image is cropped, flipped and normalised by itself (PIL and torchvision) in a DataLoader's processes, and
+As there: each image is cropped, flipped and normalised by itself (PIL and torchvision) in a DataLoader's processes, the
+residual blocks make their ReLUs beside the maps and their sums in them (the authors' program, Models/resnet.py), and
 the teacher's graph is recorded by autograd although nothing is trained through it. `graph=False` leaves that out.
 """
 
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from factor_transfer.method import Paraphraser, Translator
+from factor_transfer.zoo.resnet import BasicBlock
 
 Pixels = np.ndarray
 
@@ -44,6 +46,24 @@ class Cifar(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.transform(Image.fromarray(self.pixels[index])), int(self.labels[index])
+
+
+class PublishedBlock(BasicBlock):
+    """A residual block that computes as the authors' program does, whatever the zoo saves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        y += self.shortcut(x)
+        return F.relu(y)
+
+
+def as_published(network: nn.Module) -> nn.Module:
+    """The network itself, its blocks published ones."""
+    for module in network.modules():
+        if type(module) is BasicBlock:
+            module.__class__ = PublishedBlock
+    return network
 
 
 class Reference:
@@ -70,7 +90,8 @@ class Reference:
         graph: bool,
         workers: int = 2,
     ) -> None:
-        self.teacher, self.student, self.paraphraser = teacher.eval(), student.train(), paraphraser.eval()
+        self.teacher, self.student = as_published(teacher).eval(), as_published(student).train()
+        self.paraphraser = paraphraser.eval()
         self.translator, self.graph = translator, graph
         self.loader = DataLoader(
             images, batch_size=128, shuffle=True, num_workers=workers, multiprocessing_context="fork"
