@@ -179,8 +179,9 @@ def rectified(norm: nn.Module, x: Tensor) -> Tensor:
     """ReLU of a batch norm's output: in its place, which spares a map, unless a hook may have kept that output.
 
     >>> import torch
-    >>> rectified(nn.BatchNorm2d(1).eval(), torch.tensor([[[[-1.0, 0.0]]]]))
-    tensor([[[[0., 0.]]]])
+    >>> x = torch.tensor([-1.0, 2.0])
+    >>> rectified(nn.Identity(), x), x
+    (tensor([0., 2.]), tensor([0., 2.]))
     """
     return F.relu(norm(x), inplace=not norm._forward_hooks)
 
