@@ -53,11 +53,13 @@ compare-cifar10-layers: .venv/installed  ## factors of two layers against those 
 	$(call keep,cifar10-layers-one)
 	$(call keep,cifar10-layers-two)
 
+# A module's tests stay in one process, which shares what they made once; tests compute with one thread each.
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope
 test: .venv/installed-dev  ## the tests that take seconds each
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: .venv/installed-dev  ## the others
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-all: test test-slow
 
