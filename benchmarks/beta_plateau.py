@@ -1,4 +1,4 @@
-"""Whether `--beta auto` lands on the plateau of a sweep: four pairs of networks, two input sizes, real images.
+"""Whether `--beta auto` lands on the plateau of a sweep: five pairs of networks, two input sizes, real images.
 
     python benchmarks/beta_plateau.py ../shared    # an hour or two of two cores; results/beta-plateau.json
 
@@ -44,6 +44,7 @@ PAIRS: dict[str, list[str]] = {
         "--opt", "adamw", "--lr", "0.002", "--teacher-lr", "0.0005", "--paraphraser-lr", "0.002", *TUNED],
     "ResNet-56 to WRN-16-1, 16 px": ["--student", "cifar_wrn_16_1", *TUNED],
     "ResNet-56 to ResNet-20, 32 px": ["--student", "cifar_resnet20"],
+    "ResNet-56 to WRN-16-1, 32 px": ["--student", "cifar_wrn_16_1"],
 }  # fmt: skip
 
 Top1 = dict[str, dict[int, float]]
