@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo compare compare-at-weight compare-ablation compare-cifar10 compare-cifar10-50k compare-cifar10-why compare-cifar10-layers test test-slow test-all fuzz lint types contracts docs check clean
+.PHONY: demo compare compare-at-weight compare-ablation compare-cifar10 compare-cifar10-50k compare-cifar10-why compare-cifar10-layers compare-cifar10-two test test-slow test-all fuzz lint types contracts docs check clean
 
 demo: .venv/installed  ## the whole job on the built-in digits, in about half a minute
 	$(BIN)/factor-transfer demo
@@ -39,19 +39,24 @@ compare-cifar10-50k: .venv/installed  ## alone and ft on all of them, two seeds;
 	$(REAL) --methods alone,ft --epochs 12 --seeds 2 --out runs/compare-cifar10-50k
 	$(call keep,compare-cifar10-50k)
 
+TWO = --teacher-layer layer2,layer3 --student-layer layer2,layer3
 WHY = $(REAL) --train-images 10000 --epochs 12 --seeds 2
 compare-cifar10-why: .venv/installed  ## what would raise ft there, on held-out training images; about 40 minutes; leaves results/cifar10-why{,-layers}
 	$(WHY) --methods alone,ft --sweep beta=125,500,2000,8000 --sweep k=1 --out runs/cifar10-why
-	$(WHY) --methods ft --sweep beta=500 --teacher-layer layer2,layer3 --student-layer layer2,layer3 --out runs/cifar10-why-layers
+	$(WHY) --methods ft --sweep beta=500 $(TWO) --out runs/cifar10-why-layers
 	$(call keep,cifar10-why)
 	$(call keep,cifar10-why-layers)
 
 LAYERS = $(REAL) --train-images 10000 --epochs 12 --seed 3 --seeds 3
 compare-cifar10-layers: .venv/installed  ## factors of two layers against those of one, on the validation images and other seeds than above; 20 minutes; leaves results/cifar10-layers-{one,two}
 	$(LAYERS) --methods alone,ft --out runs/cifar10-layers-one
-	$(LAYERS) --methods ft --teacher-layer layer2,layer3 --student-layer layer2,layer3 --out runs/cifar10-layers-two
+	$(LAYERS) --methods ft $(TWO) --out runs/cifar10-layers-two
 	$(call keep,cifar10-layers-one)
 	$(call keep,cifar10-layers-two)
+
+compare-cifar10-two: .venv/installed  ## ft of compare-cifar10, with factors of two layers; 20 minutes; leaves results/cifar10-10k-two
+	$(REAL) --train-images 10000 --methods ft --epochs 20 --seeds 3 $(TWO) --out runs/cifar10-10k-two
+	$(call keep,cifar10-10k-two)
 
 # A module's tests stay in one process, which shares what they made once; tests compute with one thread each.
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope
