@@ -446,3 +446,13 @@ def test_activations__do_not_overwrite_what_a_hook_on_batch_norm_sees(name: str)
             module.register_forward_hook(lambda module, args, output: seen.append(output))
     model(images())
     assert all(output.min() < 0 for output in seen)
+
+
+@small
+def test_activations__leave_backward_hooks_on_batch_norm_their_output(name: str) -> None:
+    model, seen = make(name).train(), []
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0].shape))
+    model(images()).sum().backward()
+    assert len(seen) == sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())

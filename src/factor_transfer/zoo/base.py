@@ -176,14 +176,17 @@ def conv3x3(in_channels: int, channels: int, stride: int = 1, bias: bool = False
 
 
 def rectified(norm: nn.Module, x: Tensor) -> Tensor:
-    """ReLU of a batch norm's output: in its place, which spares a map, unless a hook may have kept that output.
+    """ReLU of a batch norm's output, (B, C, H, W) -> the same: in its place, which spares a map, where no hook sees it.
+
+    A norm that gives back `x` itself, as a folded one does, has `x` overwritten.
 
     >>> import torch
     >>> x = torch.tensor([-1.0, 2.0])
     >>> rectified(nn.Identity(), x), x
     (tensor([0., 2.]), tensor([0., 2.]))
     """
-    return F.relu(norm(x), inplace=not norm._forward_hooks)
+    hooked = norm._forward_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    return F.relu(norm(x), inplace=not hooked)
 
 
 def registered(entry_point: EntryPoint) -> EntryPoint:
