@@ -233,6 +233,9 @@ class Config(DataConfig):
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], _in("Machine")] = "auto"
     """Where to compute. auto: what Accelerate finds."""
     precision: Annotated[Literal["auto", "fp32", "bf16"], _in("Machine")] = "auto"
+    torchcompile: Annotated[bool, _in("Machine")] = False
+    """Compile the frozen teacher (torch.compile). It takes half a minute, which only long runs with a live teacher win
+    back on a CPU."""
     """fp32, or bf16 autocast. auto: bf16 where the hardware has it."""
     threads: Annotated[int | None, _in("Machine")] = None
     """CPU threads of torch. Default: torch's own choice."""

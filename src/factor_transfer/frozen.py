@@ -1,6 +1,7 @@
 """The frozen teacher: it never changes, and it is cheap to ask.
 
-Its batch norms are folded into the convolutions before them, which saves a pass over memory for each.
+Its batch norms are folded into the convolutions before them, which saves a pass over memory for each. Whoever asks for
+it has the rest compiled.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from factor_transfer.errors import ModelError
 from factor_transfer.features import Tapped
 from factor_transfer.files import state_fingerprint
 
@@ -24,6 +26,10 @@ FOLDABLE = (nn.BatchNorm2d, BatchNormAct2d)
 
 TOLERANCE = 1e-4
 """A folded network whose outputs differ by more, relatively, computes something else."""
+
+
+COMPILED_TOLERANCE = 2e-2
+"""The same of a compiled one, which rounds to bf16 in other places."""
 
 
 class FrozenTeacher(nn.Module):
@@ -95,6 +101,63 @@ def folded(plain: Tapped, images: Tensor) -> Folding:
     return folding if folding.difference < TOLERANCE else Folding(deepcopy(plain), 0, 0.0)
 
 
+class Compiled(nn.Module):
+    """A frozen network that `torch.compile` has made one graph of, its weights among the constants, for one shape.
+
+    It is exported first: the hooks of a tapped network live only while it runs, so the compiler would not see them.
+    Images of another shape, such as the smaller last batches of a pass, go through the network as it is.
+
+    Args:
+        plain: the network, in eval mode and on its device; its weights are to change no more.
+        images: normalised images (B, 3, H, W) of the shape and under the autocast that it is made for.
+
+    Raises:
+        ModelError: the network cannot be exported, or there is no compiler for this machine.
+    """
+
+    def __init__(self, plain: Tapped, images: Tensor) -> None:
+        super().__init__()
+        self.plain, self.layer, self._shape = plain.requires_grad_(False), plain.layer, images.shape
+        try:
+            with torch.no_grad():
+                graph = torch.export.export(_Maps(plain), (images,), strict=False).module()
+                self._run = [torch.compile(graph, options={"freezing": True})]  # in a list: it is no part of this one
+                found = self.maps(images)
+        except Exception as error:  # whatever the network's code and the compiler raise
+            raise ModelError(
+                "--torchcompile",
+                found=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+                valid="a teacher that torch.export takes, and torch's compiler (on a CPU it needs g++)",
+                hint="leave --torchcompile out: the teacher then runs as it is",
+            ) from error
+        self.difference = _difference(_listed(found), _outputs(plain, images))
+        if not self.difference < COMPILED_TOLERANCE:
+            raise ModelError(
+                "--torchcompile",
+                found=f"a compiled teacher whose outputs differ by {self.difference:.0e}, relatively",
+                valid=f"less than {COMPILED_TOLERANCE:g}",
+                hint="leave --torchcompile out: the teacher then runs as it is",
+            )
+
+    def maps(self, images: Tensor) -> tuple[Any, dict[str, Tensor]]:
+        """As the plain network's."""
+        if images.shape != self._shape:
+            return self.plain.maps(images)
+        found: tuple[Any, dict[str, Tensor]] = self._run[0](images)
+        return found
+
+
+class _Maps(nn.Module):
+    """A tapped network's `maps` as a forward."""
+
+    def __init__(self, network: Tapped) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Any, dict[str, Tensor]]:
+        return self.network.maps(images)
+
+
 def _fold(network: Tapped, pairs: Sequence[tuple[str, str]]) -> Tapped:
     module = network.module
     for conv_name, norm_name in pairs:
@@ -106,7 +169,11 @@ def _fold(network: Tapped, pairs: Sequence[tuple[str, str]]) -> Tapped:
 
 
 def _outputs(network: Tapped, images: Tensor) -> list[Any]:
-    output, maps = network.maps(images)
+    return _listed(network.maps(images))
+
+
+def _listed(found: tuple[Any, dict[str, Tensor]]) -> list[Any]:
+    output, maps = found
     return [output, *maps.values()]
 
 

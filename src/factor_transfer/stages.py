@@ -6,11 +6,13 @@ Each is skipped where the run folder says that it is finished, and continued whe
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from factor_transfer.balance import balanced
@@ -23,7 +25,7 @@ from factor_transfer.errors import ConfigError, ModelError, TrainingError
 from factor_transfer.evaluation import evaluate, evaluate_paraphraser
 from factor_transfer.features import Tapped
 from factor_transfer.files import cache_folder, state_fingerprint
-from factor_transfer.frozen import FrozenTeacher, folded
+from factor_transfer.frozen import Compiled, FrozenTeacher, folded
 from factor_transfer.method import Paraphraser, Straight
 from factor_transfer.models import Network, Role, count_parameters, own_size
 from factor_transfer.objective import Objective, fresh_paraphrasers, given_paraphrasers, new_paraphraser, trained_up_to
@@ -55,6 +57,7 @@ class Job:
         modules: networks given as modules, by role.
         transform: the user's own augmentation, where it is given as an object.
     """
+        self._compiled: dict[str, Compiled] = {}
 
     def __init__(
         self, config: Config, engine: Engine, run: Run, modules: Modules, transform: Transform | None = None
@@ -289,6 +292,8 @@ class Job:
         plan = Plan(stage="hint", epochs=epochs, lr=config.lr, seed=config.seed, views=self.views)
         teacher = self._teacher_side(pair, None, term.readers())
         with trained_up_to(guided.tapped(ends=True), network.norm(self.sample(2))):
+        if self.config.torchcompile:
+            identity["compiled"] = True
             training = self._train(guided, [term], teacher, plan, ends=True)
         self._check_unchanged("hint", teacher)
         self.run.record("hint", training)
@@ -406,5 +411,18 @@ class Job:
         readers: Mapping[str, Reader] | None = None,
     ) -> FrozenTeacher:
         tapped = Tapped(self._folding.network.module, pair.teacher.layer, also=self.objective.teacher_layers)
-        side = TeacherSide(tapped, pair.teacher.network.norm, pair.size, paraphraser, readers)
-        return self.engine.place(FrozenTeacher(side))
+        side = self.engine.place(TeacherSide(tapped, pair.teacher.network.norm, pair.size, paraphraser, readers).eval())
+        if self.config.torchcompile:
+            side.network = self._compile(tapped, side.norm)
+        return FrozenTeacher(side)
+
+    def _compile(self, tapped: Tapped, norm: nn.Module) -> Compiled:
+        """The teacher's network compiled for whole batches of this process, once for each layer that is in front."""
+        if tapped.layer not in self._compiled:
+            start, count = time.perf_counter(), len(self.engine.shard(np.arange(self.config.batch_size)))
+            with self.engine.autocast(), torch.no_grad():
+                images = norm(self.sample(count).to(self.engine.device))
+                made = self._compiled[tapped.layer] = Compiled(tapped, images)
+            seconds = time.perf_counter() - start
+            say(f"teacher: compiled in {seconds:.0f} s (its outputs differ by {made.difference:.0e}, relatively)")
+        return self._compiled[tapped.layer]

@@ -15,6 +15,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from factor_transfer.features import Logits, Tapped, align
+from factor_transfer.frozen import Compiled
 from factor_transfer.health import DEAD
 from factor_transfer.method import Paraphraser, Straight, reconstruction_loss
 from factor_transfer.terms import Labels, Reader, StudentOutputs, Term
@@ -36,7 +37,7 @@ class TeacherSide(nn.Module):
 
     def __init__(
         self,
-        network: Tapped,
+        network: Tapped | Compiled,
         norm: nn.Module,
         size: tuple[int, int],
         paraphraser: Paraphraser | Straight | None = None,
