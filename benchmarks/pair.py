@@ -19,7 +19,7 @@ from factor_transfer.config import Config
 from factor_transfer.console import silence
 from factor_transfer.engine import Engine
 from factor_transfer.files import write_json
-from factor_transfer.frozen import FrozenTeacher, folded
+from factor_transfer.frozen import Compiled, FrozenTeacher, folded
 from factor_transfer.method import Paraphraser, Translator
 from factor_transfer.runs import Run, environment
 from factor_transfer.schedule import Plan
@@ -68,29 +68,35 @@ class Measured:
         self.live = self.frozen(self.paraphraser)
         self.cache = FactorCache(work, {"benchmark": 1}, FACTOR, len(self.train), views=1)
 
-    def frozen(self, paraphraser: Paraphraser | None) -> FrozenTeacher:
-        """Our teacher, with a paraphraser or without."""
-        return self.engine.place(
-            FrozenTeacher(TeacherSide(self.folded, self.teacher.network.norm, (8, 8), paraphraser))
-        )
+    def frozen(self, paraphraser: Paraphraser | None, size: tuple[int, int] = (8, 8)) -> FrozenTeacher:
+        """Our teacher, with a paraphraser or without, its map pooled to `size`."""
+        side = TeacherSide(self.folded, self.teacher.network.norm, size, paraphraser)
+        return self.engine.place(FrozenTeacher(side))
+
+    def compiled(self) -> FrozenTeacher:
+        """Our teacher as --torchcompile makes it."""
+        network = Compiled(self.folded, 128)
+        side = TeacherSide(network, self.teacher.network.norm, (8, 8), self.paraphraser)
+        return self.engine.place(FrozenTeacher(side))
 
     def trainer(self, name: str) -> Trainer:
-        """Our engine: `live`, `cached`, `alone` or `paraphraser`."""
+        """Our engine: `live`, `compiled` (live, too), `cached`, `alone` or `paraphraser`."""
         plan = Plan(stage=name, epochs=1000, lr=0.01, seed=0, views=1)
         if name == "paraphraser":
             with seeded(0):
                 task: Any = ParaphraserTask(Paraphraser(64, 32), self.frozen(None))
         else:
-            teachers: dict[str, nn.Module | None] = {
-                "live": self.live,
-                "cached": CachedTeacher(self.live, self.cache),
-                "alone": None,
+            teachers: dict[str, Callable[[], nn.Module | None]] = {
+                "live": lambda: self.live,
+                "compiled": self.compiled,
+                "cached": lambda: CachedTeacher(self.live, self.cache),
+                "alone": lambda: None,
             }
             terms: list[Term] = [Labels()]
             if name != "alone":
                 terms.append(FactorTransfer(Translator(64, 32), 500))
             student = self.job.load("student")
-            task = DistillationTask(student.tapped(), student.network.norm, terms, teachers[name])
+            task = DistillationTask(student.tapped(), student.network.norm, terms, teachers[name]())
         return Trainer(task, plan, self.train, self.engine, self.config, Run(self.work))
 
     def reference(self, *, graph: bool) -> AbstractContextManager[Loop]:

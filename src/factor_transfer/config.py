@@ -234,8 +234,7 @@ class Config(DataConfig):
     """Where to compute. auto: what Accelerate finds."""
     precision: Annotated[Literal["auto", "fp32", "bf16"], _in("Machine")] = "auto"
     torchcompile: Annotated[bool, _in("Machine")] = False
-    """Compile the frozen teacher (torch.compile). It takes half a minute, which only long runs with a live teacher win
-    back on a CPU."""
+    """Compile the frozen teacher with torch.compile; of use where it runs often. On a CPU it needs g++."""
     """fp32, or bf16 autocast. auto: bf16 where the hardware has it."""
     threads: Annotated[int | None, _in("Machine")] = None
     """CPU threads of torch. Default: torch's own choice."""

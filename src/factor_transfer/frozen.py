@@ -6,8 +6,10 @@ it has the rest compiled.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +17,10 @@ from typing import Any
 import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torch._inductor.config import patch as freezing
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from factor_transfer.console import say
 from factor_transfer.errors import ModelError
 from factor_transfer.features import Tapped
 from factor_transfer.files import state_fingerprint
@@ -28,8 +32,13 @@ TOLERANCE = 1e-4
 """A folded network whose outputs differ by more, relatively, computes something else."""
 
 
-COMPILED_TOLERANCE = 2e-2
-"""The same of a compiled one, which rounds to bf16 in other places."""
+HALF_TOLERANCE = 2e-2
+"""The same of a compiled one under autocast, which rounds to bf16 in other places."""
+
+WITHOUT = "leave --torchcompile out: the teacher then runs as it is"
+
+Maps = tuple[Any, dict[str, Tensor]]
+"""A network's output, and its maps by layer."""
 
 
 class FrozenTeacher(nn.Module):
@@ -102,49 +111,82 @@ def folded(plain: Tapped, images: Tensor) -> Folding:
 
 
 class Compiled(nn.Module):
-    """A frozen network that `torch.compile` has made one graph of, its weights among the constants, for one shape.
+    """A frozen network that `torch.compile` makes one graph of, its weights among the constants, for whole batches.
 
-    It is exported first: the hooks of a tapped network live only while it runs, so the compiler would not see them.
-    Images of another shape, such as the smaller last batches of a pass, go through the network as it is.
+    That happens when the first whole batch comes, under the autocast that it comes under; other batches go through the
+    network as it is, and so do all while anybody watches a layer. It is exported first: the hooks of a tapped network
+    live only while it runs, so the compiler would not see them.
 
     Args:
         plain: the network, in eval mode and on its device; its weights are to change no more.
-        images: normalised images (B, 3, H, W) of the shape and under the autocast that it is made for.
+        batch: images in a whole batch.
 
     Raises:
-        ModelError: the network cannot be exported, or there is no compiler for this machine.
+        ModelError: the network cannot be exported or compiled, or says something else then; when it happens.
     """
 
-    def __init__(self, plain: Tapped, images: Tensor) -> None:
+    def __init__(self, plain: Tapped, batch: int) -> None:
         super().__init__()
-        self.plain, self.layer, self._shape = plain.requires_grad_(False), plain.layer, images.shape
-        try:
-            with torch.no_grad():
-                graph = torch.export.export(_Maps(plain), (images,), strict=False).module()
-                self._run = [torch.compile(graph, options={"freezing": True})]  # in a list: it is no part of this one
-                found = self.maps(images)
-        except Exception as error:  # whatever the network's code and the compiler raise
+        self.plain, self.layer, self._batch = plain.requires_grad_(False), plain.layer, batch
+        self._run: Callable[[Tensor], Maps] | None = None
+
+    def maps(self, images: Tensor) -> Maps:
+        """As the plain network's."""
+        if len(images) != self._batch or any(part._forward_hooks for part in self.plain.modules()):
+            return self.plain.maps(images)
+        if self._run is None:
+            self._run = self._compile(images)
+        return self._run(images)
+
+    @torch.no_grad()
+    def _compile(self, images: Tensor) -> Callable[[Tensor], Maps]:
+        start, expected = time.perf_counter(), self.plain.maps(images)
+        with compiling(), freezing(freezing=True):
+            graph = torch.export.export(_Maps(self.plain), (images,), strict=False).module()
+            made: Callable[[Tensor], Maps] = torch.compile(graph)
+            found = made(images)
+        difference = _difference(_listed(found), _listed(expected))
+        seconds = time.perf_counter() - start
+        say(f"teacher: compiled in {seconds:.0f} s (its outputs differ by {difference:.0e}, relatively)")
+        tolerance = HALF_TOLERANCE if torch.is_autocast_enabled(images.device.type) else TOLERANCE
+        if not difference < tolerance:
             raise ModelError(
                 "--torchcompile",
-                found=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
-                valid="a teacher that torch.export takes, and torch's compiler (on a CPU it needs g++)",
-                hint="leave --torchcompile out: the teacher then runs as it is",
-            ) from error
-        self.difference = _difference(_listed(found), _outputs(plain, images))
-        if not self.difference < COMPILED_TOLERANCE:
-            raise ModelError(
-                "--torchcompile",
-                found=f"a compiled teacher whose outputs differ by {self.difference:.0e}, relatively",
-                valid=f"less than {COMPILED_TOLERANCE:g}",
-                hint="leave --torchcompile out: the teacher then runs as it is",
+                found=f"a compiled teacher whose outputs differ by {difference:.0e}, relatively",
+                valid=f"less than {tolerance:g}",
+                hint=WITHOUT,
             )
 
-    def maps(self, images: Tensor) -> tuple[Any, dict[str, Tensor]]:
-        """As the plain network's."""
-        if images.shape != self._shape:
-            return self.plain.maps(images)
-        found: tuple[Any, dict[str, Tensor]] = self._run[0](images)
-        return found
+        def run(images: Tensor) -> Maps:  # `made` itself is a module, and would be a part of this one and of its state
+            return made(images)
+
+        return run
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Say of what fails inside that --torchcompile cannot be had, and why."""
+    try:
+        yield
+    except Exception as error:  # whatever a network's code, torch.export and the compilers behind it raise
+        cause = getattr(error, "inner_exception", error)
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
+        raise ModelError(
+            "--torchcompile",
+            found=next((line for line in lines if " error: " in line), lines[0]),
+            valid="a teacher that torch.export takes, and torch's compiler (on a CPU: g++, and the headers of Python)",
+            hint=WITHOUT,
+        ) from error
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile something small.
+
+    Raises:
+        ModelError: there is no compiler for this device.
+    """
+    with compiling():
+        torch.compile(torch.square)(torch.ones(64, device=device))
 
 
 class _Maps(nn.Module):
@@ -154,7 +196,7 @@ class _Maps(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, images: Tensor) -> tuple[Any, dict[str, Tensor]]:
+    def forward(self, images: Tensor) -> Maps:
         return self.network.maps(images)
 
 
@@ -172,7 +214,7 @@ def _outputs(network: Tapped, images: Tensor) -> list[Any]:
     return _listed(network.maps(images))
 
 
-def _listed(found: tuple[Any, dict[str, Tensor]]) -> list[Any]:
+def _listed(found: Maps) -> list[Any]:
     output, maps = found
     return [output, *maps.values()]
 

@@ -6,13 +6,11 @@ Each is skipped where the run folder says that it is finished, and continued whe
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from factor_transfer.balance import balanced
@@ -25,7 +23,7 @@ from factor_transfer.errors import ConfigError, ModelError, TrainingError
 from factor_transfer.evaluation import evaluate, evaluate_paraphraser
 from factor_transfer.features import Tapped
 from factor_transfer.files import cache_folder, state_fingerprint
-from factor_transfer.frozen import Compiled, FrozenTeacher, folded
+from factor_transfer.frozen import Compiled, FrozenTeacher, check_compiler, folded
 from factor_transfer.method import Paraphraser, Straight
 from factor_transfer.models import Network, Role, count_parameters, own_size
 from factor_transfer.objective import Objective, fresh_paraphrasers, given_paraphrasers, new_paraphraser, trained_up_to
@@ -72,6 +70,8 @@ class Job:
         run.pin(
             "data", self.data.fingerprint, "--data holds other images than when the run began, or shows them otherwise"
         )
+        if self.config.torchcompile:
+            check_compiler(self.engine.device)
 
     # -- stage 0: both networks, and the teacher
 
@@ -411,18 +411,9 @@ class Job:
         readers: Mapping[str, Reader] | None = None,
     ) -> FrozenTeacher:
         tapped = Tapped(self._folding.network.module, pair.teacher.layer, also=self.objective.teacher_layers)
-        side = self.engine.place(TeacherSide(tapped, pair.teacher.network.norm, pair.size, paraphraser, readers).eval())
+        network: Tapped | Compiled = tapped
         if self.config.torchcompile:
-            side.network = self._compile(tapped, side.norm)
-        return FrozenTeacher(side)
-
-    def _compile(self, tapped: Tapped, norm: nn.Module) -> Compiled:
-        """The teacher's network compiled for whole batches of this process, once for each layer that is in front."""
-        if tapped.layer not in self._compiled:
-            start, count = time.perf_counter(), len(self.engine.shard(np.arange(self.config.batch_size)))
-            with self.engine.autocast(), torch.no_grad():
-                images = norm(self.sample(count).to(self.engine.device))
-                made = self._compiled[tapped.layer] = Compiled(tapped, images)
-            seconds = time.perf_counter() - start
-            say(f"teacher: compiled in {seconds:.0f} s (its outputs differ by {made.difference:.0e}, relatively)")
-        return self._compiled[tapped.layer]
+            part = len(self.engine.shard(np.arange(self.config.batch_size)))
+            network = self._compiled.setdefault(tapped.layer, Compiled(tapped, part))
+        side = TeacherSide(network, pair.teacher.network.norm, pair.size, paraphraser, readers)
+        return self.engine.place(FrozenTeacher(side))
