@@ -1,14 +1,16 @@
-"""How hard the factor term pulls in the authors' CIFAR-10 program: what `--beta auto` carries over to other pairs.
+"""How hard the factor term pulls at a student's map, beside the cross-entropy: with equal bounds, in four pairs.
 
-    python benchmarks/balance.py ../shared    # five minutes; results/balance.json
+    python benchmarks/balance.py ../shared    # a quarter of an hour of one core; results/balance.json
 
-ResNet-56 -> ResNet-20 with option-B shortcuts, k 0.5, beta 500, batches of 128 of 10,000 images of CIFAR-10 as JPEG
-files, the paraphraser trained as there (6 passes at 0.1). `fresh` is before the first step, with ten first weights of
-student and translator; `after_passes` follows three of them at their learning rate of 0.1.
+The first is the authors' CIFAR-10 program: ResNet-56 -> ResNet-20 with option-B shortcuts, k 0.5, beta 500, batches of
+128 of 10,000 images of CIFAR-10 as JPEG files, the paraphraser trained as there (6 passes at 0.1). The others have
+another student, and the beta of `--beta auto`. `fresh` is before the first step, with ten first weights of student and
+translator; `after_passes` follows three of the program's at its learning rate of 0.1.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -20,8 +22,8 @@ import numpy as np
 from pair import Measured, keep, measured
 from passes import one_pass
 
-from factor_transfer.balance import pulls
-from factor_transfer.method import Paraphraser, Translator
+from factor_transfer.method import Paraphraser, Translator, portable_beta
+from factor_transfer.pulls import pulls
 from factor_transfer.runs import environment
 from factor_transfer.schedule import Plan
 from factor_transfer.seeds import seeded
@@ -35,23 +37,39 @@ SEEDS, FOLLOWED = 10, 3
 AFTER = (1, 2, 5)
 """Passes."""
 IMAGES = 512
+PROGRAM = "the authors' program"
+STUDENTS: dict[str, dict[str, Any]] = {
+    PROGRAM: {"student": "cifar_resnet20_b"},
+    "ResNet-20": {"student": "cifar_resnet20"},
+    "WRN-16-1": {"student": "cifar_wrn_16_1"},
+    "MobileNetV2 of half its width": {"student": "mobilenetv2_050", "student_layer": "blocks.2"},
+}
 
 
 def main(shared: Path) -> None:
-    """Measure, print, and keep."""
+    """Measure, print, and keep, after every pair."""
+    found = {}
     with measured(shared, images=10_000, threads=1) as pair:
-        pair.live = pair.frozen(paraphraser(pair))
-        fresh, after = [], {str(passes): list[float]() for passes in AFTER}
-        for seed in range(SEEDS):
-            task = program(pair, seed)
-            fresh.append(ratio(task, pair))
-            if seed < FOLLOWED:
-                follow(task, pair, seed, after)
-            print(seed, round(fresh[-1], 4), {name: found[-1:] for name, found in after.items()}, flush=True)
-    keep("balance", {
-        "command": "python benchmarks/balance.py ../shared", "beta": 500, "fresh": summed_up(fresh),
-        "after_passes": {name: summed_up(found) for name, found in after.items()}, "environment": environment(),
-    })  # fmt: skip
+        trained = paraphraser(pair)
+        for name, student in STUDENTS.items():
+            found[name] = weighed(pair, trained, student, FOLLOWED if name == PROGRAM else 0)
+            keep("balance", {
+                "command": "python benchmarks/balance.py ../shared", "pairs": found, "environment": environment(),
+            })  # fmt: skip
+
+
+def weighed(pair: Measured, trained: Paraphraser, student: dict[str, Any], followed: int) -> dict[str, Any]:
+    """The ratio of the pulls of one pair, before the first step and, with some seeds, while it learns."""
+    fresh, after = [], {str(passes): list[float]() for passes in AFTER}
+    for seed in range(SEEDS):
+        task, beta = program(pair, trained, student, seed)
+        fresh.append(ratio(task, pair))
+        if seed < followed:
+            plan = Plan(stage=f"{student['student']}-{seed}", epochs=max(AFTER), lr=0.1, seed=seed, constant=True)
+            follow(task, pair, plan, after)
+        print(student, seed, round(fresh[-1], 4), {name: found[-1:] for name, found in after.items()}, flush=True)
+    after_passes = {name: summed_up(found) for name, found in after.items() if found}
+    return {**student, "beta": beta, "fresh": summed_up(fresh), "after_passes": after_passes}
 
 
 def paraphraser(pair: Measured) -> Paraphraser:
@@ -64,9 +82,8 @@ def paraphraser(pair: Measured) -> Paraphraser:
     return made
 
 
-def follow(task: DistillationTask, pair: Measured, seed: int, after: dict[str, list[float]]) -> None:
+def follow(task: DistillationTask, pair: Measured, plan: Plan, after: dict[str, list[float]]) -> None:
     """Train, and add the pull after each number of passes."""
-    plan = Plan(stage=f"seed{seed}", epochs=max(AFTER), lr=0.1, seed=seed, constant=True)
     trainer = Trainer(task, plan, pair.train, pair.engine, pair.config, pair.job.run)
     for passes in range(1, 1 + max(AFTER)):
         one_pass(trainer)
@@ -74,22 +91,25 @@ def follow(task: DistillationTask, pair: Measured, seed: int, after: dict[str, l
             after[str(passes)].append(ratio(task, pair))
 
 
-def program(pair: Measured, seed: int) -> DistillationTask:
-    """The authors' objective with the first weights of a seed."""
-    config = replace(pair.config, student="cifar_resnet20_b", seed=seed)
-    student = Job(config, pair.engine, pair.job.run, {}).load("student")
+def program(pair: Measured, trained: Paraphraser, student: dict[str, Any], seed: int) -> tuple[DistillationTask, float]:
+    """The authors' objective with the first weights of a seed, and its beta."""
+    job = Job(replace(pair.config, **student, seed=seed), pair.engine, pair.job.run, {})
+    side = job.load("student")
+    channels, *size = side.shape
+    beta = portable_beta(trained.factor_channels * math.prod(size))
     with seeded(seed):
-        transfer = FactorTransfer(Translator(64, 32), 500)
-    return DistillationTask(student.tapped(), student.network.norm, [Labels(), transfer], pair.live)
+        transfer = FactorTransfer(Translator(channels, trained.factor_channels), beta)
+    teacher = pair.frozen(trained, size=(size[0], size[1]))
+    return DistillationTask(side.tapped(), side.network.norm, [Labels(), transfer], teacher), beta
 
 
 def ratio(task: DistillationTask, pair: Measured) -> float:
-    """Pull of the factor term over that of the cross-entropy, in the last group's map."""
+    """Pull of the factor term over that of the cross-entropy, in the map that both reach."""
     sample = Sample(pair.train, IMAGES)
     chunks = [np.arange(IMAGES)[place::4] for place in range(4)]
     found = [pulls(task, batch) for batch in sample.batches(chunks, view=0)]
     factor, labels = (
-        sum(each[name].norms["layer3"] for each in found) for name in ("factor_transfer", "cross_entropy")
+        sum(sum(each[name].norms.values()) for each in found) for name in ("factor_transfer", "cross_entropy")
     )
     return factor / labels
 

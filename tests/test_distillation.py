@@ -26,6 +26,7 @@ from factor_transfer.config import Config
 from factor_transfer.distillation import default_out, evaluate_run, rebuild
 from factor_transfer.errors import ConfigError, Interrupted, ModelError, RunError, TrainingError
 from factor_transfer.files import sha256_file, state_fingerprint
+from factor_transfer.method import portable_beta
 from factor_transfer.runs import Run
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -84,7 +85,8 @@ def test_distill__tells_and_writes_what_was_gained(finished: Path) -> None:
     assert summary["student"]["size_bytes"] == pytest.approx(4 * summary["student"]["parameters"], rel=0.2)
     assert set(summary["seconds"]) == {"teacher", "paraphraser", "student", "baseline"}
     assert all(seconds > 0 for seconds in summary["seconds"].values())
-    assert summary["student"]["beta_by"] == "gradients"
+    assert summary["student"]["beta"] == pytest.approx(portable_beta(summary["student"]["elements"]))
+    assert float(Run(finished).pins()["beta"]) == summary["student"]["beta"]
     stages = [row["stage"] for row in Run(finished).metrics()]
     assert stages == ["teacher"] * 4 + ["paraphraser"] * 2 + ["student"] * 3 + ["baseline"] * 3
     assert not list((finished / "checkpoints").iterdir())

@@ -184,6 +184,32 @@ def test_portable_beta__keeps_the_authors_bound() -> None:
             assert math.isclose(portable_beta(elements, p) * factor_loss_bound(elements, p), 500 * 2 / math.sqrt(2048))
 
 
+@pytest.mark.parametrize("p", [1, 1.5, 2, 3])
+@pytest.mark.parametrize("shape", [(32, 8, 8), (128, 8, 8), (16, 2, 2), (5, 7, 7)])
+def test_portable_beta__pulls_as_hard_at_any_size(p: float, shape: tuple[int, int, int]) -> None:
+    """Its gradient for an image is at most what it is in the authors' program, and for p of 1 and 2 it is that.
+
+    The norm of a factor receives no gradient, so it is all seen only where none lies along the factor: between a flat
+    one and one that is larger in every other place.
+    """
+    authors = 500 / math.sqrt(2048)
+    elements = math.prod(shape)
+
+    def pull(ours: Tensor, theirs: Tensor) -> float:
+        unit = normalize_factor(ours).view(ours.shape).requires_grad_()
+        loss = portable_beta(elements, p) * factor_transfer_loss(unit, theirs, p)
+        (gradient,) = torch.autograd.grad(loss, unit)
+        return float(gradient.norm())
+
+    for scale in (1e-2, 1.0, 1e3):
+        ours, theirs = torch.randn(2, 1, *shape, generator=torch.Generator().manual_seed(0)) * scale
+        assert pull(ours, theirs) <= authors * (1 + 1e-5)
+    uneven = torch.full((elements,), 1.2)
+    uneven[::2] = 0.8
+    if p in (1, 2):
+        assert pull(torch.ones(1, *shape), uneven.view(1, *shape)) == pytest.approx(authors, rel=0.03)
+
+
 class Canary:
     def __reduce__(self) -> tuple[object, ...]:
         return os.mkdir, (os.environ["CANARY"],)

@@ -334,8 +334,8 @@ def test_layers__have_a_paraphraser_and_a_translator_each(
     two = {**taught, "teacher_layer": "layer3,layer2", "student_layer": "layer3,layer1"}
     live, summary, rows = run(two, tmp_path / "live")
     said = " ".join(capsys.readouterr().err.split())
-    beta = summary["pairs"][1]["beta"]
-    assert f"of layer2 for layer1: 8 channels of 4x4 (128 elements); beta {beta:.4g} (auto, by gradients)" in said
+    assert "of layer2 for layer1: 8 channels of 4x4 (128 elements); beta 125 (auto)" in said
+    assert [pair["beta"] for pair in summary["pairs"]] == pytest.approx([125 / 2**0.5, 125])  # 64 and 128 elements
     assert [(pair["teacher"], pair["student"], pair["factor"]) for pair in summary["pairs"]] == [
         ("layer3", "layer3", [16, 2, 2]), ("layer2", "layer1", [8, 4, 4])
     ]  # fmt: skip

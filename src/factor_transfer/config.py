@@ -144,9 +144,8 @@ class Config(DataConfig):
     p: Annotated[float, _in("Factor transfer")] = 1.0
     """Norm of the factor difference. The paper's choice is 1; 2 is nearly the same."""
     beta: Annotated[float | Literal["auto"], _in("Factor transfer")] = "auto"
-    """Weight of the factor loss. auto: its gradient in the student's map is to that of the cross-entropy as in the
-    authors' CIFAR-10 program, before the first step; without labels, its bound 2 x beta / sqrt(elements) is as there
-    (beta 500 at 2048). 0: no factor transfer, and no paraphraser."""
+    """Weight of the factor loss. auto: its bound, and for p of 1 and 2 its gradient in the normalised factor, is as
+    large as in the authors' CIFAR-10 program (beta 500 at 2048 elements). 0: no factor transfer, and no paraphraser."""
     kd_weight: Annotated[float, _in("Other terms")] = 0.0
     """Weight of the teacher's softened predictions (knowledge distillation, Hinton et al. 2015), times the
     temperature's square. 0: none."""
@@ -233,9 +232,9 @@ class Config(DataConfig):
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], _in("Machine")] = "auto"
     """Where to compute. auto: what Accelerate finds."""
     precision: Annotated[Literal["auto", "fp32", "bf16"], _in("Machine")] = "auto"
+    """fp32, or bf16 autocast. auto: bf16 where the hardware has it."""
     torchcompile: Annotated[bool, _in("Machine")] = False
     """Compile the frozen teacher with torch.compile; of use where it runs often. On a CPU it needs g++."""
-    """fp32, or bf16 autocast. auto: bf16 where the hardware has it."""
     threads: Annotated[int | None, _in("Machine")] = None
     """CPU threads of torch. Default: torch's own choice."""
     sync_bn: Annotated[bool, _in("Machine")] = False

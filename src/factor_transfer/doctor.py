@@ -28,7 +28,6 @@ from timm.data.constants import (
 )
 from torch import Tensor, nn
 
-from factor_transfer.balance import pulls
 from factor_transfer.config import Config, Rgb, flag
 from factor_transfer.data import Dataset
 from factor_transfer.engine import Engine
@@ -42,6 +41,7 @@ from factor_transfer.methods import method_of
 from factor_transfer.models import InputNorm, Network, count_parameters
 from factor_transfer.objective import fresh_paraphrasers
 from factor_transfer.pairs import Modules, Pair, Side, check_alive, check_knows
+from factor_transfer.pulls import pulls
 from factor_transfer.runs import Run
 from factor_transfer.splits import Batch, Sample, Split
 from factor_transfer.stages import Job
@@ -262,8 +262,6 @@ def _losses(job: Job, pair: Pair, found: Diagnosis) -> Iterator[Finding]:
     readers = objective.readers(paraphrasers)
     teacher = FrozenTeacher(TeacherSide(network, pair.teacher.network.norm, pair.size, first, readers))
     task = job.student_task(pair.student, objective.terms, teacher)
-    if config.beta == "auto":
-        job.balance(pair, teacher)
     measured = pulls(task, batch)
     sizes = {name: pull.size for name, pull in measured.items()}
     own = pair.student.layer

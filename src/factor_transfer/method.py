@@ -215,7 +215,9 @@ def factor_loss_bound(elements: int, p: float = 1) -> float:
 def portable_beta(elements: int, p: float = 1) -> float:
     """The beta whose bound on the factor term is that of the authors' CIFAR-10 program (beta 500 at 2048 elements).
 
-    How hard the term pulls depends on the student, too (see `balance`); this is for where there is nothing to weigh.
+    For p of 1 and 2 an equal bound is an equal pull: half of it, beta / sqrt(elements), is the norm of the gradient in
+    an image's normalised factor, however near the factors have come (of p = 1, where all elements differ). For other p
+    it is the most that the norm can be.
 
     >>> round(portable_beta(2048)), round(portable_beta(512))
     (500, 250)

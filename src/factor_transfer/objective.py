@@ -174,26 +174,12 @@ class Objective:
             self.terms.append(FactorTransfer(translator, beta / len(pairs), p, layer, place))
         first = self.factors[0]
         self.record |= {"elements": math.prod(first.shape), "factor_channels": first.channels}
-        how = "bound" if self.config.beta == "auto" else "given"
-        self.weigh([factor.beta for factor in self.factors], how)
-
-    def weigh(self, betas: Sequence[float], how: str) -> None:
-        """Give each pair of layers its beta, and say how it was found; where one is nan, it keeps its own."""
-        transfers = [term for term in self.terms if isinstance(term, FactorTransfer)]
-        for place, (beta, term) in enumerate(zip(betas, transfers, strict=True)):
-            if not math.isnan(beta):
-                self.factors[place] = self.factors[place]._replace(beta=beta)
-                term.beta = beta / len(transfers)
-        self.record |= {"beta": self.factors[0].beta, "bound": self.factors[0].bound}
-        if not math.isnan(betas[0]):
-            self.record["beta_by"] = how
+        self.record |= {"beta": first.beta, "bound": first.bound}
 
     def lines(self) -> Iterator[str]:
         """What a user is told."""
         yield f"student: {method_of(vars(self.config))}"
-        by = {"bound": " (auto, by its bound)", "gradients": " (auto, by gradients)"}.get(
-            self.record.get("beta_by", ""), ""
-        )
+        by = " (auto)" if self.config.beta == "auto" else ""
         for factor in self.factors:
             channels, height, width = factor.shape
             several = len(self.factors) > 1

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor, nn
 
-from factor_transfer.balance import balanced
 from factor_transfer.cache import CachedTeacher, FactorCache, choose_views, say_what_changed
 from factor_transfer.config import Config, plain
 from factor_transfer.console import say, warn
@@ -31,15 +30,11 @@ from factor_transfer.pairs import Modules, Pair, Side, check_alive, check_knows,
 from factor_transfer.report import say_paraphraser
 from factor_transfer.runs import Run
 from factor_transfer.schedule import Plan
-from factor_transfer.splits import Sample
 from factor_transfer.tasks import DistillationTask, ParaphraserTask, TeacherSide
 from factor_transfer.terms import FactorTransfer, Labels, Reader, SoftTargets, Term, numbered
 from factor_transfer.train import Trainer
 from factor_transfer.views import Transform
 from factor_transfer.weights import load_weights, paraphraser_metadata
-
-BALANCE_IMAGES = 256
-"""Training images, in two batches, on which --beta auto is measured."""
 
 SAMPLE = 64
 """Validation images on which the teacher's features are looked at, and an export is compared with its student."""
@@ -55,12 +50,12 @@ class Job:
         modules: networks given as modules, by role.
         transform: the user's own augmentation, where it is given as an object.
     """
-        self._compiled: dict[str, Compiled] = {}
 
     def __init__(
         self, config: Config, engine: Engine, run: Run, modules: Modules, transform: Transform | None = None
     ) -> None:
         self.config, self.engine, self.run, self.modules = config, engine, run, modules
+        self._compiled: dict[str, Compiled] = {}
         self.data = open_data(config, lambda: own_size(modules.get("student", config.student)), transform)
         for note in self.data.notes:
             say(f"data: {note}")
@@ -70,13 +65,13 @@ class Job:
         run.pin(
             "data", self.data.fingerprint, "--data holds other images than when the run began, or shows them otherwise"
         )
-        if self.config.torchcompile:
-            check_compiler(self.engine.device)
 
     # -- stage 0: both networks, and the teacher
 
     def pair(self) -> Pair:
         """Both networks, and the shapes that meet; what does not fit is found before any hours are spent."""
+        if self.config.torchcompile:
+            check_compiler(self.engine.device)
         pair = Pair(self.load("teacher"), self.load("student"))
         first = state_fingerprint(pair.student.network.module.state_dict())
         self.run.pin("student", first, "--student has other first weights than when the run began")
@@ -90,6 +85,10 @@ class Job:
                 warn("the maps meet at 1x1: factors say what and not where (try another layer, or a larger --img-size)")
         kept = [paraphraser.factor_channels for paraphraser in fresh_paraphrasers(self.config, pair)]
         self.objective = Objective(self.config, pair, kept, len(self.data.classes))
+        if self.config.beta == "auto":
+            for place, factor in enumerate(self.objective.factors):
+                changed = "--beta auto set another beta when the run began"
+                self.run.pin(numbered("beta", place), repr(factor.beta), changed)
         self.views = self._choose_views()
         return pair
 
@@ -245,8 +244,6 @@ class Job:
         """The student, by the terms that the settings name: by Factor Transfer, if there are paraphrasers."""
         readers = self.objective.readers(paraphrasers)
         teacher = self._teacher_side(pair, next(iter(paraphrasers), None), readers)
-        if self.config.beta == "auto":
-            self.balance(pair, teacher)
         found = {**self.objective.record, "views": self.views}
         for line in self.objective.lines():
             say(line)
@@ -261,25 +258,6 @@ class Job:
             if isinstance(shown, CachedTeacher):
                 shown.cache.close()
 
-    def balance(self, pair: Pair, teacher: FrozenTeacher) -> None:
-        """Weigh the factor terms against the labels, as `balanced` says; a run that has begun keeps its weights.
-
-        Without labels the terms keep the bound of the authors' program.
-        """
-        run, objective = self.run, self.objective
-        if not (self.data.labelled and self.config.label_weight):
-            return
-        if "beta" not in run.pins():
-            factors = [term for term in objective.terms if isinstance(term, FactorTransfer)]
-            task = self.engine.place(self.student_task(pair.student, [Labels(), *factors], teacher))
-            sample = Sample(self.data.train, BALANCE_IMAGES)
-            chunks = [np.arange(len(sample))[place::2] for place in range(2)]
-            betas = self.engine.all_of(balanced(task, sample.batches(chunks, view=0)))[0]
-            run.pin("beta", " ".join(map(repr, betas)), "--beta auto found otherwise when the run began")
-        else:
-            betas = [float(beta) for beta in run.pins()["beta"].split()]
-        objective.weigh(betas, "gradients")
-
     def _hint(self, pair: Pair) -> None:
         """FitNets' first stage: the student up to its guided layer, and a regressor, learn the teacher's hint."""
         config, network, term = self.config, pair.student.network, self.objective.hint()
@@ -292,8 +270,6 @@ class Job:
         plan = Plan(stage="hint", epochs=epochs, lr=config.lr, seed=config.seed, views=self.views)
         teacher = self._teacher_side(pair, None, term.readers())
         with trained_up_to(guided.tapped(ends=True), network.norm(self.sample(2))):
-        if self.config.torchcompile:
-            identity["compiled"] = True
             training = self._train(guided, [term], teacher, plan, ends=True)
         self._check_unchanged("hint", teacher)
         self.run.record("hint", training)
@@ -317,6 +293,8 @@ class Job:
             "precision": self.engine.describe()["precision"],
         }
         readers = self.objective.readers(paraphrasers)
+        if self.config.torchcompile:
+            identity["compiled"] = True
         if readers:
             identity["other layers"] = {
                 name: [reader.layer, state_fingerprint(reader.state_dict())] for name, reader in readers.items()
