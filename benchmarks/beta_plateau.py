@@ -51,6 +51,7 @@ PAIRS: dict[str, list[str]] = {
     "ResNet-56 to ResNet-20, 32 px": ["--student", "cifar_resnet20"],
     "ResNet-56 to WRN-16-1, 32 px": ["--student", "cifar_wrn_16_1"],
 }  # fmt: skip
+
 Top1 = dict[str, dict[int, float]]
 """By beta, or `alone`, and seed."""
 

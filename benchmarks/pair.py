@@ -15,11 +15,12 @@ from reference import Cifar, Loop, apart
 from torch import nn
 
 from factor_transfer.cache import CachedTeacher, FactorCache
+from factor_transfer.compiled import Compiled
 from factor_transfer.config import Config
 from factor_transfer.console import silence
 from factor_transfer.engine import Engine
 from factor_transfer.files import write_json
-from factor_transfer.frozen import Compiled, FrozenTeacher, folded
+from factor_transfer.frozen import FrozenTeacher, folded
 from factor_transfer.method import Paraphraser, Translator
 from factor_transfer.runs import Run, environment
 from factor_transfer.schedule import Plan

@@ -1,15 +1,12 @@
 """The frozen teacher: it never changes, and it is cheap to ask.
 
-Its batch norms are folded into the convolutions before them, which saves a pass over memory for each. Whoever asks for
-it has the rest compiled.
+Its batch norms are folded into the convolutions before them, which saves a pass over memory for each.
 """
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +14,8 @@ from typing import Any
 import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
-from torch._inductor.config import patch as freezing
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from factor_transfer.console import say
-from factor_transfer.errors import ModelError
 from factor_transfer.features import Tapped
 from factor_transfer.files import state_fingerprint
 
@@ -31,14 +25,8 @@ FOLDABLE = (nn.BatchNorm2d, BatchNormAct2d)
 TOLERANCE = 1e-4
 """A folded network whose outputs differ by more, relatively, computes something else."""
 
-
-HALF_TOLERANCE = 2e-2
-"""The same of a compiled one under autocast, which rounds to bf16 in other places."""
-
-WITHOUT = "leave --torchcompile out: the teacher then runs as it is"
-
 Maps = tuple[Any, dict[str, Tensor]]
-"""A network's output, and its maps by layer."""
+"""A network's output, and its maps (B, C, H, W) by layer."""
 
 
 class FrozenTeacher(nn.Module):
@@ -97,107 +85,17 @@ def folded(plain: Tapped, images: Tensor) -> Folding:
     (1, Identity())
     """
     watched = deepcopy(plain).cpu().eval()
-    expected = _outputs(watched, images)
+    expected = watched.maps(images)
     pairs = [(conv, norm) for conv, norm in _pairs(watched.module, images) if conv not in plain.layers]
 
     def attempt(pairs: list[tuple[str, str]]) -> Folding:
         made = _fold(deepcopy(plain).cpu().eval(), pairs)
-        return Folding(made, len(pairs), _difference(_outputs(made, images), expected))
+        return Folding(made, len(pairs), difference(made.maps(images), expected))
 
     folding = attempt(pairs)
     if not folding.difference < TOLERANCE:  # some convolution feeds more than its batch norm
         folding = attempt([pair for pair in pairs if attempt([pair]).difference < TOLERANCE])
     return folding if folding.difference < TOLERANCE else Folding(deepcopy(plain), 0, 0.0)
-
-
-class Compiled(nn.Module):
-    """A frozen network that `torch.compile` makes one graph of, its weights among the constants, for whole batches.
-
-    That happens when the first whole batch comes, under the autocast that it comes under; other batches go through the
-    network as it is, and so do all while anybody watches a layer. It is exported first: the hooks of a tapped network
-    live only while it runs, so the compiler would not see them.
-
-    Args:
-        plain: the network, in eval mode and on its device; its weights are to change no more.
-        batch: images in a whole batch.
-
-    Raises:
-        ModelError: the network cannot be exported or compiled, or says something else then; when it happens.
-    """
-
-    def __init__(self, plain: Tapped, batch: int) -> None:
-        super().__init__()
-        self.plain, self.layer, self._batch = plain.requires_grad_(False), plain.layer, batch
-        self._run: Callable[[Tensor], Maps] | None = None
-
-    def maps(self, images: Tensor) -> Maps:
-        """As the plain network's."""
-        if len(images) != self._batch or any(part._forward_hooks for part in self.plain.modules()):
-            return self.plain.maps(images)
-        if self._run is None:
-            self._run = self._compile(images)
-        return self._run(images)
-
-    @torch.no_grad()
-    def _compile(self, images: Tensor) -> Callable[[Tensor], Maps]:
-        start, expected = time.perf_counter(), self.plain.maps(images)
-        with compiling(), freezing(freezing=True):
-            graph = torch.export.export(_Maps(self.plain), (images,), strict=False).module()
-            made: Callable[[Tensor], Maps] = torch.compile(graph)
-            found = made(images)
-        difference = _difference(_listed(found), _listed(expected))
-        seconds = time.perf_counter() - start
-        say(f"teacher: compiled in {seconds:.0f} s (its outputs differ by {difference:.0e}, relatively)")
-        tolerance = HALF_TOLERANCE if torch.is_autocast_enabled(images.device.type) else TOLERANCE
-        if not difference < tolerance:
-            raise ModelError(
-                "--torchcompile",
-                found=f"a compiled teacher whose outputs differ by {difference:.0e}, relatively",
-                valid=f"less than {tolerance:g}",
-                hint=WITHOUT,
-            )
-
-        def run(images: Tensor) -> Maps:  # `made` itself is a module, and would be a part of this one and of its state
-            return made(images)
-
-        return run
-
-
-@contextmanager
-def compiling() -> Iterator[None]:
-    """Say of what fails inside that --torchcompile cannot be had, and why."""
-    try:
-        yield
-    except Exception as error:  # whatever a network's code, torch.export and the compilers behind it raise
-        cause = getattr(error, "inner_exception", error)
-        lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
-        raise ModelError(
-            "--torchcompile",
-            found=next((line for line in lines if " error: " in line), lines[0]),
-            valid="a teacher that torch.export takes, and torch's compiler (on a CPU: g++, and the headers of Python)",
-            hint=WITHOUT,
-        ) from error
-
-
-def check_compiler(device: torch.device) -> None:
-    """Compile something small.
-
-    Raises:
-        ModelError: there is no compiler for this device.
-    """
-    with compiling():
-        torch.compile(torch.square)(torch.ones(64, device=device))
-
-
-class _Maps(nn.Module):
-    """A tapped network's `maps` as a forward."""
-
-    def __init__(self, network: Tapped) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Maps:
-        return self.network.maps(images)
 
 
 def _fold(network: Tapped, pairs: Sequence[tuple[str, str]]) -> Tapped:
@@ -210,19 +108,15 @@ def _fold(network: Tapped, pairs: Sequence[tuple[str, str]]) -> Tapped:
     return network
 
 
-def _outputs(network: Tapped, images: Tensor) -> list[Any]:
-    return _listed(network.maps(images))
+def difference(found: Maps, expected: Maps) -> float:
+    """The largest relative distance (L2) between outputs and maps, of those that are tensors."""
+    pairs = [both for both in zip(_listed(found), _listed(expected), strict=True) if isinstance(both[1], Tensor)]
+    return max(float((ours - theirs).norm() / theirs.norm().clamp_min(1e-12)) for ours, theirs in pairs)
 
 
 def _listed(found: Maps) -> list[Any]:
     output, maps = found
     return [output, *maps.values()]
-
-
-def _difference(found: Sequence[Any], expected: Sequence[Any]) -> float:
-    """The largest relative distance between outputs, of those that are tensors."""
-    pairs = [both for both in zip(found, expected, strict=True) if isinstance(both[1], Tensor)]
-    return max(float((ours - theirs).norm() / theirs.norm().clamp_min(1e-12)) for ours, theirs in pairs)
 
 
 def _pairs(module: nn.Module, images: Tensor) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from factor_transfer.cache import CachedTeacher, FactorCache, choose_views, say_what_changed
+from factor_transfer.compiled import Compiled, check_compiler
 from factor_transfer.config import Config, plain
 from factor_transfer.console import say, warn
 from factor_transfer.data import open_data
@@ -22,7 +23,7 @@ from factor_transfer.errors import ConfigError, ModelError, TrainingError
 from factor_transfer.evaluation import evaluate, evaluate_paraphraser
 from factor_transfer.features import Tapped
 from factor_transfer.files import cache_folder, state_fingerprint
-from factor_transfer.frozen import Compiled, FrozenTeacher, check_compiler, folded
+from factor_transfer.frozen import FrozenTeacher, folded
 from factor_transfer.method import Paraphraser, Straight
 from factor_transfer.models import Network, Role, count_parameters, own_size
 from factor_transfer.objective import Objective, fresh_paraphrasers, given_paraphrasers, new_paraphraser, trained_up_to

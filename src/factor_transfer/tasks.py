@@ -14,8 +14,8 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from factor_transfer.compiled import Compiled
 from factor_transfer.features import Logits, Tapped, align
-from factor_transfer.frozen import Compiled
 from factor_transfer.health import DEAD
 from factor_transfer.method import Paraphraser, Straight, reconstruction_loss
 from factor_transfer.terms import Labels, Reader, StudentOutputs, Term
