@@ -1,6 +1,6 @@
 """One process of two threads against two processes of one: whole passes of the real command, teacher live.
 
-    python benchmarks/processes.py ../shared PARAPHRASER    # about ten minutes; results/processes.json
+    python benchmarks/processes.py ../shared PARAPHRASER    # 25 minutes; results/processes.json
 
 PARAPHRASER is a trained paraphraser.safetensors of this pair, so that only the student's stage is run.
 """
@@ -33,20 +33,23 @@ def seconds(shared: Path, paraphraser: Path, processes: int, threads: int) -> fl
             "--student", "cifar_resnet20", "--paraphraser", str(paraphraser), "--epochs", "1",
             "--threads", str(threads), "--out", f"{folder}/run",
         ]  # fmt: skip
-        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+        environ = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=environ)
+        if done.returncode:
+            sys.exit(done.stderr)
         summary = json.loads(Path(folder, "run", "summary.json").read_text())
         return float(summary["seconds"]["student"])
 
 
 def main(shared: Path, paraphraser: Path) -> None:
-    """Measure in turns, print, and keep."""
+    """Measure in turns, print, and keep after every repeat."""
     found: dict[str, list[float]] = {name: [] for name in SHAPES}
     for _ in range(REPEATS):
         for name, shape in SHAPES.items():
             found[name].append(seconds(shared, paraphraser, *shape))
             print(name, found[name][-1], flush=True)
-    medians = {name: statistics.median(times) for name, times in found.items()}
-    keep("processes", {"median_seconds_a_pass": medians, "raw_seconds": found, "environment": environment()})
+        medians = {name: statistics.median(times) for name, times in found.items()}
+        keep("processes", {"median_seconds_a_pass": medians, "raw_seconds": found, "environment": environment()})
 
 
 if __name__ == "__main__":
