@@ -62,10 +62,10 @@ from torch.fx import graph_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from factor_transfer.export import export_onnx, export_pt2
 module, images = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(2)).eval(), torch.randn(4, 3, 8, 8)
-for round in range(4):
+for turn in range(4):
     export_pt2(module, images, Path("student.pt2"))
     export_onnx(module, images, Path("student.onnx"), {})
-    if round % 2:  # the last export's shapes are still in use
+    if turn % 2:  # the last export's shapes are still in use
         gc.collect()
         print(sum(type(each) is ShapeEnv for each in gc.get_objects()), len(graph_module._loader.eval_cache))
 """
