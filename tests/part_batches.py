@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from factor_transfer.cache import CachedTeacher, FactorCache
+from factor_transfer.compiled import CompiledStudent
 from factor_transfer.config import Config, DataConfig
 from factor_transfer.console import silence
 from factor_transfer.data import open_data
@@ -32,7 +34,7 @@ from factor_transfer.tasks import DistillationTask, ParaphraserTask, TeacherSide
 from factor_transfer.terms import FactorTransfer, Labels, Term
 from factor_transfer.train import Trainer
 
-NAMES = ("student", "cached", "paraphraser", "batch_norm", "float32", "skips", "stops")
+NAMES = ("student", "compiled", "cached", "paraphraser", "batch_norm", "float32", "skips", "stops")
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
@@ -80,15 +82,20 @@ def trainer(name: str, folder: Path, engine: Engine) -> Trainer:
     terms: list[Term] = [Labels(), FactorTransfer(translator, 20.0)]
     if name in {"skips", "stops"}:
         terms = [Labels(), Faulty(engine, always=name == "stops")]
+    trained = Tapped(student, "map")
+    if name == "compiled":
+        trained = CompiledStudent(trained, len(engine.shard(np.arange(99))), "student")
     task: Any = (
         ParaphraserTask(paraphraser, live)
         if name == "paraphraser"
-        else DistillationTask(Tapped(student, "map"), InputNorm(*HALF), terms, live)
+        else DistillationTask(trained, InputNorm(*HALF), terms, live)
     )
     config = Config(teacher="", student="", data="digits", batch_size=99, device="cpu", lr=0.05)
     epochs = 4 if name == "float32" else 2
     views = 1 if name == "cached" else 0
-    plan = Plan(stage=name, epochs=epochs, lr=0.05, seed=0, views=views, average=name in {"student", "cached"})
+    plan = Plan(
+        stage=name, epochs=epochs, lr=0.05, seed=0, views=views, average=name in {"student", "compiled", "cached"}
+    )
     folder.mkdir(parents=True, exist_ok=True)
     task = task.float() if name == "float32" else task.double()
     return Trainer(task, plan, data.train, engine, config, Run(folder, writes=engine.main))
@@ -125,6 +132,7 @@ def observed(made: Trainer) -> dict[str, Any]:
         "shown": made.engine.all_of(shown),
         "skipped": made.engine.all_of(made.progress.skipped),
         "errors": made.engine.all_of(error),
+        "compiled": made.engine.all_of(getattr(getattr(made.module, "student", None), "_run", None) is not None),
         "fingerprints": made.engine.all_of(state_fingerprint(made.module.state_dict())),
     }
 

@@ -66,7 +66,7 @@ def distance(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> floa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["student", "cached", "paraphraser"])
+@pytest.mark.parametrize("name", ["student", "compiled", "cached", "paraphraser"])
 def test_two_processes__give_the_loss_and_gradients_of_one(
     name: str, two: Path, tmp_path: Path, engine: Engine
 ) -> None:
@@ -76,6 +76,7 @@ def test_two_processes__give_the_loss_and_gradients_of_one(
     assert float((one["losses"] - other["losses"]).abs().max()) < 1e-10
     assert float((one["gradients"] - other["gradients"]).abs().max()) < 1e-10
     assert distance(one["weights"], other["weights"]) < 1e-10
+    assert one["compiled"] + other["compiled"] == 3 * [name == "compiled"]
     assert bool(one["average"]) is (name != "paraphraser")
     assert distance(one["average"], other["average"]) < 1e-10
     assert float(one["gradients"].abs().max()) > 1e-3, "there is something to compare"

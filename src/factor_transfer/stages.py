@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from factor_transfer.cache import CachedTeacher, FactorCache, choose_views, say_what_changed
-from factor_transfer.compiled import Compiled, check_compiler
+from factor_transfer.compiled import CompiledStudent, CompiledTeacher, check_compiler, check_exports
 from factor_transfer.config import Config, plain
 from factor_transfer.console import say, warn
 from factor_transfer.data import open_data
@@ -33,7 +34,7 @@ from factor_transfer.runs import Run
 from factor_transfer.schedule import Plan
 from factor_transfer.tasks import DistillationTask, ParaphraserTask, TeacherSide
 from factor_transfer.terms import FactorTransfer, Labels, Reader, SoftTargets, Term, numbered
-from factor_transfer.train import Trainer
+from factor_transfer.train import Trainer, training_chunks
 from factor_transfer.views import Transform
 from factor_transfer.weights import load_weights, paraphraser_metadata
 
@@ -56,7 +57,7 @@ class Job:
         self, config: Config, engine: Engine, run: Run, modules: Modules, transform: Transform | None = None
     ) -> None:
         self.config, self.engine, self.run, self.modules = config, engine, run, modules
-        self._compiled: dict[str, Compiled] = {}
+        self._compiled: dict[str, CompiledTeacher] = {}
         self.data = open_data(config, lambda: own_size(modules.get("student", config.student)), transform)
         for note in self.data.notes:
             say(f"data: {note}")
@@ -74,6 +75,10 @@ class Job:
         if self.config.torchcompile:
             check_compiler(self.engine.device)
         pair = Pair(self.load("teacher"), self.load("student"))
+        if self.config.torchcompile:
+            for side in (pair.teacher, pair.student):
+                tapped = deepcopy(side.tapped()).train(side is pair.student)
+                check_exports(tapped, side.network.norm(self.sample(2)))
         first = state_fingerprint(pair.student.network.module.state_dict())
         self.run.pin("student", first, "--student has other first weights than when the run began")
         for each in pair.each():
@@ -356,6 +361,8 @@ class Job:
         With `ends` the network runs no further than the side's layer.
         """
         network, task = side.network, self.student_task(side, terms, teacher, ends=ends)
+        if self.config.torchcompile:
+            self._compile(task, plan.stage)
         validation = self.data.validation if self._measured(terms) else None
         trainer = Trainer(task, plan, self.data.train, self.engine, self.config, self.run, validation)
         training = trainer.fit().record()
@@ -367,6 +374,21 @@ class Job:
                 self.run.save_weights(name, term.translator.state_dict(), {"format": "pt"})
         self.run.save_weights(plan.stage, network.module.state_dict(), {"format": "pt"})
         return training
+
+    def _compile(self, task: DistillationTask, stage: str) -> None:
+        """Have the trained network compiled, unless its head learns nothing.
+
+        A graph gives a gradient to every weight, if only zero, and the optimizer would then decay those of the head.
+        """
+        if any(isinstance(term, (Labels, SoftTargets)) for term in task.terms):
+            trainee = task.trainable_module
+            trainee.student = CompiledStudent(trainee.student, self._part(), stage)
+        else:
+            say(f"{stage}: not compiled, because nothing trains its head")
+
+    def _part(self) -> int:
+        """Images of a whole batch that this process computes."""
+        return len(self.engine.shard(training_chunks(np.arange(len(self.data.train)), self.config.batch_size)[0]))
 
     def _measured(self, terms: Sequence[Term]) -> bool:
         """Whether top-1 means something: there are labels, and something trains the head."""
@@ -390,9 +412,7 @@ class Job:
         readers: Mapping[str, Reader] | None = None,
     ) -> FrozenTeacher:
         tapped = Tapped(self._folding.network.module, pair.teacher.layer, also=self.objective.teacher_layers)
-        network: Tapped | Compiled = tapped
         if self.config.torchcompile:
-            part = len(self.engine.shard(np.arange(self.config.batch_size)))
-            network = self._compiled.setdefault(tapped.layer, Compiled(tapped, part))
-        side = TeacherSide(network, pair.teacher.network.norm, pair.size, paraphraser, readers)
+            tapped = self._compiled.setdefault(tapped.layer, CompiledTeacher(tapped, self._part()))
+        side = TeacherSide(tapped, pair.teacher.network.norm, pair.size, paraphraser, readers)
         return self.engine.place(FrozenTeacher(side))

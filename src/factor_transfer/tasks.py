@@ -14,7 +14,6 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from factor_transfer.compiled import Compiled
 from factor_transfer.features import Logits, Tapped, align
 from factor_transfer.health import DEAD
 from factor_transfer.method import Paraphraser, Straight, reconstruction_loss
@@ -37,7 +36,7 @@ class TeacherSide(nn.Module):
 
     def __init__(
         self,
-        network: Tapped | Compiled,
+        network: Tapped,
         norm: nn.Module,
         size: tuple[int, int],
         paraphraser: Paraphraser | Straight | None = None,
