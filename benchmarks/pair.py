@@ -15,7 +15,7 @@ from reference import Cifar, Loop, apart
 from torch import nn
 
 from factor_transfer.cache import CachedTeacher, FactorCache
-from factor_transfer.compiled import Compiled
+from factor_transfer.compiled import CompiledStudent, CompiledTeacher
 from factor_transfer.config import Config
 from factor_transfer.console import silence
 from factor_transfer.engine import Engine
@@ -33,6 +33,8 @@ from factor_transfer.train import Trainer
 
 RESULTS = Path(__file__).parent.parent / "results"
 FACTOR = {"factor": (32, 8, 8)}
+VIEWS = 16
+"""Of a cache that is filled in every pass."""
 
 
 class Measured:
@@ -67,7 +69,11 @@ class Measured:
         (batch,) = self.train.batches([np.arange(2)], view=None)
         self.folded = folded(self.teacher.tapped(), norm(batch.image)).network
         self.live = self.frozen(self.paraphraser)
-        self.cache = FactorCache(work, {"benchmark": 1}, FACTOR, len(self.train), views=1)
+        self.cache = self.new_cache("shared", 1)
+
+    def new_cache(self, name: str, views: int) -> FactorCache:
+        """An empty cache of its own."""
+        return FactorCache(self.work, {"benchmark": name}, FACTOR, len(self.train), views)
 
     def frozen(self, paraphraser: Paraphraser | None, size: tuple[int, int] = (8, 8)) -> FrozenTeacher:
         """Our teacher, with a paraphraser or without, its map pooled to `size`."""
@@ -76,28 +82,35 @@ class Measured:
 
     def compiled(self) -> FrozenTeacher:
         """Our teacher as --torchcompile makes it."""
-        network = Compiled(self.folded, 128)
+        network = CompiledTeacher(self.folded, 128)
         side = TeacherSide(network, self.teacher.network.norm, (8, 8), self.paraphraser)
         return self.engine.place(FrozenTeacher(side))
 
     def trainer(self, name: str) -> Trainer:
-        """Our engine: `live`, `compiled` (live, too), `cached`, `alone` or `paraphraser`."""
-        plan = Plan(stage=name, epochs=1000, lr=0.01, seed=0, views=1)
+        """Our engine: `live`, `fill`, `cached`, `alone`, each also with ` compiled` after it, or `paraphraser`.
+
+        Every pass of `fill` shows a further view, which its cache does not have; all of `cached` share one.
+        """
+        name, _, compiled = name.partition(" ")
+        live = self.compiled() if compiled and name in {"live", "fill"} else self.live
+        views = VIEWS if name == "fill" else 1
+        plan = Plan(stage=name, epochs=1000, lr=0.01, seed=0, views=views)
         if name == "paraphraser":
             with seeded(0):
                 task: Any = ParaphraserTask(Paraphraser(64, 32), self.frozen(None))
         else:
             teachers: dict[str, Callable[[], nn.Module | None]] = {
-                "live": lambda: self.live,
-                "compiled": self.compiled,
-                "cached": lambda: CachedTeacher(self.live, self.cache),
+                "live": lambda: live,
+                "fill": lambda: CachedTeacher(live, self.new_cache(f"fill {compiled}", VIEWS)),
+                "cached": lambda: CachedTeacher(live, self.cache),
                 "alone": lambda: None,
             }
             terms: list[Term] = [Labels()]
             if name != "alone":
                 terms.append(FactorTransfer(Translator(64, 32), 500))
             student = self.job.load("student")
-            task = DistillationTask(student.tapped(), student.network.norm, terms, teachers[name]())
+            tapped = CompiledStudent(student.tapped(), 128, "student") if compiled else student.tapped()
+            task = DistillationTask(tapped, student.network.norm, terms, teachers[name]())
         return Trainer(task, plan, self.train, self.engine, self.config, Run(self.work))
 
     def reference(self, *, graph: bool) -> AbstractContextManager[Loop]:

@@ -3,8 +3,8 @@
     python benchmarks/step.py ../shared    # two threads; ten minutes; results/step.json
 
 They take turns of ten steps on real images; the figure is the median over turns, and ratios are of medians. `reference`
-records the teacher's graph, as the published program does; `reference without graph` does not. `compiled` is `live`
-with --torchcompile.
+records the teacher's graph, as the published program does; `reference without graph` does not. `compiled` is with
+--torchcompile.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pair import Works, keep, measured, summed_up, take_turns
 from factor_transfer.train import Trainer
 
 TURNS, STEPS = 20, 10
+OURS = "live", "cached", "alone", "live compiled", "cached compiled", "alone compiled"
 
 
 def main(shared: Path) -> None:
@@ -37,7 +38,7 @@ def main(shared: Path) -> None:
                 "reference": partial(recorded.run, STEPS),
                 "reference without graph": partial(plain.run, STEPS),
             }
-            works |= {name: partial(turn, pair.trainer(name)) for name in ("live", "compiled", "cached", "alone")}
+            works |= {name: partial(turn, pair.trainer(name)) for name in OURS}
             seconds = take_turns(works, TURNS)
         keep("step", summed_up(seconds, STEPS, pair.engine.describe()) | {"turns": TURNS, "steps_a_turn": STEPS})
 
