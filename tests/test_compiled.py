@@ -91,7 +91,7 @@ class Noisy(nn.Module):
     def __init__(self, noise: float = 0.5) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 12, 3, 1, 1), nn.BatchNorm2d(12), nn.ReLU(inplace=True))
-        self.noise = nn.Dropout2d(noise)
+        self.noise = nn.Sequential(nn.Dropout2d(noise), nn.Dropout(noise))
         self.body = nn.Sequential(nn.Conv2d(12, 20, 3, 2, 1), nn.BatchNorm2d(20), nn.ReLU())
         self.head = nn.Sequential(nn.Flatten(), nn.Linear(320, 16), nn.BatchNorm1d(16), nn.Linear(16, 5))
 
