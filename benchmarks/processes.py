@@ -1,8 +1,9 @@
-"""One process of two threads against two processes of one: whole passes of the real command, teacher live.
+"""One process of two threads against two processes of one: passes of the real command, teacher live.
 
-    python benchmarks/processes.py ../shared PARAPHRASER    # 25 minutes; results/processes.json
+    python benchmarks/processes.py ../shared PARAPHRASER    # eight minutes; results/processes.json
 
-PARAPHRASER is a trained paraphraser.safetensors of this pair, so that only the student's stage is run.
+They take turns of one pass over 12,800 images. PARAPHRASER is a trained paraphraser.safetensors of this pair, so that
+only the student's stage is run.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ SHAPES = {"1 process, 2 threads": (1, 2), "2 processes, 1 thread": (2, 1)}
 
 
 def seconds(shared: Path, paraphraser: Path, processes: int, threads: int) -> float:
-    """Of training for one pass."""
+    """Of one pass."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "-m", "factor_transfer",
             "distill", "--data", str(shared / "cifar10-jpeg"), "--teacher", "cifar_resnet56",
             "--teacher-weights", str(shared / "checkpoints" / "resnet56-cifar10-jpeg.safetensors"),
             "--student", "cifar_resnet20", "--paraphraser", str(paraphraser), "--epochs", "1",
-            "--threads", str(threads), "--out", f"{folder}/run",
+            "--train-images", "12800", "--threads", str(threads), "--out", f"{folder}/run",
         ]  # fmt: skip
         environ = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(command, check=False, capture_output=True, text=True, env=environ)
