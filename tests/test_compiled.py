@@ -247,6 +247,12 @@ def test_compiled_student__refuses_what_computes_something_else(
 
 # -- whole runs
 
+
+def test_start_up__does_not_wait_for_the_compiler() -> None:
+    code = "import sys, factor_transfer.stages; sys.exit('torch._inductor.compile_fx' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 PAIR = ["--teacher", "cifar_resnet20", "--teacher-args", '{"layers": [1, 1, 1]}', "--student", "cifar_resnet20",
         "--student-args", '{"layers": [1, 1, 1], "channels": [4, 8, 16]}']  # fmt: skip
 SHORT = ["--epochs", "2", "--views", "2", "--paraphraser-epochs", "1", "--threads", "1", "--log-with", "none"]

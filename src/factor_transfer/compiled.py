@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch._dynamo import config as dynamo
 from torch._functorch import config as functorch
 from torch._inductor import config as inductor
-from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
@@ -27,10 +26,10 @@ HALF_TOLERANCE = 2e-2
 """Where `TOLERANCE` is for float32, this is for autocast: a compiled network rounds to bf16 in other places."""
 
 MORE = 1.5
-"""A network that trains in bf16 is far from what float32 gives, its gradient most of all: compiled, so many times."""
+"""How many times as far from float32 as the uncompiled network a compiled one may be in training: bf16 alone is far."""
 
 LEAST = {"outputs": TOLERANCE, "gradient": 5e-2, "buffers": TOLERANCE}
-"""And at least so far: the gradient farther, because signs of values near 0 decide it."""
+"""Relative distances (L2) that are allowed besides; of gradients more, because signs of values near 0 decide them."""
 
 Tried = tuple[Maps, Tensor, Tensor]
 """What a network gives, and in one vector each the gradient of all its weights, and its averages after that."""
@@ -88,9 +87,6 @@ class Compiled(Tapped):
         say(f"{self._name}: compiled in {time.perf_counter() - start:.0f} s ({said})")
         return run
 
-    def _exported(self, images: Tensor) -> nn.Module:
-        return torch.export.export(_Maps(self), (images,), strict=False).module()
-
     def _check(self, what: str, off: float, tolerance: float) -> None:
         if not off < tolerance:
             found = f"a compiled {self._name} whose {what} differ by {off:.0e}, relatively"
@@ -110,7 +106,7 @@ class CompiledTeacher(Compiled):
         expected = Tapped.maps(self, images)
         # The tracer reads this setting of all: among the options of torch.compile it freezes nothing (torch 2.14).
         with compiling(), inductor.patch(freezing=True):
-            made: Callable[[Tensor], Maps] = torch.compile(self._exported(images))
+            made: Callable[[Tensor], Maps] = torch.compile(_exported(self, images))
             off = difference(made(images), expected)
         self._check("outputs", off, HALF_TOLERANCE if torch.is_autocast_enabled(images.device.type) else TOLERANCE)
         return _called(made), f"its outputs differ by {off:.0e}, relatively"
@@ -126,9 +122,9 @@ class CompiledStudent(Compiled):
         plainly = self._tried(partial(Tapped.maps, self), images)
         with torch.autocast(images.device.type, enabled=False):
             precise = self._tried(partial(Tapped.maps, self), images)
-        backend = _on_cpu if images.device.type == "cpu" else _elsewhere
+        backend = partial(_backend, on_cpu=images.device.type == "cpu")
         with compiling(), dynamo.patch(optimize_ddp=False):  # which would cut the graph for several processes
-            graph = self._exported(images)
+            graph = _exported(self, images)
             made: Callable[[Tensor], Maps] = torch.compile(graph, backend=backend, dynamic=False, fullgraph=True)
             ours, theirs = _apart(self._tried(made, images), precise), _apart(plainly, precise)
         for what, least in LEAST.items():
@@ -159,16 +155,15 @@ class CompiledStudent(Compiled):
         return (output, maps), gradient, after
 
 
-def _on_cpu(graph: GraphModule, inputs: list[Tensor]) -> Any:
-    """torch.compile's backend, with batch norm as it can fuse it, and calls of its kernels in C++, not in Python."""
+def _backend(graph: GraphModule, inputs: list[Tensor], *, on_cpu: bool) -> Any:
+    """torch.compile's; on a CPU with batch norm as it can fuse it, and calls of its kernels in C++, not in Python."""
+    from torch._inductor.compile_fx import compile_fx  # most of a second, which others need not wait for
+
     # This cache does not ask by which decompositions a graph was made.
     with functorch.patch(enable_autograd_cache=False):
-        patches = {"cpp_wrapper": True, "fallback_random": True}
-        return compile_fx(graph, inputs, config_patches=patches, decompositions=decompositions())
-
-
-def _elsewhere(graph: GraphModule, inputs: list[Tensor]) -> Any:
-    return compile_fx(graph, inputs, config_patches={"fallback_random": True})
+        patches = {"cpp_wrapper": on_cpu, "fallback_random": True}
+        table = decompositions() if on_cpu else None
+        return compile_fx(graph, inputs, config_patches=patches, decompositions=table)
 
 
 @torch.no_grad()
@@ -225,7 +220,12 @@ def check_exports(network: Tapped, images: Tensor) -> None:
     """
     network.maps(images)  # whose own errors are not the exporter's
     with compiling():
-        torch.export.export(_Maps(network), (images,), strict=False)
+        _exported(network, images)
+
+
+def _exported(network: Tapped, images: Tensor) -> nn.Module:
+    """`maps` as a module of its own, on the very weights and buffers of the network."""
+    return torch.export.export(_Maps(network), (images,), strict=False).module()
 
 
 class _Maps(nn.Module):

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._inductor import config as inductor
-from torch._inductor.decomposition import select_decomp_table
 
 FORWARD = torch.ops.aten._native_batch_norm_legit_functional.default
 BACKWARD = torch.ops.aten.native_batch_norm_backward.default
@@ -25,6 +24,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
     It keeps its own for what is no channels-last map (B, C, H, W) in training.
     """
+    from torch._inductor.decomposition import select_decomp_table  # the compiler with it, which takes its time
+
     with inductor.patch(fallback_random=True):
         table: dict[Any, Callable[..., Any]] = dict(select_decomp_table())
     usual_forward, usual_backward = table[FORWARD], table[BACKWARD]

@@ -380,7 +380,7 @@ class Job:
 
         A graph gives a gradient to every weight, if only zero, and the optimizer would then decay those of the head.
         """
-        if any(isinstance(term, (Labels, SoftTargets)) for term in task.terms):
+        if _train_head(task.terms):
             trainee = task.trainable_module
             trainee.student = CompiledStudent(trainee.student, self._part(), stage)
         else:
@@ -392,7 +392,7 @@ class Job:
 
     def _measured(self, terms: Sequence[Term]) -> bool:
         """Whether top-1 means something: there are labels, and something trains the head."""
-        return self.data.labelled and any(isinstance(term, (Labels, SoftTargets)) for term in terms)
+        return self.data.labelled and _train_head(terms)
 
     def _fetch(self, network: Network, stage: str) -> None:
         """Load what `_train` saved."""
@@ -416,3 +416,7 @@ class Job:
             tapped = self._compiled.setdefault(tapped.layer, CompiledTeacher(tapped, self._part()))
         side = TeacherSide(tapped, pair.teacher.network.norm, pair.size, paraphraser, readers)
         return self.engine.place(FrozenTeacher(side))
+
+
+def _train_head(terms: Sequence[Term]) -> bool:
+    return any(isinstance(term, (Labels, SoftTargets)) for term in terms)
