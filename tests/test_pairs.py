@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from factor_transfer.config import Config
 from factor_transfer.export import export_pt2
-from factor_transfer.features import Logits
 from factor_transfer.frozen import FrozenTeacher
 from factor_transfer.method import Paraphraser, Translator, factor_channels, portable_beta
 from factor_transfer.models import Role
@@ -130,9 +129,9 @@ def test_pair__every_student_learns_from_every_teacher(teacher: str, student: st
 def test_export__every_student_runs_without_this_package(student: str, tmp_path: Path) -> None:
     network = side("student", student).network
     images = network.norm(batch()[0])
-    export_pt2(nn.Sequential(network.module, Logits()), images, tmp_path / "student.pt2")
+    export_pt2(network.module, images, tmp_path / "student.pt2")
     with torch.no_grad():
-        wanted = Logits()(network.module.eval()(images))
+        wanted = network.module.eval()(images)
     torch.save({"images": images, "wanted": wanted}, tmp_path / "io.pt")
     alone = (
         "import sys, torch\n"

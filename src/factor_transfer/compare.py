@@ -45,7 +45,7 @@ NO_MATTER: dict[Made, frozenset[str]] = {
         {"k", "p", "beta", "kd_weight", "kd_temperature", "at_weight", "hint_epochs", "hint_weight", "term",
          "teacher_groups", "student_groups", "reconstruction", "factor_batch_norm", "paraphraser",
          "paraphraser_epochs", "paraphraser_lr", "translator", "views", "epochs", "student_weights", "student_layer",
-         "teacher_layer", "label_weight", "model_ema", "model_ema_decay", "seed"}
+         "student_output", "teacher_layer", "label_weight", "model_ema", "model_ema_decay", "seed"}
     ),
     "paraphraser": frozenset(
         {"p", "beta", "kd_weight", "kd_temperature", "at_weight", "hint_epochs", "hint_weight", "term",

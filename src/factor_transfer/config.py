@@ -114,6 +114,9 @@ class Config(DataConfig):
     """Submodule whose output is paraphrased; or several, with commas: each then has a paraphraser and, with the
     student's layer at its place, a translator, and the factor term is their mean. Default: the last feature map before
     pooling."""
+    teacher_output: Annotated[str | None, _in("Teacher")] = None
+    """Which of its outputs the logits are, where it gives several: a key, a field or an index, with dots inside another
+    (exits.2). Default: the one called logits, or the only one of the classes' number."""
     teacher_epochs: Annotated[int, _in("Teacher")] = 0
     """Passes of training, or of fine-tuning where it has weights, before it teaches."""
     teacher_lr: Annotated[float | None, _in("Teacher")] = None
@@ -137,6 +140,9 @@ class Config(DataConfig):
     student_layer: Annotated[str | None, _in("Student")] = None
     """Submodule whose output is translated; or several, with commas, as many as of the teacher. Default: the last
     feature map before pooling."""
+
+    student_output: Annotated[str | None, _in("Student")] = None
+    """Which of its outputs is trained, measured and exported, where it gives several; named as the teacher's."""
 
     # -- factor transfer
     k: Annotated[float, _in("Factor transfer")] = 0.5
@@ -257,6 +263,9 @@ class Config(DataConfig):
 
     def __post_init__(self) -> None:
         """Check each value by itself; what depends on networks or data is checked where those are known."""
+        for name in ("teacher_output", "student_output"):
+            if isinstance(getattr(self, name), int):
+                object.__setattr__(self, name, str(getattr(self, name)))  # an index, from YAML or Python
         _check_words(self)
         _check_numbers(self)
         _check_schedule(self)

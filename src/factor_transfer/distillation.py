@@ -28,7 +28,10 @@ from factor_transfer.views import Transform
 
 @dataclass(frozen=True)
 class Distilled:
-    """What `distill` returns: the run folder, its summary, and the trained student in eval mode on the CPU."""
+    """What `distill` returns: the run folder, its summary, and the trained student in eval mode on the CPU.
+
+    The student gives logits (B, N); what else its network would give is left out.
+    """
 
     folder: Path
     summary: dict[str, Any] = field(repr=False)

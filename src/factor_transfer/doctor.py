@@ -32,7 +32,7 @@ from factor_transfer.config import Config, Rgb, flag
 from factor_transfer.data import Dataset
 from factor_transfer.engine import Engine
 from factor_transfer.errors import FactorTransferError
-from factor_transfer.features import Logits, maps
+from factor_transfer.features import maps
 from factor_transfer.files import state_fingerprint
 from factor_transfer.followers import follower
 from factor_transfer.frozen import FrozenTeacher
@@ -232,7 +232,7 @@ def _teacher(
 
 @torch.no_grad()
 def _logits(side: Side, norm: nn.Module, images: Tensor) -> Tensor:
-    model = nn.Sequential(norm, side.network.module.eval(), Logits())
+    model = nn.Sequential(norm, side.network.module.eval())
     return torch.cat([model(part).float() for part in torch.split(images, 64)])
 
 
@@ -331,6 +331,7 @@ def _networks(pair: Pair) -> list[Sequence[str]]:
         ("mean", *(_plain(network.mean) for network in networks)),
         ("std", *(_plain(network.std) for network in networks)),
         ("layer", *(side.layer for side in sides)),
+        ("output", *(network.output or "one tensor" for network in networks)),
         ("classes", *(_classes(network) for network in networks)),
         ("map", *(_shape(side) for side in sides)),
     ]

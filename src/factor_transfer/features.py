@@ -122,24 +122,6 @@ def _channels_last(gradient: Tensor) -> Tensor:
     return gradient.contiguous(memory_format=torch.channels_last)
 
 
-class Logits(nn.Module):
-    """What a classifier's output says of classes: the output itself, or in a dict or tuple its logits.
-
-    That is `logits` of a dict where it has one, and else the first value that is a matrix.
-
-    >>> Logits()({"feature": torch.zeros(2, 8, 4, 4), "logits": torch.zeros(2, 5)}).shape
-    torch.Size([2, 5])
-    """
-
-    def forward(self, output: Any) -> Tensor:
-        """(B, N); an output that has no logits is given back as it is."""
-        if isinstance(output, Mapping):
-            output = output["logits"] if "logits" in output else tuple(output.values())
-        if isinstance(output, (tuple, list)):
-            output = next((value for value in output if isinstance(value, Tensor) and value.ndim == 2), output)
-        return output  # type: ignore[no-any-return]
-
-
 @torch.no_grad()
 def find_layer(module: nn.Module, images: Tensor) -> str:
     """The submodule whose output is the last feature map before pooling: the last group after its last activation.

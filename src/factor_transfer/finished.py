@@ -50,6 +50,7 @@ def rebuild(folder: Path, role: str, module: nn.Module | None = None) -> Network
         img_size=there.get("img_size", summary["data"]["img_size"]),
         args=own[f"{side}_args"],
         weights=None if trained_here else own[f"{side}_weights"],
+        output=own[f"{side}_output"],
         mean=tuple(there["mean"]),
         std=tuple(there["std"]),
     )

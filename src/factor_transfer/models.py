@@ -24,7 +24,7 @@ import factor_transfer.zoo  # noqa: F401 (registers the paper's families with ti
 from factor_transfer.arguments import imported, is_callable_name
 from factor_transfer.config import Rgb
 from factor_transfer.errors import FactorTransferError, ModelError, listed, near
-from factor_transfer.features import Logits
+from factor_transfer.outputs import choose, given_by, tensors, unwrap
 from factor_transfer.seeds import part_seed, seeded
 from factor_transfer.weights import head_places, load_but_head
 
@@ -83,6 +83,8 @@ class Network:
     """What its user should know."""
     headless: bool = False
     """It has no head for the data's classes, as a self-supervised backbone: only a teacher may be so."""
+    output: str | None = None
+    """Which of its own outputs the logits are; None where it gives one tensor."""
 
     @property
     def norm(self) -> InputNorm:
@@ -97,7 +99,7 @@ class Network:
     @property
     def classifier(self) -> nn.Module:
         """From uint8 pixels to its logits (B, N)."""
-        return nn.Sequential(self.norm, self.module, Logits())
+        return nn.Sequential(self.norm, self.module)
 
 
 def load_network(
@@ -108,11 +110,14 @@ def load_network(
     img_size: int,
     args: Mapping[str, Any] | None = None,
     weights: str | None = None,
+    output: str | None = None,
     seed: int = 0,
     mean: Rgb | None = None,
     std: Rgb | None = None,
 ) -> Network:
     """A network that takes (B, 3, img_size, img_size) and gives logits (B, num_classes), or a teacher of features.
+
+    The module gives one tensor, whatever its own output is: see `outputs`.
 
     Args:
         given: a timm name, or a module (copied, without torch.compile and parallel wrappers; the one given stays as
@@ -122,15 +127,18 @@ def load_network(
         img_size: height and width of its input, in pixels.
         args: constructor arguments.
         weights: a safetensors or torch file, or `pretrained` for timm's own.
+        output: which of its outputs the logits are, by name; default: the one that can only be them.
         seed: owns the weights that are drawn here.
         mean: channel means of its input; default: the model's own.
         std: channel deviations likewise.
 
     Raises:
-        ModelError: no such network, arguments or weights that do not fit it, or an output that is not logits.
+        ModelError: no such network, arguments or weights that do not fit it, or an output that is not logits, or that
+            could be so in several places.
     """
     notes: list[str] = []
     model_args: dict[str, Any] = {}
+    source: str | None = None
     if isinstance(given, nn.Module):
         module, pretrained = deepcopy(extract_model_from_parallel(given, keep_torch_compile=False)), True
     else:
@@ -169,19 +177,8 @@ def load_network(
         model_args,
         tuple(notes),
     )
-    output = _output(network, role)
-    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    if shape == (2, num_classes) or num_classes == 0:
-        return replace(network, headless=num_classes == 0)
-    if role == "teacher" and pretrained:
-        note = f"it gives {shape} for 2 images, no logits for {num_classes} classes"
-        return replace(network, headless=True, notes=(*notes, note))
-    raise ModelError(
-        f"--{role} {name}",
-        found=f"an output of {shape} for 2 images",
-        valid=f"logits (2, {num_classes}): the data has {num_classes} classes, and every label needs its place",
-        hint=f"give a network with {num_classes} outputs, or data with the network's classes",
-    )
+    foreign = isinstance(given, nn.Module) or source in {"torchvision", "callable"}
+    return _unwrapped(network, role, num_classes, output, foreign=foreign)
 
 
 def parse_name(name: str, role: Role) -> tuple[str | None, str]:
@@ -271,18 +268,38 @@ def _create(
     return module, {"architecture": made["model_name"], **kept}
 
 
-@torch.no_grad()
-def _output(network: Network, role: Role) -> Any:
-    """What it gives for two images: logits (2, N), or whatever a foreign network gives."""
-    module, size = deepcopy(network.module).cpu().float().eval(), network.size
+def _unwrapped(network: Network, role: Role, num_classes: int, wanted: str | None, *, foreign: bool) -> Network:
+    """The network, with a hook that makes one tensor of its outputs where they are several or another kind."""
+    given, count = f"--{role}-output", 3 if num_classes == 2 else 2  # a matrix between images is no logits
     try:
-        return Logits()(module(torch.zeros(2, 3, size, size)))
+        output, training = given_by(network.module, network.size, count, foreign=foreign)
     except Exception as error:  # whatever a foreign network raises on a size that it cannot take
         raise ModelError(
             f"--{role} {network.name}",
-            found=f"it fails on images of {size}x{size} pixels: {_first_line(error)}",
+            found=f"it fails on images of {network.size}x{network.size} pixels: {_first_line(error)}",
             hint="give a size that it can take with --img-size" + (" or --teacher-size" if role == "teacher" else ""),
         ) from error
+    plain = all(each is None or isinstance(each, Tensor) for each in (output, training))
+    if plain and wanted is not None:
+        raise ModelError(f"{given} {wanted}", found="a network that gives one tensor", hint=f"leave {given} out")
+    chosen = choose(output, num_classes, wanted, given) if num_classes or wanted is not None else None
+    first = chosen.output if chosen else next((each for _, each in tensors(output)), None)
+    if not plain and first is not None:
+        hook, name, note = unwrap(output, training, chosen, num_classes, wanted, given)
+        network.module.register_forward_hook(hook)
+        network = replace(network, output=name, notes=(*network.notes, note))
+    shape = tuple(first.shape) if first is not None else type(output).__name__
+    if shape == (count, num_classes) or num_classes == 0:
+        return replace(network, headless=num_classes == 0)
+    if role == "teacher" and network.pretrained:
+        note = f"it gives {shape} for {count} images, no logits for {num_classes} classes"
+        return replace(network, headless=True, notes=(*network.notes, note))
+    raise ModelError(
+        f"--{role} {network.name}",
+        found=f"an output of {shape} for {count} images",
+        valid=f"logits ({count}, {num_classes}): the data has {num_classes} classes, and every label needs its place",
+        hint=f"give a network with {num_classes} outputs, or data with the network's classes",
+    )
 
 
 def _create_torchvision(model_name: str, num_classes: int, pretrained: bool, **args: Any) -> nn.Module:

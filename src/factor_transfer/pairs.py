@@ -159,6 +159,7 @@ def load_side(role: Role, config: Config, num_classes: int, img_size: int, modul
         img_size=size,
         args=own[f"{role}_args"],
         weights=own[f"{role}_weights"],
+        output=own[f"{role}_output"],
         seed=config.data_seed if teacher else config.seed,
         mean=config.teacher_mean if teacher else None,
         std=config.teacher_std if teacher else None,

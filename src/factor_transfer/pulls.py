@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from factor_transfer.features import Logits, tensor_in, watching
+from factor_transfer.features import tensor_in, watching
 from factor_transfer.seeds import seeded
 from factor_transfer.splits import Batch
 from factor_transfer.tasks import DistillationTask, Trainee
@@ -42,7 +42,7 @@ def pulls(task: DistillationTask, batch: Batch) -> dict[str, Pull]:
         for layer in tapped.layers:
             stack.enter_context(watching(tapped.module.get_submodule(layer), partial(raw.__setitem__, layer)))
         output, maps = tapped.maps(trainee.norm(images))
-        student = StudentOutputs(Logits()(output), maps[tapped.layer], maps)
+        student = StudentOutputs(output, maps[tapped.layer], maps)
         losses = {name: term(student, outputs, labels) for name, term in trainee.terms.items()}
     found = {layer: tensor_in(each, tapped.module) for layer, each in raw.items()}
     read = {layer: tensor for layer, tensor in found.items() if tensor is not None}

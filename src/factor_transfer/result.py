@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from factor_transfer.config import plain
 from factor_transfer.console import warn
 from factor_transfer.export import EXPORT_IMAGES, export_pt2, latency_ms, metadata_of
-from factor_transfer.features import Logits
 from factor_transfer.files import state_fingerprint, write_json
 from factor_transfer.methods import method_of
 from factor_transfer.models import Network, count_parameters
@@ -53,8 +50,8 @@ def _export(job: Job, network: Network) -> dict[str, Any]:
     """How far student.pt2 is from the student; or why there is none: hours of training are not lost to that."""
     try:
         images, about = job.sample(EXPORT_IMAGES), metadata_of(network, job.data.img_size, job.data.classes)
-        student = nn.Sequential(network.module, Logits())
-        return {"pt2_difference": export_pt2(student, network.norm(images), job.run.path("student.pt2"), about)}
+        path = job.run.path("student.pt2")
+        return {"pt2_difference": export_pt2(network.module, network.norm(images), path, about)}
     except Exception as error:  # torch.export raises whatever it meets in foreign code
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warn(f"student.pt2 was not written ({reason}); student.safetensors is whole")
@@ -75,6 +72,7 @@ def _described(job: Job, role: str, side: Side) -> dict[str, Any]:
         "mean": list(network.mean),
         "std": list(network.std),
         "model_args": plain(network.model_args),
+        "output": network.output,
         "is_module": side.role in job.modules,
         "fingerprint": state_fingerprint(network.module.state_dict()),
     }

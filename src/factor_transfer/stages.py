@@ -301,6 +301,8 @@ class Job:
         readers = self.objective.readers(paraphrasers)
         if self.config.torchcompile:
             identity["compiled"] = True
+        if network.output is not None:
+            identity["teacher output"] = network.output
         if readers:
             identity["other layers"] = {
                 name: [reader.layer, state_fingerprint(reader.state_dict())] for name, reader in readers.items()

@@ -14,7 +14,7 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from factor_transfer.features import Logits, Tapped, align
+from factor_transfer.features import Tapped, align
 from factor_transfer.health import DEAD
 from factor_transfer.method import Paraphraser, Straight, reconstruction_loss
 from factor_transfer.terms import Labels, Reader, StudentOutputs, Term
@@ -53,7 +53,7 @@ class TeacherSide(nn.Module):
         """
         output, maps = self.network.maps(self.norm(images))
         feature = align(maps[self.network.layer], self.size)
-        outputs = {"logits": Logits()(output), "feature": feature}
+        outputs = {"logits": output, "feature": feature}
         if self.paraphraser is not None:
             outputs["factor"] = self.paraphraser.encode(feature)
         for name, reader in self.readers.items():
@@ -72,12 +72,12 @@ class Trainee(nn.Module):
     def forward(self, images: Tensor, labels: Tensor, teacher: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """uint8 images (B, 3, H, W) -> logits (B, N) and the weighted loss of every term."""
         output, maps = self.student.maps(self.norm(images))
-        student = StudentOutputs(Logits()(output), maps[self.student.layer], maps)
+        student = StudentOutputs(output, maps[self.student.layer], maps)
         return student.logits, {name: term(student, teacher, labels) for name, term in self.terms.items()}
 
     def classifier(self) -> nn.Module:
         """uint8 images (B, 3, H, W) -> logits (B, N)."""
-        return nn.Sequential(self.norm, self.student.module, Logits())
+        return nn.Sequential(self.norm, self.student.module)
 
 
 class DistillationTask(TrainingTask):  # type: ignore[misc] # timm ships no types
