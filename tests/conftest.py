@@ -16,10 +16,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from factor_transfer.kernels import guard
+
 if TYPE_CHECKING:
     from browser import Page
 
 ROOT = Path(__file__).parent.parent
+guard()  # tests train without an `Engine`, too
 torch.set_num_threads(1)  # the networks here are so small that a second thread costs more than it gives
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]

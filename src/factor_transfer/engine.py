@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed import DistError, destroy_process_group, is_initialized
 
 from factor_transfer.errors import ConfigError, RunError, TrainingError
+from factor_transfer.kernels import guard
 
 SAME_SIGNAL_SECONDS = 1.0
 """A launcher passes on the signal that its processes have had from the terminal or from SLURM, too."""
@@ -87,6 +88,7 @@ class Engine:
         self.device = self.accelerator.device
         if self.device.type == "cpu":
             keep_memory()
+            guard()
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         if self.processes > 1:
             atexit.register(_leave_group)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch._inductor import config as inductor
 
+from factor_transfer import kernels
+
 FORWARD = torch.ops.aten._native_batch_norm_legit_functional.default
 BACKWARD = torch.ops.aten.native_batch_norm_backward.default
 
@@ -22,7 +24,8 @@ BACKWARD = torch.ops.aten.native_batch_norm_backward.default
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """All of the compiler's, for noise from torch's own generators, with batch norm's replaced.
 
-    It keeps its own for what is no channels-last map (B, C, H, W) in training.
+    It keeps its own for what is no channels-last map (B, C, H, W) in training. Compiled code calls torch's kernels past
+    the dispatcher, so the convolutions that `kernels` guards are replaced here, too.
     """
     from torch._inductor.decomposition import select_decomp_table  # the compiler with it, which takes its time
 
@@ -40,7 +43,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         function = gradients if _fits(x, weight, mean, training) else usual_backward
         return function(gradient, x, weight, *others)
 
-    return table | {FORWARD: forward, BACKWARD: backward}
+    return table | {FORWARD: forward, BACKWARD: backward, kernels.BACKWARD: kernels.gradients}
 
 
 def _fits(x: Tensor, weight: Tensor | None, mean: Tensor | None, training: bool) -> bool:

@@ -1,0 +1,173 @@
+"""Convolutions whose kernels corrupt memory are computed in another way, whoever calls them.
+
+Each test that would be ended by a memory fault runs in a process of its own, with the kernels for AVX2.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from factor_transfer.kernels import gradients, guard
+
+STRICT = {
+    "MALLOC_CHECK_": "3",  # glibc looks at every block that is freed
+    "MALLOC_PERTURB_": "7",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "OMP_NUM_THREADS": "1",
+}
+
+WAYS = """
+import sys
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from factor_transfer.engine import Engine
+
+CHANNELS_LAST = torch.channels_last
+engine = Engine("cpu", "fp32")
+
+class Own(nn.Module):
+    # no nn.Conv2d anywhere, and its own layout
+    def __init__(self, channels, ways):
+        super().__init__()
+        self.weight, self.ways = nn.Parameter(torch.randn(8, channels, 1, 1)), ways
+
+    def forward(self, x):
+        if "turns" in self.ways:
+            x = x.contiguous(memory_format=CHANNELS_LAST)
+        if "again" in self.ways:
+            return checkpoint(lambda x: F.conv2d(x, self.weight, None, 2), x, use_reentrant=False)
+        return torch.convolution(x, self.weight, None, (2, 2), (0, 0), (1, 1), False, (0, 0), 1)
+
+def layer(channels):
+    return nn.Conv2d(channels, 8, 1, stride=2, bias=True)
+
+worst = 0.0
+for channels in range(1, 8):
+    made = [layer(channels), Own(channels, ()), Own(channels, ("turns",)), Own(channels, ("again",)),
+            torch.jit.trace(layer(channels), torch.randn(4, channels, 8, 8))]
+    for place, network in enumerate(made):
+        network = network.to(memory_format=CHANNELS_LAST)
+        for side in (8, 9):
+            x = torch.randn(8, channels, side, side).requires_grad_()
+            weights = list(network.parameters())
+            given = x if place == 2 else x.contiguous(memory_format=CHANNELS_LAST)
+            out = network(given)
+            shown = torch.randn_like(out)
+            found = torch.autograd.grad(out, [x, *weights], shown)
+            twin = [value.detach().double().requires_grad_() for value in [x, *weights]]
+            wanted = torch.autograd.grad(F.conv2d(*twin, stride=2), twin, shown.double())
+            for ours, theirs in zip(found, wanted):
+                worst = max(worst, float((ours - theirs).norm() / theirs.norm()))
+print(f"worst {worst:.1e}")
+sys.exit(worst > 1e-5)
+"""
+
+
+JOB = """
+import sys
+import torch
+import torch.nn.functional as F
+from torch import nn
+import factor_transfer
+from factor_transfer import distillation
+
+class Own(nn.Module):
+    # a pixel of the image is looked at by a function, and option B's shortcut by a layer
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 3, 1, 1))
+        self.body, self.head = nn.Conv2d(6, 8, 1, 2), nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.head(self.body(F.relu(F.conv2d(x, self.weight, stride=2))).mean((2, 3)))
+
+def trained(job, pair, student, baseline):  # what comes next trains nothing
+    print(*(side.network.name for side in (pair.teacher, student, baseline)))
+    raise SystemExit(0)
+
+distillation.finish = trained
+narrow = {"layers": [1, 1, 1], "channels": [4, 7, 16]}
+factor_transfer.distill(
+    "cifar_resnet20_b", Own(), "digits", out=sys.argv[1], teacher_args=narrow, teacher_epochs=4, epochs=1,
+    batch_size=64, lr=0.05, device="cpu", threads=1, log_with="none", baseline=True,
+    paraphraser_epochs=1, model_ema=True, hint_weight=1, student_layer="body", student_groups="body",
+    teacher_groups="layer2",
+)
+"""
+
+
+def survives(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """What the script printed, where no memory fault and no error has ended it."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    found = subprocess.run(command, env=os.environ | STRICT, capture_output=True, text=True, timeout=240, check=False)
+    assert found.returncode == 0, (found.returncode, found.stdout, found.stderr)
+    return found
+
+
+def said(found: subprocess.CompletedProcess[str]) -> list[str]:
+    lines = [line for line in found.stderr.splitlines() if "1x1 convolution" in line]
+    assert all("corrupts memory" in line for line in lines)
+    return [line.partition(":")[0] for line in lines]
+
+
+def test_guard__every_way_to_such_a_convolution_is_caught() -> None:
+    """A layer, functions, a network that turns its input, one that computes anew in backward, TorchScript."""
+    found = survives(WAYS)
+    assert said(found) == [f"a 1x1 convolution with stride 2 of {channels} channels" for channels in range(1, 8)]
+
+
+def test_distill__survives_such_shapes_in_every_network(tmp_path: Path) -> None:
+    """Teacher, student, its average and the baseline; as layers, and called by a network of the user's own."""
+    found = survives(JOB, tmp_path / "out")
+    assert found.stdout.split() == ["cifar_resnet20_b", "Own", "Own"]
+    wanted = [f"a 1x1 convolution with stride 2 of {channels} channels" for channels in (3, 4, 6, 7)]
+    assert sorted(said(found)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("network", "channels"),
+    [(nn.Conv2d(8, 4, 1, 2), 8), (nn.Conv2d(3, 4, 3, 2), 3), (nn.Conv2d(4, 4, 1), 4)],
+    ids=["8 channels", "3x3", "stride 1"],
+)
+def test_guard__leaves_other_convolutions_as_they_are(
+    network: nn.Conv2d, channels: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is said, and the gradients lie channels-last, as torch's own kernel leaves them."""
+    guard()
+    network = network.to(memory_format=torch.channels_last)
+    x = torch.randn(2, channels, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    out = network(x)
+    of_input, _ = torch.autograd.grad(out.square().sum(), [x, network.weight])
+    assert of_input.is_contiguous(memory_format=torch.channels_last)
+    assert "convolution" not in capsys.readouterr().err
+
+
+def test_gradients__of_any_stride_padding_and_groups_are_torchs() -> None:
+    """Against a 3x3 convolution that has zeros around its middle, in float64."""
+    for stride, padding, groups, side in [((2, 2), (0, 0), 1, 8), ((3, 1), (1, 2), 2, 7), ((1, 2), (2, 0), 4, 5)]:
+        x = torch.randn(3, 4, side, side + 1, dtype=torch.float64)
+        weight = torch.randn(8, 4 // groups, 1, 1, dtype=torch.float64)
+        out = F.conv2d(x, weight, None, stride, padding, groups=groups)
+        given = (
+            torch.randn_like(out), x, weight, [8], list(stride), list(padding), [1, 1], False, [0, 0], groups,
+            [True, True, True],
+        )  # fmt: skip
+        ours = gradients(*given)
+        x.requires_grad_(), weight.requires_grad_()
+        bias = torch.zeros(8, dtype=torch.float64, requires_grad=True)
+        wider = F.pad(weight, (1, 1, 1, 1))  # zeros around it: the same convolution, and no guarded one
+        out = F.conv2d(x, wider, bias, stride, (padding[0] + 1, padding[1] + 1), groups=groups)
+        theirs = torch.autograd.grad(out, [x, weight, bias], given[0])
+        for found, wanted in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(found, wanted)
