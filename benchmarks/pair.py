@@ -15,7 +15,7 @@ from reference import Cifar, Loop, apart
 from torch import nn
 
 from factor_transfer.cache import CachedTeacher, FactorCache
-from factor_transfer.compiled import CompiledStudent, CompiledTeacher
+from factor_transfer.compiled import Compiled
 from factor_transfer.config import Config
 from factor_transfer.console import silence
 from factor_transfer.engine import Engine
@@ -82,7 +82,7 @@ class Measured:
 
     def compiled(self) -> FrozenTeacher:
         """Our teacher as --torchcompile makes it."""
-        network = CompiledTeacher(self.folded, 128)
+        network = Compiled(self.folded, 128, trains=False)
         side = TeacherSide(network, self.teacher.network.norm, (8, 8), self.paraphraser)
         return self.engine.place(FrozenTeacher(side))
 
@@ -109,7 +109,7 @@ class Measured:
             if name != "alone":
                 terms.append(FactorTransfer(Translator(64, 32), 500))
             student = self.job.load("student")
-            tapped = CompiledStudent(student.tapped(), 128, "student") if compiled else student.tapped()
+            tapped = Compiled(student.tapped(), 128, trains=True) if compiled else student.tapped()
             task = DistillationTask(tapped, student.network.norm, terms, teachers[name]())
         return Trainer(task, plan, self.train, self.engine, self.config, Run(self.work))
 

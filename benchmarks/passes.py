@@ -6,8 +6,8 @@ The kinds take turns of one pass over 12,800 images: the machine's speed swings 
 same swing. Every repeat starts its processes anew: all passes of one may be several per cent faster than those of
 another. `reference` records the teacher's graph, as the published program does; `reference without graph` does not;
 each is a process of its own. `fill` is a pass with a live teacher that fills the cache, `cached` one from a full cache.
-`compiled` is with --torchcompile; compiling itself is not in it. From the medians: `schedule`, what 164 passes with 8
-views cost (6 passes of the paraphraser, 8 that fill the cache, 156 from it) over 164 passes of the student alone.
+From the medians: `schedule`, what 164 passes with 8 views cost (6 passes of the paraphraser, 8 that fill the cache, 156
+from it) over 164 passes of the student alone.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ def repeat(shared: Path, turns: int) -> dict[str, Any]:
         pair.reference(graph=True) as recorded,
         pair.reference(graph=False) as plain,
     ):
-        compiled = [f"{name} compiled" for name in KINDS]
-        trainers = {name: pair.trainer(name) for name in (*KINDS, *compiled, "paraphraser")}
+        trainers = {name: pair.trainer(name) for name in (*KINDS, "paraphraser")}
         one_pass(trainers["cached"])  # fills the cache for all that read from it
 
         def some_steps(name: str) -> None:
@@ -80,16 +79,15 @@ def costs(seconds: dict[str, list[float]], machine: dict[str, Any]) -> dict[str,
         "schedule": {
             "epochs": EPOCHS,
             "views": SHOWN,
-            "times_alone": schedule(times, ""),
-            "times_alone_compiled": schedule(times, " compiled"),
+            "times_alone": schedule(times),
         },
     }
 
 
-def schedule(times: dict[str, float], compiled: str) -> float:
-    """The cost of a whole schedule over that of the student alone, as they are or compiled (not the paraphraser)."""
-    ours = SHOWN * times[f"fill{compiled}"] + (EPOCHS - SHOWN) * times[f"cached{compiled}"]
-    return (PARAPHRASER_EPOCHS * times["paraphraser"] + ours) / (EPOCHS * times[f"alone{compiled}"])
+def schedule(times: dict[str, float]) -> float:
+    """The cost of a whole schedule over that of the student alone."""
+    ours = SHOWN * times["fill"] + (EPOCHS - SHOWN) * times["cached"]
+    return (PARAPHRASER_EPOCHS * times["paraphraser"] + ours) / (EPOCHS * times["alone"])
 
 
 def one_pass(trainer: Trainer) -> None:

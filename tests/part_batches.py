@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from factor_transfer.cache import CachedTeacher, FactorCache
-from factor_transfer.compiled import CompiledStudent
+from factor_transfer.compiled import Compiled
 from factor_transfer.config import Config, DataConfig
 from factor_transfer.console import silence
 from factor_transfer.data import open_data
@@ -84,7 +84,7 @@ def trainer(name: str, folder: Path, engine: Engine) -> Trainer:
         terms = [Labels(), Faulty(engine, always=name == "stops")]
     trained = Tapped(student, "map")
     if name == "compiled":
-        trained = CompiledStudent(trained, len(engine.shard(np.arange(99))), "student")
+        trained = Compiled(trained, len(engine.shard(np.arange(99))), trains=True)
     task: Any = (
         ParaphraserTask(paraphraser, live)
         if name == "paraphraser"

@@ -240,7 +240,7 @@ class Config(DataConfig):
     precision: Annotated[Literal["auto", "fp32", "bf16"], _in("Machine")] = "auto"
     """fp32, or bf16 autocast. auto: bf16 where the hardware has it."""
     torchcompile: Annotated[bool, _in("Machine")] = False
-    """Compile teacher and student with torch.compile; pays where training takes long. On a CPU it needs g++."""
+    """Compile teacher and student with torch.compile, for GPUs. On a CPU it needs g++ and gains nothing."""
     threads: Annotated[int | None, _in("Machine")] = None
     """CPU threads of torch. Default: torch's own choice."""
     sync_bn: Annotated[bool, _in("Machine")] = False

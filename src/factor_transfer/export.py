@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import io
 import json
-import linecache
 import logging
 import statistics
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -82,16 +80,13 @@ def export_pt2(module: nn.Module, images: Tensor, path: Path, metadata: Metadata
     whole = plain_copy(module)
     images = images.cpu().float().contiguous()
     batch = torch.export.Dim("batch", min=1)
-    with _forgotten() as programs:
-        # The program keeps its example: a copy of two images, where a view would drag all of them along.
-        programs.append(torch.export.export(whole, (images[:2].clone(),), dynamic_shapes=({0: batch},)))
-        buffer = io.BytesIO()
-        extra = {"metadata.json": json.dumps(dict(metadata or {}))}
-        torch.export.save(programs[0], buffer, extra_files=extra)
-        buffer.seek(0)
-        programs.append(torch.export.load(buffer))
-        with torch.no_grad():
-            wanted, got = whole(images), programs[1].module()(images)
+    # The program keeps its example: a copy of two images, where a view would drag all of them along.
+    program = torch.export.export(whole, (images[:2].clone(),), dynamic_shapes=({0: batch},))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={"metadata.json": json.dumps(dict(metadata or {}))})
+    buffer.seek(0)
+    with torch.no_grad():
+        wanted, got = whole(images), torch.export.load(buffer).module()(images)
     difference = float((wanted - got).abs().max() / wanted.abs().max().clamp_min(1e-12))
     if not difference <= TOLERANCE:
         raise RunError(str(path), found=f"logits off by {difference:.2g} after export", valid=f"at most {TOLERANCE:g}")
@@ -103,10 +98,10 @@ def export_onnx(module: nn.Module, images: Tensor, path: Path, metadata: Metadat
     """Write `module` as ONNX: `images` (B, 3, H, W), normalised -> `logits` (B, N), any B; metadata as properties."""
     import onnx
 
-    with warnings.catch_warnings(), _forgotten() as programs:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("onnxscript").setLevel(logging.ERROR)
-        made = torch.onnx.export(
+        torch.onnx.export(
             plain_copy(module),
             (images[:2].cpu().float().contiguous().clone(),),
             path,
@@ -117,9 +112,6 @@ def export_onnx(module: nn.Module, images: Tensor, path: Path, metadata: Metadat
             external_data=False,
             verbose=False,
         )
-        if made is not None and made.exported_program is not None:
-            programs.append(made.exported_program)
-        del made
     _set_properties(onnx.load(path), path, metadata)
 
 
@@ -215,41 +207,6 @@ def latency_ms(modules: Sequence[nn.Module], sizes: Sequence[int], rounds: int =
 def plain_copy(module: nn.Module) -> nn.Module:
     """A copy for inference: on the CPU, float32, contiguous, in eval mode."""
     return deepcopy(module).cpu().float().to(memory_format=torch.contiguous_format).eval()
-
-
-@contextmanager
-def _forgotten() -> Iterator[list[torch.export.ExportedProgram]]:
-    """What torch keeps of each program for the life of a process, about 0.3 MB, is dropped; the block lists programs.
-
-    Nothing of it is part of a program: sources for tracebacks, results of shape arithmetic, and a cycle from the
-    shapes to the tensors that have them which Python's collector cannot see. It is torch's own, so a torch that names
-    it otherwise only keeps it.
-    """
-    from torch.fx import graph_module
-    from torch.fx.experimental import symbolic_shapes
-
-    sources: dict[str, Any] = getattr(getattr(graph_module, "_loader", None), "eval_cache", {})
-    before = set(sources)
-    programs: list[torch.export.ExportedProgram] = []
-    try:
-        yield programs
-    finally:
-        for name in set(sources) - before:
-            del sources[name]
-            linecache.cache.pop(name, None)
-        values = [node.meta.get("val") for program in programs for node in program.graph.nodes]
-        for shapes in {id(each): each for each in map(_shape_env, values) if each is not None}.values():
-            shapes.tracked_fakes = None
-            getattr(shapes, "fake_tensor_cache", {}).clear()
-        programs.clear()
-        for owner in (symbolic_shapes, symbolic_shapes.ShapeEnv):
-            for each in vars(owner).values():
-                if hasattr(each, "cache_clear"):
-                    each.cache_clear()
-
-
-def _shape_env(value: object) -> Any:
-    return getattr(getattr(value, "fake_mode", None), "shape_env", None)
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from factor_transfer.cache import CachedTeacher, FactorCache, choose_views, say_what_changed
-from factor_transfer.compiled import CompiledStudent, CompiledTeacher, check_compiler, check_exports
+from factor_transfer.compiled import Compiled, check_compiler, check_exports
 from factor_transfer.config import Config, plain
 from factor_transfer.console import say, warn
 from factor_transfer.data import open_data
@@ -57,7 +57,7 @@ class Job:
         self, config: Config, engine: Engine, run: Run, modules: Modules, transform: Transform | None = None
     ) -> None:
         self.config, self.engine, self.run, self.modules = config, engine, run, modules
-        self._compiled: dict[str, CompiledTeacher] = {}
+        self._compiled: dict[str, Compiled] = {}
         self.data = open_data(config, lambda: own_size(modules.get("student", config.student)), transform)
         for note in self.data.notes:
             say(f"data: {note}")
@@ -74,6 +74,8 @@ class Job:
         """Both networks, and the shapes that meet; what does not fit is found before any hours are spent."""
         if self.config.torchcompile:
             check_compiler(self.engine.device)
+            if self.engine.device.type == "cpu":
+                warn("--torchcompile: no CPU was seen to train faster by it; it is for GPUs")
         pair = Pair(self.load("teacher"), self.load("student"))
         if self.config.torchcompile:
             for side in (pair.teacher, pair.student):
@@ -384,7 +386,7 @@ class Job:
         """
         if _train_head(task.terms):
             trainee = task.trainable_module
-            trainee.student = CompiledStudent(trainee.student, self._part(), stage)
+            trainee.student = Compiled(trainee.student, self._part(), trains=True)
         else:
             say(f"{stage}: not compiled, because nothing trains its head")
 
@@ -415,7 +417,7 @@ class Job:
     ) -> FrozenTeacher:
         tapped = Tapped(self._folding.network.module, pair.teacher.layer, also=self.objective.teacher_layers)
         if self.config.torchcompile:
-            tapped = self._compiled.setdefault(tapped.layer, CompiledTeacher(tapped, self._part()))
+            tapped = self._compiled.setdefault(tapped.layer, Compiled(tapped, self._part(), trains=False))
         side = TeacherSide(tapped, pair.teacher.network.norm, pair.size, paraphraser, readers)
         return self.engine.place(FrozenTeacher(side))
 
