@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from dataclasses import fields
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from factor_transfer.cli import app
-from factor_transfer.config import Config, SuggestConfig
+from factor_transfer.config import Config, DataConfig, SuggestConfig
 from factor_transfer.errors import ConfigError
 from factor_transfer.models import count_parameters, load_network
-from factor_transfer.suggest import suggest
+from factor_transfer.suggest import _command, suggest
 
 
 def ask(**limits: Any) -> list[Any]:
@@ -28,6 +32,40 @@ def test_suggest__keeps_to_every_limit_the_largest_first() -> None:
         assert each.size_mb == pytest.approx(4 * each.parameters / 1e6, rel=0.1)
         assert each.latency_ms > 0
     assert 0 < len(ask(max_params=50_000, max_size_mb=0.1)) < len(found)
+
+
+TEXTS = st.sampled_from(["a", "my photos/x", "-x", "--data", "none", "auto", "1", "True", "it's", "{a: 1}", "a=b", "ä"])
+
+
+def values(hint: Any) -> st.SearchStrategy[Any]:
+    """Values of a field's type, within all limits that a field has."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in {Union, UnionType}:
+        return st.one_of([values(each) for each in arguments])
+    if origin is Literal:
+        return st.sampled_from(arguments)
+    if origin is tuple:
+        each = arguments[:1] * 2 if arguments[-1] is Ellipsis else arguments
+        return st.tuples(*map(values, each)).map(lambda found: tuple(sorted(found)))
+    plain = {str: TEXTS, int: st.integers(1, 9), float: st.sampled_from([0.25, 0.5, 1e-7]), bool: st.booleans()}
+    return plain.get(hint, st.none())
+
+
+OTHERS = {name: values(hint) for name, hint in get_type_hints(SuggestConfig).items() if name not in {"data", "teacher"}}
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.fixed_dictionaries({"data": TEXTS, "teacher": TEXTS}, optional=OTHERS))
+def test_suggest__keeps_every_setting_of_the_data_in_its_commands(given: dict[str, Any]) -> None:
+    config = SuggestConfig(**given)
+    words = shlex.split(_command(config, ("cifar_resnet20", {"layers": (1, 1, 1)})))
+    _, bound, _ = app.parse_args(words[1:], exit_on_error=False, print_error=False)
+    found: Config = bound.arguments["settings"]
+    for each in fields(DataConfig):
+        assert getattr(found, each.name) == getattr(config, each.name), words
+    assert (found.teacher, found.teacher_weights) == (config.teacher, config.teacher_weights)
+    assert (found.student, found.student_args) == ("cifar_resnet20", {"layers": (1, 1, 1)})
+    assert found.baseline is (config.label_weight > 0)
 
 
 def test_suggest__gives_commands_that_are_commands() -> None:

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from factor_transfer.arguments import names_in
-from factor_transfer.config import flag
+from factor_transfer.checks import acting_on
+from factor_transfer.config import Config, flag
 from factor_transfer.console import say, warn
 from factor_transfer.engine import stop_signals
 from factor_transfer.errors import ConfigError, Interrupted, RunError
@@ -39,21 +40,6 @@ from factor_transfer.terms import numbered
 
 Made = Literal["teacher", "paraphraser"]
 """What runs share."""
-
-NO_MATTER: dict[Made, frozenset[str]] = {
-    "teacher": frozenset(
-        {"k", "p", "beta", "kd_weight", "kd_temperature", "at_weight", "hint_epochs", "hint_weight", "term",
-         "teacher_groups", "student_groups", "reconstruction", "factor_batch_norm", "paraphraser",
-         "paraphraser_epochs", "paraphraser_lr", "translator", "views", "epochs", "student_weights", "student_layer",
-         "student_output", "teacher_layer", "label_weight", "model_ema", "model_ema_decay", "seed"}
-    ),
-    "paraphraser": frozenset(
-        {"p", "beta", "kd_weight", "kd_temperature", "at_weight", "hint_epochs", "hint_weight", "term",
-         "teacher_groups", "student_groups", "translator", "label_weight", "lr", "model_ema", "model_ema_decay",
-         "seed"}
-    ),
-}  # fmt: skip
-"""Settings with which teacher, or paraphraser, are still the same: any other that differs makes another one."""
 
 POLL_SECONDS = 0.5
 
@@ -276,8 +262,7 @@ def _stages(what: Made, run: PlannedRun) -> list[str]:
 
 def _key(what: Made, run: PlannedRun) -> str:
     """The same for runs whose settings would make the same teacher, or paraphraser."""
-    without = NO_MATTER[what] | FREE
-    decides = {name: value for name, value in run.config.to_dict().items() if name not in without}
+    decides = {name: value for name, value in run.config.to_dict().items() if name in acting_on(Config, what)}
     teacher = _key("teacher", run) if what == "paraphraser" and run.config.teacher_epochs else ""
     return f"{what} {fingerprint([decides, teacher])}"
 

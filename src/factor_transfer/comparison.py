@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from factor_transfer.config import flag
+from factor_transfer.checks import named
+from factor_transfer.config import Config, flag
 from factor_transfer.errors import RunError
 from factor_transfer.files import write_atomic
 from factor_transfer.page import rendered
@@ -16,7 +17,7 @@ from factor_transfer.plots import Point, lines, scatter
 from factor_transfer.runs import DEFAULTS, FREE, Run, saved_config, saved_summary
 
 SEEDS = frozenset({"seed", "data_seed"})
-NOT_COMPARED = (FREE - {"data"}) | {"threads"}
+NOT_COMPARED = FREE - named(Config)
 """Settings that change no result."""
 
 MARKS = 6

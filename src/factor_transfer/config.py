@@ -9,13 +9,15 @@ import inspect
 import itertools
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
+from cyclopts.validators import Number
 
 from factor_transfer.arguments import MODEL_ARGS, ModelArgs, names_in
+from factor_transfer.checks import ActsOn, check
+from factor_transfer.checks import flag as flag  # noqa: PLC0414 (where others look for it)
 from factor_transfer.errors import ConfigError
 
 _ORDER = ("Data", "Teacher", "Student", "Factor transfer", "Other terms", "Training", "Machine", "Run")
@@ -28,56 +30,72 @@ def _in(group: str, **how: Any) -> Parameter:
 
 Rgb = tuple[float, float, float]
 
+_POSITIVE, _NOT_NEGATIVE = Number(gt=0), Number(gte=0)
+_BELOW_1, _PROBABILITY = Number(gt=0, lt=1), Number(gte=0, lte=1)
+_A_YEAR = 366 * 24 * 60
+MOST_THREADS = 1024
+
+_NOTHING = ActsOn()
+_PLACE = ActsOn(named=True)
+_STUDENT = ActsOn("student")
+_FACTOR = ActsOn("paraphraser", "student")
+
 
 @Parameter(name="*", group=_GROUPS["Data"], negative_iterable=())
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which images, and how they are shown."""
 
-    data: str
+    data: Annotated[str, _PLACE]
     """Images: `digits` (built in), a folder or tar with train/ and validation/, or a timm dataset such as
     torch/cifar10."""
-    data_dir: str | None = None
+    data_dir: Annotated[str | None, _PLACE] = None
     """Where a timm dataset (torch/..., hfds/..., wds/...) lies or is kept."""
     class_map: str | None = None
     """Text file with one class name a line, in index order. Default: the training folder's classes, sorted."""
-    img_size: int | None = None
+    img_size: Annotated[int | None, _POSITIVE] = None
     """Side of the square image that both networks see, in pixels. Default: the images' own size up to 96, else the
     student's."""
-    validation_share: float = 0.1
+    validation_share: Annotated[float, _BELOW_1] = 0.1
     """Share of each training class that is set aside where the data has no validation set, or for --validate-on
     train-holdout."""
     validate_on: Literal["validation", "train-holdout"] = "validation"
     """Images that are measured on. train-holdout: a share of the training images, which is not trained on, so that
     settings can be chosen and the validation images stay unseen."""
-    train_images: int | None = None
+    train_images: Annotated[int | None, _POSITIVE] = None
     """Train on so many images: as many of each class (as far as it has them), chosen by --data-seed. Default: all."""
     skip_corrupt: bool = False
     """Leave out images that cannot be read, and count them, instead of stopping."""
-    hflip: float | None = None
+    hflip: Annotated[float | None, _PROBABILITY] = None
     """Probability of a horizontal flip. Default: 0.5; 0 for images of writing (digits, torch/mnist)."""
-    crop_padding: int | None = None
+    crop_padding: Annotated[int | None, _NOT_NEGATIVE] = None
     """Pixels of padding before the random crop of small images. Default: an eighth of the image."""
-    scale: tuple[float, float] = (0.35, 1.0)
+    scale: Annotated[tuple[float, float], Number(gt=0, lte=1)] = (0.35, 1.0)
     """Share of a large image's area that a random resized crop keeps."""
-    color_jitter: float = 0.0
+    color_jitter: Annotated[float, _NOT_NEGATIVE] = 0.0
     """Strength of the colour jitter of large images."""
     transform: str | None = None
     """Your own augmentation instead of all these: package.module:callable, from one PIL image (RGB) to an image, or
     uint8 tensor (3, H, W), of the size that the networks see."""
-    label_weight: float = 1.0
+    label_weight: Annotated[float, _NOT_NEGATIVE, _STUDENT] = 1.0
     """Weight of the images' own labels. 0: none are read, and --data may be a flat folder of images; --class-map then
     names the classes of the head, if it shall have one (--kd-weight)."""
-    data_seed: int = 0
+    data_seed: Annotated[int, _NOT_NEGATIVE] = 0
     """Owns the split, the order, the views and the paraphraser. Another --seed with the same --data-seed sees the
     same images."""
-    workers: int | None = None
+    workers: Annotated[int | None, Number(gte=0, lte=MOST_THREADS), _NOTHING] = None
     """Processes that decode large images. Default: one a core, at most 8. Small images are decoded once and need
     none."""
-    pixel_cache_gb: float = 4.0
+    pixel_cache_gb: Annotated[float, _NOT_NEGATIVE, _NOTHING] = 4.0
     """Small images (up to 96 pixels) are decoded once, and kept for later runs, up to this size."""
-    cache_dir: str | None = None
+    cache_dir: Annotated[str | None, _NOTHING] = None
     """Where decoded images and the teacher's factors are kept for later runs. Default: ~/.cache/factor-transfer."""
+
+    def __post_init__(self) -> None:
+        """Check each value by itself: its type, its limits, and what one field alone can contradict."""
+        check(self)
+        if self.scale[0] > self.scale[1]:
+            raise ConfigError(f"--scale {self.scale[0]} {self.scale[1]}", valid="two shares, 0 < low <= high <= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +106,13 @@ class SuggestConfig(DataConfig):
     """The teacher that the commands shall name."""
     teacher_weights: Annotated[str | None, _in("Teacher")] = None
     """Its weights, for the commands."""
-    max_latency_ms: Annotated[float | None, _in("Student")] = None
+    max_latency_ms: Annotated[float | None, _in("Student"), _POSITIVE] = None
     """Most milliseconds of one image, on this machine's CPU, in float32."""
-    max_params: Annotated[float | None, _in("Student")] = None
+    max_params: Annotated[float | None, _in("Student"), _POSITIVE] = None
     """Most parameters: 300000 or 3e5."""
-    max_size_mb: Annotated[float | None, _in("Student")] = None
+    max_size_mb: Annotated[float | None, _in("Student"), _POSITIVE] = None
     """Most megabytes of weights, in float32."""
-    threads: Annotated[int | None, _in("Machine")] = None
+    threads: Annotated[int | None, _in("Machine"), Number(gte=1, lte=MOST_THREADS)] = None
     """CPU threads of torch. Default: torch's own choice."""
 
 
@@ -110,102 +128,102 @@ class Config(DataConfig):
     """Its weights: a safetensors or torch file, or `pretrained` for timm's or torchvision's own."""
     teacher_args: Annotated[ModelArgs | None, _in("Teacher", **MODEL_ARGS)] = None
     """Constructor arguments, as timm's --model-kwargs: drop_rate=0.1 act_layer=gelu; or a JSON object."""
-    teacher_layer: Annotated[str | None, _in("Teacher")] = None
+    teacher_layer: Annotated[str | None, _in("Teacher"), _FACTOR] = None
     """Submodule whose output is paraphrased; or several, with commas: each then has a paraphraser and, with the
     student's layer at its place, a translator, and the factor term is their mean. Default: the last feature map before
     pooling."""
     teacher_output: Annotated[str | None, _in("Teacher")] = None
     """Which of its outputs the logits are, where it gives several: a key, a field or an index, with dots inside another
     (exits.2). Default: the one called logits, or the only one of the classes' number."""
-    teacher_epochs: Annotated[int, _in("Teacher")] = 0
+    teacher_epochs: Annotated[int, _in("Teacher"), _NOT_NEGATIVE] = 0
     """Passes of training, or of fine-tuning where it has weights, before it teaches."""
-    teacher_lr: Annotated[float | None, _in("Teacher")] = None
+    teacher_lr: Annotated[float | None, _in("Teacher"), _POSITIVE] = None
     """Learning rate of those passes. Default: --lr, or a tenth of it for fine-tuning."""
-    teacher_size: Annotated[int | None, _in("Teacher")] = None
+    teacher_size: Annotated[int | None, _in("Teacher"), _POSITIVE] = None
     """Side of the images that the teacher sees, in pixels: the same views, resized. Default: --img-size; where that is
     not given and the images are large, the size it was made for."""
     teacher_mean: Annotated[Rgb | None, _in("Teacher")] = None
     """Channel means that the teacher was trained with, for pixels in 0..1. Default: the model's own."""
-    teacher_std: Annotated[Rgb | None, _in("Teacher")] = None
+    teacher_std: Annotated[Rgb | None, _in("Teacher"), _POSITIVE] = None
     """Channel standard deviations that the teacher was trained with. Default: the model's own."""
 
     # -- student
     student: Annotated[str, _in("Student")]
     """The network to train: a timm name, local-dir:FOLDER, hf-hub:NAME, torchvision/NAME or
     package.module:callable."""
-    student_weights: Annotated[str | None, _in("Student")] = None
+    student_weights: Annotated[str | None, _in("Student"), _FACTOR] = None
     """Weights to start from. Default: fresh ones, drawn from --seed."""
     student_args: Annotated[ModelArgs | None, _in("Student", **MODEL_ARGS)] = None
     """Constructor arguments: 'layers=(3,3,3)' 'channels=(16,32,64)'; or a JSON object."""
-    student_layer: Annotated[str | None, _in("Student")] = None
+    student_layer: Annotated[str | None, _in("Student"), _FACTOR] = None
     """Submodule whose output is translated; or several, with commas, as many as of the teacher. Default: the last
     feature map before pooling."""
 
-    student_output: Annotated[str | None, _in("Student")] = None
+    student_output: Annotated[str | None, _in("Student"), _FACTOR] = None
     """Which of its outputs is trained, measured and exported, where it gives several; named as the teacher's."""
 
     # -- factor transfer
-    k: Annotated[float, _in("Factor transfer")] = 0.5
+    k: Annotated[float, _in("Factor transfer"), Number(gt=0, lte=100), _FACTOR] = 0.5
     """Paraphrase rate: factor channels = round(teacher channels x k). May exceed 1."""
-    p: Annotated[float, _in("Factor transfer")] = 1.0
+    p: Annotated[float, _in("Factor transfer"), Number(gte=1), _STUDENT] = 1.0
     """Norm of the factor difference. The paper's choice is 1; 2 is nearly the same."""
-    beta: Annotated[float | Literal["auto"], _in("Factor transfer")] = "auto"
+    beta: Annotated[float | Literal["auto"], _in("Factor transfer"), _NOT_NEGATIVE, _STUDENT] = "auto"
     """Weight of the factor loss. auto: its bound, and for p of 1 and 2 its gradient in the normalised factor, is as
     large as in the authors' CIFAR-10 program (beta 500 at 2048 elements). 0: no factor transfer, and no paraphraser."""
-    kd_weight: Annotated[float, _in("Other terms")] = 0.0
+    kd_weight: Annotated[float, _in("Other terms"), _NOT_NEGATIVE, _STUDENT] = 0.0
     """Weight of the teacher's softened predictions (knowledge distillation, Hinton et al. 2015), times the
     temperature's square. 0: none."""
-    kd_temperature: Annotated[float, _in("Other terms")] = 4.0
+    kd_temperature: Annotated[float, _in("Other terms"), _POSITIVE, _STUDENT] = 4.0
     """Temperature that softens them."""
-    at_weight: Annotated[float | Literal["auto"], _in("Other terms")] = 0.0
+    at_weight: Annotated[float | Literal["auto"], _in("Other terms"), _NOT_NEGATIVE, _STUDENT] = 0.0
     """Weight of attention transfer (Zagoruyko & Komodakis 2017), summed over groups, each a mean over places as in
     their program. auto: the bound of their CIFAR-10 program (1000 at 32x32, 16x16 and 8x8). 0: none."""
-    hint_epochs: Annotated[int | Literal["auto"], _in("Other terms")] = 0
+    hint_epochs: Annotated[int | Literal["auto"], _in("Other terms"), _NOT_NEGATIVE, _STUDENT] = 0
     """Passes of a first stage in which the student's lower half regresses the teacher's hint (FitNets, Romero et al.
     2015). auto: an eighth of --epochs. 0: none."""
-    hint_weight: Annotated[float, _in("Other terms")] = 0.0
+    hint_weight: Annotated[float, _in("Other terms"), _NOT_NEGATIVE, _STUDENT] = 0.0
     """Weight of the same regression as a term beside the others. It is a whole map, so the teacher stays live."""
-    term: Annotated[str | None, _in("Other terms")] = None
+    term: Annotated[str | None, _in("Other terms"), _STUDENT] = None
     """Your own term beside the others: package.module:callable, which is given the pair of networks (`pairs.Pair`) and
     returns a `terms.Term`."""
-    teacher_groups: Annotated[str | None, _in("Other terms")] = None
+    teacher_groups: Annotated[str | None, _in("Other terms"), _STUDENT] = None
     """Teacher's layers, with commas, for attention (all) and hint (the middle one). Default: the end of each group
     (stage) of another size."""
-    student_groups: Annotated[str | None, _in("Other terms")] = None
+    student_groups: Annotated[str | None, _in("Other terms"), _STUDENT] = None
     """The student's layers, as many. Default: its groups, the last beside the teacher's last."""
-    reconstruction: Annotated[Literal["l1", "l2"], _in("Factor transfer")] = "l1"
+    reconstruction: Annotated[Literal["l1", "l2"], _in("Factor transfer"), _FACTOR] = "l1"
     """Paraphraser's loss: l1 (mean, the authors' program) or l2 (squared, the paper's text)."""
-    factor_batch_norm: Annotated[bool, _in("Factor transfer")] = False
+    factor_batch_norm: Annotated[bool, _in("Factor transfer"), _FACTOR] = False
     """Batch norm in paraphraser and translator. The paper has none."""
-    paraphraser: Annotated[str | None, _in("Factor transfer")] = None
+    paraphraser: Annotated[str | None, _in("Factor transfer"), _FACTOR] = None
     """A trained paraphraser to use: paraphraser.safetensors of another run, or the authors' .pth; with commas one for
     each layer. none: no paraphraser, the factor is the teacher's feature map itself."""
-    paraphraser_epochs: Annotated[int, _in("Factor transfer")] = 6
+    paraphraser_epochs: Annotated[int, _in("Factor transfer"), _NOT_NEGATIVE, _FACTOR] = 6
     """Passes of the paraphraser's own training, without labels. 0: it stays as it was drawn."""
-    paraphraser_lr: Annotated[float, _in("Factor transfer")] = 0.1
+    paraphraser_lr: Annotated[float, _in("Factor transfer"), _POSITIVE, _FACTOR] = 0.1
     """Its learning rate, held constant."""
 
-    translator: Annotated[Literal["conv", "none"], _in("Factor transfer")] = "conv"
+    translator: Annotated[Literal["conv", "none"], _in("Factor transfer"), _STUDENT] = "conv"
     """conv: the paper's. none: the student's own map is compared, which needs the factor's number of channels."""
 
-    views: Annotated[int | Literal["auto"], _in("Factor transfer")] = 0
+    views: Annotated[int | Literal["auto"], _in("Factor transfer"), _NOT_NEGATIVE, _FACTOR] = 0
     """Views of each image that are shown in turn, so that their factors can be kept on disk and the teacher leaves
     most passes. 0: a new view each pass and a live teacher. auto: as many as disk, memory and --epochs allow."""
 
     # -- training
-    epochs: Annotated[int, _in("Training")] = 30
+    epochs: Annotated[int, _in("Training"), _POSITIVE, _FACTOR] = 30
     """Passes over the training images, for the student and for the baseline."""
-    batch_size: Annotated[int, _in("Training")] = 128
+    batch_size: Annotated[int, _in("Training"), _POSITIVE] = 128
     """Images a step, over all processes together."""
     baseline: Annotated[bool, _in("Training")] = False
     """Also train the same student alone: same initial weights, order, views and schedule."""
     opt: Annotated[str, _in("Training")] = "momentum"
     """timm's optimizer name. (timm's `sgd` is Nesterov; the authors' program is `momentum`.)"""
-    lr: Annotated[float, _in("Training")] = 0.1
+    lr: Annotated[float, _in("Training"), _POSITIVE, ActsOn("teacher", "student")] = 0.1
     """Learning rate."""
-    momentum: Annotated[float, _in("Training")] = 0.9
+    momentum: Annotated[float, _in("Training"), Number(gte=0, lt=1)] = 0.9
     """Momentum of the optimizers that have one."""
-    weight_decay: Annotated[float, _in("Training")] = 5e-4
+    weight_decay: Annotated[float, _in("Training"), _NOT_NEGATIVE] = 5e-4
     """Weight decay."""
     filter_bias_and_bn: Annotated[bool, _in("Training")] = False
     """Keep biases and norms from weight decay, as timm does. The authors' program decays everything."""
@@ -213,25 +231,25 @@ class Config(DataConfig):
     """timm's schedule name: cosine, multistep, step, constant, ..."""
     sched_on_updates: Annotated[bool, _in("Training")] = True
     """Step the schedule with every update, not with every pass. (step and multistep always go by passes.)"""
-    warmup_epochs: Annotated[int, _in("Training")] = 0
+    warmup_epochs: Annotated[int, _in("Training"), _NOT_NEGATIVE] = 0
     """Passes of linear warm-up."""
-    warmup_lr: Annotated[float, _in("Training")] = 1e-5
+    warmup_lr: Annotated[float, _in("Training"), _NOT_NEGATIVE] = 1e-5
     """Learning rate at the start of warm-up."""
-    min_lr: Annotated[float, _in("Training")] = 0.0
+    min_lr: Annotated[float, _in("Training"), _NOT_NEGATIVE] = 0.0
     """Lowest learning rate of the schedules that have one."""
-    decay_epochs: Annotated[float | None, _in("Training")] = None
+    decay_epochs: Annotated[float | None, _in("Training"), _POSITIVE] = None
     """Passes between drops (step), or length of the decay phase (wsd)."""
-    decay_milestones: Annotated[tuple[int, ...], _in("Training", consume_multiple=True)] = (83, 124)
+    decay_milestones: Annotated[tuple[int, ...], _in("Training", consume_multiple=True), _POSITIVE] = (83, 124)
     """Where multistep drops, in timm's count: 83 drops after 82 passes."""
-    decay_rate: Annotated[float, _in("Training")] = 0.1
+    decay_rate: Annotated[float, _in("Training"), Number(gt=0, lte=1)] = 0.1
     """Factor of each drop."""
-    clip_grad: Annotated[float | None, _in("Training")] = None
+    clip_grad: Annotated[float | None, _in("Training"), _POSITIVE] = None
     """Largest norm of the whole gradient. Default: no clipping."""
-    max_skipped: Annotated[int, _in("Training")] = 10
+    max_skipped: Annotated[int, _in("Training"), _NOT_NEGATIVE, _NOTHING] = 10
     """Steps in a row that are skipped, and counted, because loss or gradient is not finite; one more stops the run."""
-    model_ema: Annotated[bool, _in("Training")] = False
+    model_ema: Annotated[bool, _in("Training"), _STUDENT] = False
     """Average the student's weights over steps; the average is evaluated and exported."""
-    model_ema_decay: Annotated[float, _in("Training")] = 0.998
+    model_ema_decay: Annotated[float, _in("Training"), _BELOW_1, _STUDENT] = 0.998
     """Decay of that average, reached by timm's warm-up: short runs forget their first steps."""
 
     # -- machine
@@ -241,36 +259,33 @@ class Config(DataConfig):
     """fp32, or bf16 autocast. auto: bf16 where the hardware has it."""
     torchcompile: Annotated[bool, _in("Machine")] = False
     """Compile teacher and student with torch.compile, for GPUs. On a CPU it needs g++ and gains nothing."""
-    threads: Annotated[int | None, _in("Machine")] = None
+    threads: Annotated[int | None, _in("Machine"), Number(gte=1, lte=MOST_THREADS), _NOTHING] = None
     """CPU threads of torch. Default: torch's own choice."""
     sync_bn: Annotated[bool, _in("Machine")] = False
     """Batch norm over the images of all processes instead of each one's own part. On GPUs only."""
-    timeout_minutes: Annotated[float, _in("Machine")] = 10.0
+    timeout_minutes: Annotated[float, _in("Machine"), Number(gt=0, lte=_A_YEAR), _NOTHING] = 10.0
     """Longest that one process waits for another before it gives the run up. What is saved stays."""
 
     # -- run
-    seed: Annotated[int, _in("Run")] = 0
+    seed: Annotated[int, _in("Run"), _NOT_NEGATIVE, _STUDENT] = 0
     """Owns the initial weights of student and translator, and the noise inside layers."""
-    out: Annotated[str | None, _in("Run")] = None
+    out: Annotated[str | None, _in("Run"), _NOTHING] = None
     """Run folder. Default: runs/DATA-TEACHER-STUDENT-sSEED. The same command again continues it."""
-    overwrite: Annotated[bool, _in("Run")] = False
+    overwrite: Annotated[bool, _in("Run"), _NOTHING] = False
     """Delete the run that is there and start anew."""
-    log_with: Annotated[str, _in("Run")] = "auto"
+    log_with: Annotated[str, _in("Run"), _NOTHING] = "auto"
     """Trackers that are told of every pass: tensorboard, wandb, mlflow, ... (Accelerate's), with commas between
     several; `none`. auto: TensorBoard, in the run folder, where it is installed."""
-    checkpoint_minutes: Annotated[float, _in("Run")] = 5.0
+    checkpoint_minutes: Annotated[float, _in("Run"), _POSITIVE, _NOTHING] = 5.0
     """Longest time between checkpoints inside a pass; one is always written at its end."""
 
     def __post_init__(self) -> None:
-        """Check each value by itself; what depends on networks or data is checked where those are known."""
+        """Check values beside each other; what depends on networks or data is checked where those are known."""
         for name in ("teacher_output", "student_output"):
-            if isinstance(getattr(self, name), int):
+            if type(getattr(self, name)) is int:
                 object.__setattr__(self, name, str(getattr(self, name)))  # an index, from YAML or Python
-        _check_words(self)
-        _check_numbers(self)
+        super().__post_init__()
         _check_schedule(self)
-        if not (self.p >= 1 and math.isfinite(self.p)):
-            raise ConfigError(f"--p {self.p}", valid="1 or more: below 1 it is no norm")
         counts = [len(names_in(value)) for value in (self.teacher_layer, self.student_layer)]
         if max(counts) > 1 and counts[0] != counts[1]:
             raise ConfigError(
@@ -288,16 +303,6 @@ class Config(DataConfig):
                 valid="labels, factors, or another term: --kd-weight, --at-weight or --hint-weight above 0",
             )
         self._check_groups()
-        if not 0 < self.validation_share < 1:
-            raise ConfigError(f"--validation-share {self.validation_share}", valid="above 0 and below 1")
-        if self.hflip is not None and not 0 <= self.hflip <= 1:
-            raise ConfigError(f"--hflip {self.hflip}", valid="a probability from 0 to 1")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ConfigError(f"--scale {self.scale[0]} {self.scale[1]}", valid="two shares, 0 < low <= high <= 1")
-        if min(self.teacher_std or (1.0,)) <= 0:
-            raise ConfigError(f"--teacher-std {self.teacher_std}", valid="three numbers above 0")
-        if not 0 < self.model_ema_decay < 1:
-            raise ConfigError(f"--model-ema-decay {self.model_ema_decay}", valid="above 0 and below 1")
 
     def _check_groups(self) -> None:
         """A term reads the groups that are named."""
@@ -326,11 +331,6 @@ def plain(values: Any) -> Any:
     return json.loads(json.dumps(values, default=str))
 
 
-def flag(name: str) -> str:
-    """The flag of a field: `flag("teacher_lr")` is `--teacher-lr`."""
-    return "--" + name.replace("_", "-")
-
-
 def described() -> dict[str, str]:
     """The help of every setting: the docstring under its field.
 
@@ -347,60 +347,12 @@ def described() -> dict[str, str]:
     return found
 
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "device": ("auto", "cpu", "cuda", "mps"),
-    "precision": ("auto", "fp32", "bf16"),
-    "reconstruction": ("l1", "l2"),
-    "validate_on": ("validation", "train-holdout"),
-    "beta": ("auto",),
-    "views": ("auto",),
-    "translator": ("conv", "none"),
-    "at_weight": ("auto",),
-    "hint_epochs": ("auto",),
-}
-"""Words that a field takes; those with `auto` alone take numbers too."""
-
 FIELDS = tuple(f.name for f in fields(Config))
 
 
 def part_of(config: DataConfig, kind: type[DataConfig]) -> dict[str, Any]:
     """The settings of `config` that `kind` has too."""
     return {f.name: getattr(config, f.name) for f in fields(kind)}
-
-
-def _check_words(config: Config) -> None:
-    """Words are those of `CHOICES`."""
-    for name, choices in CHOICES.items():
-        value = getattr(config, name)
-        if isinstance(value, str) and value not in choices:
-            raise ConfigError(f"{flag(name)} {value}", valid=choices)
-
-
-def _check_numbers(config: Config) -> None:
-    """Numbers are numbers, as many as there should be, finite and on the right side of 0."""
-    for name, count in (("scale", 2), ("teacher_mean", 3), ("teacher_std", 3)):
-        values = getattr(config, name)
-        if values is not None and not (
-            isinstance(values, Sequence) and len(values) == count and all(isinstance(v, (int, float)) for v in values)
-        ):
-            raise ConfigError(f"{flag(name)} {values!r}", valid=f"{count} numbers")
-    positive = ("k", "batch_size", "lr", "paraphraser_lr", "teacher_lr", "teacher_size", "img_size", "threads",
-                "clip_grad", "checkpoint_minutes", "timeout_minutes", "epochs", "decay_epochs",
-                "kd_temperature", "train_images")  # fmt: skip
-    not_negative = ("teacher_epochs", "paraphraser_epochs", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr",
-                    "crop_padding", "color_jitter", "views", "workers", "pixel_cache_gb", "seed", "data_seed", "beta",
-                    "momentum", "max_skipped", "label_weight", "kd_weight", "at_weight", "hint_weight",
-                    "hint_epochs")  # fmt: skip
-    for name in (*positive, *not_negative):
-        value = getattr(config, name)
-        if value is None or (isinstance(value, str) and name in CHOICES):
-            continue
-        if not isinstance(value, (int, float)):
-            raise ConfigError(f"{flag(name)} {value!r}", valid="a number")
-        low_enough = value > 0 if name in positive else value >= 0
-        if not (low_enough and math.isfinite(value)):
-            valid = "a number above 0" if name in positive else "0 or more"
-            raise ConfigError(f"{flag(name)} {value}", valid=valid)
 
 
 def _check_schedule(config: Config) -> None:

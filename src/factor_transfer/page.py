@@ -127,7 +127,10 @@ def repeat_command(settings: Mapping[str, Any], command: str = "distill", kind: 
         elif isinstance(value, dict):
             parts += [flag(each.name), json.dumps(value)]
         else:
-            parts += [flag(each.name), *map(str, value if isinstance(value, list) else [value])]
+            first, *others = map(str, value if isinstance(value, list) else [value])
+            # What begins with a hyphen would be taken for a flag.
+            parts += [f"{flag(each.name)}={first}"] if first.startswith("-") else [flag(each.name), first]
+            parts += others
     return shlex.join(parts)
 
 

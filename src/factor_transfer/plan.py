@@ -15,7 +15,9 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from cyclopts import Group, Parameter
+from cyclopts.validators import Number
 
+from factor_transfer.checks import free
 from factor_transfer.config import FIELDS, Config, flag, plain
 from factor_transfer.errors import ConfigError, near
 from factor_transfer.methods import METHODS, UNGUIDED, settings_of
@@ -32,10 +34,7 @@ TERM_OF = {
 REFERENCES = ("alone", "kd")
 """Methods that the others are compared with."""
 
-NOT_SWEPT = frozenset(
-    {"seed", "out", "overwrite", "baseline", "log_with", "checkpoint_minutes", "data", "data_dir", "validate_on",
-     "cache_dir", "pixel_cache_gb", "workers", "threads", "device", "timeout_minutes", "max_skipped"}
-)  # fmt: skip
+NOT_SWEPT = free(Config) | {"seed", "baseline", "validate_on", "device"}
 """Settings of the protocol, or that change no result."""
 
 
@@ -45,9 +44,9 @@ class CompareConfig(Config):
 
     methods: Annotated[str, _COMPARISON] = "alone,kd,at,fitnet,ft,ft+kd"
     """What is compared, with commas: alone, kd, at, fitnet, ft, ft+kd, at+kd."""
-    seeds: Annotated[int, _COMPARISON] = 5
+    seeds: Annotated[int, _COMPARISON, Number(gte=1)] = 5
     """Runs of each: --seed, --seed + 1, ..."""
-    jobs: Annotated[int, _COMPARISON] = 1
+    jobs: Annotated[int, _COMPARISON, Number(gte=1)] = 1
     """Runs at once, each with --threads."""
     sweep: Annotated[tuple[str, ...], _COMPARISON] = ()
     """A setting and its values, k=0.5,0.75,1,2: every method on which it acts is run with each. Several sweeps vary one
@@ -59,9 +58,6 @@ class CompareConfig(Config):
     def __post_init__(self) -> None:
         """Check what is a comparison's own; the rest is `Config`'s."""
         super().__post_init__()
-        for name in ("seeds", "jobs"):
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
-                raise ConfigError(f"{flag(name)} {getattr(self, name)}", valid="a whole number from 1")
         if self.jobs > 1 and self.threads is None:
             raise ConfigError(
                 f"--jobs {self.jobs}",
@@ -70,8 +66,6 @@ class CompareConfig(Config):
             )
         if self.baseline:
             raise ConfigError("--baseline", found="a second run of the student alone", hint="name alone in --methods")
-        if self.sweep_on not in ("train-holdout", "validation"):
-            raise ConfigError(f"--sweep-on {self.sweep_on}", valid=("train-holdout", "validation"))
 
     def _check_groups(self) -> None:
         """Each method has terms of its own: `planned` knows them."""

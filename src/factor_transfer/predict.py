@@ -10,10 +10,13 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from math import exp
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from cyclopts.validators import Number
 from PIL import Image
 
+from factor_transfer.checks import check_arguments
+from factor_transfer.config import MOST_THREADS
 from factor_transfer.console import warn
 from factor_transfer.errors import DataError, RunError
 from factor_transfer.images import EXTENSIONS, natural, to_rgb
@@ -26,7 +29,14 @@ ORDER = ("student.onnx", "student.pt2", "student.int8.onnx")
 """Which export of a folder is used: the first that is there and can be run."""
 
 
-def predict_images(student: Path, images: Sequence[str], *, top: int, threads: int | None, as_json: bool) -> int:
+def predict_images(
+    student: Path,
+    images: Sequence[str],
+    *,
+    top: Annotated[int, Number(gte=1)],
+    threads: Annotated[int | None, Number(gte=1, lte=MOST_THREADS)],
+    as_json: bool,
+) -> int:
     """Print the likeliest classes of each image.
 
     Args:
@@ -40,9 +50,11 @@ def predict_images(student: Path, images: Sequence[str], *, top: int, threads: i
         0; 2 where an image could not be read: the others are answered all the same.
 
     Raises:
+        ConfigError: a number out of range.
         RunError: no export that can be run here.
         DataError: no images.
     """
+    check_arguments(predict_images, top=top, threads=threads)
     runtime = open_student(student, threads)
     classes, size = runtime.metadata["classes"], runtime.metadata["img_size"]
     answers, unread = [], 0

@@ -31,26 +31,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from factor_transfer.checks import free
 from factor_transfer.config import Config, flag, plain
 from factor_transfer.console import warn
 from factor_transfer.errors import ConfigError, RunError, TrainingError
 from factor_transfer.files import locked, read_json, sha256_file, sweep, write_atomic, write_json
 
-FREE = frozenset(
-    {
-        "out",
-        "overwrite",
-        "workers",
-        "checkpoint_minutes",
-        "timeout_minutes",
-        "max_skipped",
-        "cache_dir",
-        "pixel_cache_gb",
-        "data",
-        "data_dir",
-        "log_with",
-    }
-)
+FREE = free(Config)
 """Settings that may differ when a run is continued: they change no result, or what they name is fingerprinted."""
 
 DEFAULTS = {each.name: plain(each.default) for each in fields(Config) if each.default is not MISSING}

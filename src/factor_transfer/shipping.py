@@ -19,14 +19,16 @@ from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from cyclopts.validators import Number
 
 from factor_transfer import runtimes
 from factor_transfer.arguments import is_callable_name
 from factor_transfer.card import write_card
+from factor_transfer.checks import check
 from factor_transfer.console import say, warn
 from factor_transfer.data import Dataset
 from factor_transfer.errors import ConfigError, FactorTransferError, RunError
@@ -78,13 +80,17 @@ class Choices:
 
     formats: Sequence[str] = tuple(FILES)
     out: Path | None = None
-    images: int = 2000
-    int8_loss: float = 1.0
+    images: Annotated[int, Number(gte=2)] = 2000
+    int8_loss: Annotated[float, Number(gte=0, lte=100)] = 1.0
     latency: bool = True
     license: str | None = None
     data_license: str | None = None
     teacher_license: str | None = None
     intended: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check each value by itself."""
+        check(self)
 
 
 def export_run(folder: Path, choices: Choices | None = None, modules: Modules | None = None) -> dict[str, Any]:
@@ -143,8 +149,6 @@ def _check(choices: Choices) -> None:
                 valid="pt2, safetensors and timm without it",
                 hint="pip install 'factor-transfer[export]'",
             )
-    if choices.images < 2:
-        raise ConfigError(f"--images {choices.images}", valid="2 or more")
 
 
 def _kept(path: Path, job: _Export) -> dict[str, Any]:

@@ -177,7 +177,7 @@ class Sample(Split):
 
     def __init__(self, split: Split, count: int) -> None:
         self._split = split
-        self._places = np.unique(np.linspace(0, len(split) - 1, count).astype(np.int64))
+        self._places = np.unique(np.linspace(0, len(split) - 1, min(count, len(split))).astype(np.int64))
         self.labels = split.labels[self._places]
 
     def batches(self, chunks: Iterable[np.ndarray], view: int | None) -> Iterator[Batch]:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import shlex
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
 import torch
 
-from factor_transfer.config import SuggestConfig, flag
+from factor_transfer.config import FIELDS, SuggestConfig, flag, plain
 from factor_transfer.console import say
 from factor_transfer.data import open_data
 from factor_transfer.engine import keep_memory
 from factor_transfer.errors import ConfigError
 from factor_transfer.export import latency_ms
 from factor_transfer.models import DEFAULT_SIZE, Network, count_parameters, load_network
+from factor_transfer.page import repeat_command
 from factor_transfer.views import SMALL
 
 TURNS = 3
@@ -151,11 +151,6 @@ def _within(measures: dict[str, Any], limits: dict[str, float | None]) -> bool:
 def _command(config: SuggestConfig, candidate: Candidate) -> str:
     """The `distill` command for one candidate."""
     name, args = candidate
-    given = {"data": config.data, "data_dir": config.data_dir, "img_size": config.img_size, "teacher": config.teacher,
-             "teacher_weights": config.teacher_weights, "student": name, "student_args": _shown(args)}  # fmt: skip
-    parts: Sequence[str] = [f"{flag(key)} {shlex.quote(str(value))}" for key, value in given.items() if value]
-    return " ".join(("factor-transfer distill", *parts, "--baseline"))
-
-
-def _shown(args: dict[str, Any]) -> str:
-    return " ".join(f"{key}={value}".replace(" ", "") for key, value in args.items())
+    shared = {each.name: getattr(config, each.name) for each in fields(SuggestConfig) if each.name in FIELDS}
+    alone = {"baseline": config.label_weight > 0}  # without labels it would learn nothing
+    return repeat_command(plain({**shared, "student": name, "student_args": args or None, **alone}))
