@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from factor_transfer.config import FIELDS, Config, DataConfig
+from factor_transfer.config import FIELDS, Config, DataConfig, flag
 from factor_transfer.console import say, silence, warn
 from factor_transfer.doctor import quick
 from factor_transfer.engine import Engine
-from factor_transfer.errors import ConfigError, near
+from factor_transfer.errors import ConfigError, RunError, listed, near
 from factor_transfer.evaluation import evaluate
 from factor_transfer.finished import ROLES, open_images, rebuild
 from factor_transfer.page import write_report
@@ -24,6 +24,9 @@ from factor_transfer.runs import environment, open_run, saved_config, saved_summ
 from factor_transfer.stages import Job
 from factor_transfer.trackers import watched
 from factor_transfer.views import Transform
+
+OF_A_MACHINE = frozenset({"data", "data_dir", "cache_dir", "pixel_cache_gb", "workers", "threads", "out"})
+"""Settings that the processes of a run may have of their own: what they name is compared by what it holds."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,10 @@ def run_distillation(config: Config, modules: Modules | None = None, transform: 
     now = environment(**engine.describe())
     with engine.together(), open_run(folder, config, now, writes=engine.main) as run:
         engine.wait()  # for the one that opens, and perhaps empties, the folder
-        engine.check_same(run.identity(), f"--out {folder}", "give --out a folder on a file system that all can see")
-        if run.summary is None:
+        hint = "give --out a folder on a file system that all can see"
+        engine.check_same(run.identity(), f"--out {folder}", "one run folder for all processes", hint)
+        _check_settings(config, engine)
+        if engine.told(run.summary is None):
             with watched(run, config):
                 _work(Job(config, engine, run, modules or {}, transform))
         else:
@@ -107,7 +112,23 @@ def run_distillation(config: Config, modules: Modules | None = None, transform: 
     return Distilled(folder, saved_summary(folder), student.module.eval())
 
 
+def _check_settings(config: Config, engine: Engine) -> None:
+    """Hold all processes to the same settings, but for those that each machine may have of its own.
+
+    Raises:
+        RunError: they differ.
+    """
+    values = engine.all_of({name: value for name, value in config.to_dict().items() if name not in OF_A_MACHINE})
+    differing = [name for name in values[0] if any(each[name] != values[0][name] for each in values)]
+    if differing:
+        name = differing[0]
+        there = listed(list(dict.fromkeys(str(each[name]) for each in values)))
+        valid = "one command on all machines"
+        raise RunError(f"{flag(name)}: {there}", found="processes of one run with other settings", valid=valid)
+
+
 def _work(job: Job) -> None:
+    job.hold_data()
     pair = job.pair()
     for finding in quick(job.config, pair, job.sample(2)):
         warn(f"{finding.what} (next: {finding.hint})")

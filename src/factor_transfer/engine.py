@@ -21,14 +21,17 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
+    broadcast_object_list,
     gather_object,
 )
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed import DistError, destroy_process_group, is_initialized
 
+from factor_transfer.console import warn
 from factor_transfer.errors import ConfigError, RunError, TrainingError
 from factor_transfer.kernels import guard
+from factor_transfer.machines import check_supported, compare_machines
 
 SAME_SIGNAL_SECONDS = 1.0
 """A launcher passes on the signal that its processes have had from the terminal or from SLURM, too."""
@@ -40,6 +43,7 @@ GLIBC_MALLOC = {-1: 2**31 - 1, -3: 2**30, -2: 2**26}
 """`mallopt`: M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, so that freed maps stay with the process; M_TOP_PAD, to grow by."""
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 
 class Engine:
@@ -65,6 +69,7 @@ class Engine:
         sync_bn: bool = False,
         timeout_minutes: float = 10.0,
     ) -> None:
+        check_supported()
         if threads is not None:
             torch.set_num_threads(threads)
         available = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(),
@@ -76,12 +81,14 @@ class Engine:
                 valid=[name for name, there in available.items() if there],
             )
         on_cpu = device == "cpu" or (device == "auto" and not (available["cuda"] or available["mps"]))
+        timeout = timedelta(minutes=timeout_minutes)
+        compare_machines("cpu" if on_cpu else "cuda" if available["cuda"] else "mps", timeout)
         # Precision is ours: neither Accelerate's environment variables nor its settings file may change it.
         self.accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision="no",
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
+                InitProcessGroupKwargs(timeout=timeout),
                 DistributedDataParallelKwargs(broadcast_buffers=False),  # `share_buffers` averages them
             ],
         )
@@ -94,9 +101,8 @@ class Engine:
             atexit.register(_leave_group)
         else:
             _check_alone()
-        # Of torchrun, which numbers processes host by host.
-        self.hosts = self.processes // int(os.environ.get("LOCAL_WORLD_SIZE", self.processes))
-        self.bf16 = precision == "bf16" or (precision == "auto" and _has_bf16(self.device))
+        self.hosts = _hosts(self.all_of(os.environ.get("LOCAL_WORLD_SIZE")))
+        self.bf16 = precision == "bf16" or (precision == "auto" and self._all_have_bf16())
         self.sync_bn = sync_bn
         if sync_bn and self.device.type != "cuda":
             raise ConfigError(
@@ -105,6 +111,13 @@ class Engine:
                 valid="cuda devices",
                 hint="leave it out: each process then normalises its own part of a batch",
             )
+
+    def _all_have_bf16(self) -> bool:
+        """Whether every process has bf16: all compute in one precision."""
+        found = self.all_of(_has_bf16(self.device))
+        if self.main and any(found) and not all(found):
+            warn(f"--precision auto: float32, since process {found.index(False)} of {len(found)} has no bf16")
+        return all(found)
 
     def describe(self) -> dict[str, Any]:
         """What a run's bits depend on."""
@@ -186,9 +199,17 @@ class Engine:
         """The sum of `values` over processes."""
         return self.accelerator.reduce(values, "sum")  # type: ignore[no-any-return]
 
-    def all_of(self, value: Any) -> list[Any]:
-        """The `value` of every process, in order of rank."""
-        return list(gather_object([value]))
+    def all_of(self, value: T) -> list[T]:
+        """The `value` of every process, in order of rank. Every process must ask."""
+        return [value] if self.processes == 1 else list(gather_object([value]))
+
+    def told(self, value: T) -> T:
+        """The `value` of the first process, which decides for all. Every process must ask."""
+        if self.processes == 1:
+            return value
+        box = [value]
+        broadcast_object_list(box)
+        return box[0]
 
     def largest(self, value: int) -> int:
         """The largest `value` of all processes."""
@@ -198,15 +219,23 @@ class Engine:
         marks[self.rank] = value
         return int(self.total(marks).max())
 
-    def check_same(self, value: str, given: str, hint: str) -> None:
-        """Hold all processes to one value.
+    def check_same(self, value: str, given: str, valid: str, hint: str) -> None:
+        """Hold all processes to one value. Every process must ask.
+
+        Args:
+            value: of this process.
+            given: what it is of, for the message.
+            valid: what would be right.
+            hint: what to do.
 
         Raises:
-            RunError: they have different ones.
+            RunError: they have different ones; in every process.
         """
-        if len(set(self.all_of(value))) > 1:
-            found = f"{self.processes} processes that do not see the same"
-            raise RunError(given, found=found, valid="one run folder for all processes", hint=hint)
+        values = self.all_of(value)
+        others = [rank for rank, other in enumerate(values) if other != values[0]]
+        if others:
+            found = f"process {others[0]} of {self.processes} does not see what process 0 sees"
+            raise RunError(given, found=found, valid=valid, hint=hint)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -261,6 +290,20 @@ def stop_signals() -> Iterator[StopRequest]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def _hosts(local_sizes: list[str | None]) -> int:
+    """Hosts of equally many processes, which torchrun numbers host by host; 1 where that is not so.
+
+    Args:
+        local_sizes: LOCAL_WORLD_SIZE of every process.
+
+    >>> _hosts(["2"] * 4), _hosts(["1", "2", "2"]), _hosts([None])
+    (2, 1, 1)
+    """
+    each = {int(size or 0) for size in local_sizes}
+    (size,) = each if len(each) == 1 else (0,)
+    return len(local_sizes) // size if size and len(local_sizes) % size == 0 else 1
 
 
 def _check_alone() -> None:

@@ -65,10 +65,12 @@ class Folding:
     """Batch norms that were folded; 0 where none could be."""
     difference: float
     """Of outputs and feature maps from the plain network's, relative, in the precision of its weights."""
+    pairs: tuple[tuple[str, str], ...] = ()
+    """Names of the convolutions and of the batch norms that were folded into them."""
 
 
 @torch.no_grad()
-def folded(plain: Tapped, images: Tensor) -> Folding:
+def folded(plain: Tapped, images: Tensor, known: Sequence[tuple[str, str]] | None = None) -> Folding:
     """A copy of a network for evaluation only, its batch norms folded into the convolutions that feed nothing else.
 
     Which belong together is seen by watching what flows, so that any network will do. A folded batch norm becomes
@@ -78,6 +80,7 @@ def folded(plain: Tapped, images: Tensor) -> Folding:
     Args:
         plain: the network; the tapped layers keep their meaning.
         images: normalised images (B, 3, H, W) to watch and compare, on the CPU: a GPU's TF32 would cover what differs.
+        known: the `pairs` of another process, where it has decided.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     >>> folding = folded(Tapped(net, "2"), torch.zeros(1, 3, 8, 8))
@@ -86,12 +89,14 @@ def folded(plain: Tapped, images: Tensor) -> Folding:
     """
     watched = deepcopy(plain).cpu().eval()
     expected = watched.maps(images)
-    pairs = [(conv, norm) for conv, norm in _pairs(watched.module, images) if conv not in plain.layers]
 
-    def attempt(pairs: list[tuple[str, str]]) -> Folding:
+    def attempt(pairs: Sequence[tuple[str, str]]) -> Folding:
         made = _fold(deepcopy(plain).cpu().eval(), pairs)
-        return Folding(made, len(pairs), difference(made.maps(images), expected))
+        return Folding(made, len(pairs), difference(made.maps(images), expected), tuple(pairs))
 
+    if known is not None:
+        return attempt(known)
+    pairs = [(conv, norm) for conv, norm in _pairs(watched.module, images) if conv not in plain.layers]
     folding = attempt(pairs)
     if not folding.difference < TOLERANCE:  # some convolution feeds more than its batch norm
         folding = attempt([pair for pair in pairs if attempt([pair]).difference < TOLERANCE])

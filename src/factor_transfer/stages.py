@@ -24,7 +24,7 @@ from factor_transfer.errors import ConfigError, ModelError, TrainingError
 from factor_transfer.evaluation import evaluate, evaluate_paraphraser
 from factor_transfer.features import Tapped
 from factor_transfer.files import cache_folder, state_fingerprint
-from factor_transfer.frozen import FrozenTeacher, folded
+from factor_transfer.frozen import Folding, FrozenTeacher, folded
 from factor_transfer.method import Paraphraser, Straight
 from factor_transfer.models import Network, Role, count_parameters, own_size
 from factor_transfer.objective import Objective, fresh_paraphrasers, given_paraphrasers, new_paraphraser, trained_up_to
@@ -64,9 +64,27 @@ class Job:
         counts = f"{len(self.data.train):,} training and {len(self.data.validation):,} validation images"
         size = self.data.img_size
         say(f"data: {self.data.name}, {counts} of {size}x{size}, {len(self.data.classes)} classes")
-        run.pin(
-            "data", self.data.fingerprint, "--data holds other images than when the run began, or shows them otherwise"
-        )
+        self.held: dict[str, str] = {}
+        """Fingerprints that the run is held to, by name."""
+
+    # -- what all processes, and all continuations, have in common
+
+    def hold(self, name: str, value: str, changed: str) -> None:
+        """Hold a fingerprint to that of every process, and to what it was when the run began; see `Run.pin`."""
+        given = changed.partition(" ")[0]
+        valid = f"the same {name} in all processes"
+        self.engine.check_same(value, given, valid, f"give every process the same {given}")
+        self.run.pin(name, value, changed)
+        self.held[name] = value
+
+    def hold_data(self) -> None:
+        """Hold the run to its images, and to how they are shown."""
+        changed = "--data holds other images than when the run began, or shows them otherwise"
+        self.hold("data", self.data.fingerprint, changed)
+
+    def recorded(self, stage: str) -> dict[str, Any] | None:
+        """What a finished stage found, as the first process sees it; None if it is not finished."""
+        return self.engine.told(self.run.recorded(stage))
 
     # -- stage 0: both networks, and the teacher
 
@@ -82,7 +100,7 @@ class Job:
                 tapped = deepcopy(side.tapped()).train(side is pair.student)
                 check_exports(tapped, side.network.norm(self.sample(2)))
         first = state_fingerprint(pair.student.network.module.state_dict())
-        self.run.pin("student", first, "--student has other first weights than when the run began")
+        self.hold("student", first, "--student has other first weights than when the run began")
         for each in pair.each():
             for side in (each.teacher, each.student):
                 channels, *size = side.shape
@@ -96,26 +114,28 @@ class Job:
         if self.config.beta == "auto":
             for place, factor in enumerate(self.objective.factors):
                 changed = "--beta auto set another beta when the run began"
-                self.run.pin(numbered("beta", place), repr(factor.beta), changed)
+                self.hold(numbered("beta", place), repr(factor.beta), changed)
         self.views = self._choose_views()
         return pair
 
     def _choose_views(self) -> int:
-        """Views that are shown in turn; what `auto` chose when the run began stays."""
+        """Views that are shown in turn; what `auto` chose when the run began stays, and holds for all processes."""
         config, run = self.config, self.run
         if config.views != "auto":
             return config.views
-        if "views" not in run.pins():
-            shapes = list(self.objective.outputs.values())
-            row_bytes = 2 * sum(math.prod(shape) for shape in shapes if shape is not None)
-            chosen = 0
-            if row_bytes and None not in shapes:
-                folder = cache_folder(config.cache_dir)
-                chosen = choose_views(row_bytes, len(self.data.train), config.epochs, folder)
-            run.pin("views", str(chosen), "--views auto chose otherwise when the run began")
-            say(f"factor cache: --views auto chose {f'{chosen} views' if chosen else 'a live teacher'}")
-            return chosen
-        return int(run.pins()["views"])
+        before = self.engine.told(run.pins().get("views"))
+        if before is not None:
+            return int(before)
+        shapes = list(self.objective.outputs.values())
+        row_bytes = 2 * sum(math.prod(shape) for shape in shapes if shape is not None)
+        chosen = 0
+        if row_bytes and None not in shapes:
+            folder = cache_folder(config.cache_dir)
+            room = self.engine.all_of(choose_views(row_bytes, len(self.data.train), config.epochs, folder))
+            chosen = min(room)
+        self.hold("views", str(chosen), "--views auto chose otherwise when the run began")
+        say(f"factor cache: --views auto chose {f'{chosen} views' if chosen else 'a live teacher'}")
+        return chosen
 
     def teacher(self, side: Side) -> None:
         """The teacher, as loaded, or trained or fine-tuned here; evaluated before anything else."""
@@ -137,13 +157,13 @@ class Job:
                 hint="give --teacher-weights FILE (or `pretrained`), or train it here with --teacher-epochs 20",
             )
         fingerprint = state_fingerprint(side.network.module.state_dict())
-        run.pin("teacher", fingerprint, "--teacher has other weights than when the run began")
+        self.hold("teacher", fingerprint, "--teacher has other weights than when the run began")
         for each in side.each():
             check_alive(each, self.sample(SAMPLE))
         if config.kd_weight and not (config.teacher_epochs or side.network.knows_classes):
             raise ConfigError(f"--kd-weight {config.kd_weight:g}", found="a teacher without a head for these classes")
         knows = self.data.labelled and (bool(config.teacher_epochs) or side.network.knows_classes)
-        found = run.recorded("teacher")
+        found = self.recorded("teacher")
         if found is None or (knows and "top1" not in found):
             assessed = self._assess(side.network) if knows else {}
             found = run.record("teacher", {"seconds": 0.0, **(found or {}), **assessed})
@@ -155,16 +175,23 @@ class Job:
             check_knows(found["top1"], len(self.data.classes), config.teacher, trained)
         else:
             say(f"teacher: {side.network.name}, {size}, its accuracy cannot be measured here: its features teach")
-        self._folding = folded(side.tapped(self.objective.teacher_layers), side.network.norm(self.sample(2)))
+        self._folding = self._folded(side)
         if self._folding.count:
             say(
                 f"teacher: {self._folding.count} batch norms folded into their convolutions "
                 f"(its outputs differ by {self._folding.difference:.0e}, relatively)"
             )
 
+    def _folded(self, side: Side) -> Folding:
+        """The teacher with its batch norms folded: which, the first process decides."""
+        tapped, images = side.tapped(self.objective.teacher_layers), side.network.norm(self.sample(2))
+        mine = folded(tapped, images) if self.engine.main else None
+        pairs = self.engine.told(mine.pairs if mine is not None else ())
+        return mine or folded(tapped, images, pairs)
+
     def _train_teacher(self, side: Side) -> None:
         config, network = self.config, side.network
-        if self.run.recorded("teacher") is not None:
+        if self.recorded("teacher") is not None:
             self._fetch(network, "teacher")
             return
         kind, usual = ("fine-tuning", config.lr / 10) if network.pretrained else ("training", config.lr)
@@ -185,7 +212,7 @@ class Job:
             TrainingError: its weights or buffers have another hash than when the run began.
         """
         now = state_fingerprint(self._teacher.network.module.state_dict())
-        if now == self.run.pins()["teacher"] and teacher.unchanged():
+        if now == self.held["teacher"] and teacher.unchanged():
             return
         self.run.forget(stage)
         raise TrainingError(
@@ -210,17 +237,14 @@ class Job:
     def _paraphraser(self, pair: Pair, place: int) -> Paraphraser:
         """The trained paraphraser, given or trained here without labels; its error is measured either way."""
         config, run, name = self.config, self.run, numbered("paraphraser", place)
-        found = run.recorded(name)
+        found = self.recorded(name)
         given = given_paraphrasers(config, 1 + len(self._teacher.more))[place]
         file = str(run.path(f"{name}.safetensors")) if found else given
         paraphraser = new_paraphraser(config, pair, file, place)
         assert isinstance(paraphraser, Paraphraser)
         if config.paraphraser is not None and found is None:
-            run.pin(
-                name,
-                state_fingerprint(paraphraser.state_dict()),
-                "--paraphraser holds other weights than when the run began",
-            )
+            weights = state_fingerprint(paraphraser.state_dict())
+            self.hold(name, weights, "--paraphraser holds other weights than when the run began")
         if found is None:
             teacher = self._teacher_side(pair)
             training = self._train_paraphraser(name, paraphraser, teacher) if file is None else {"seconds": 0.0}
@@ -230,6 +254,8 @@ class Job:
             self._check_unchanged(name, teacher)
             run.save_weights(name, paraphraser.state_dict(), paraphraser_metadata(paraphraser))
             found = run.record(name, {**quality, **training})
+        weights, given = state_fingerprint(paraphraser.state_dict()), f"--paraphraser {file or 'that was trained here'}"
+        self.engine.check_same(weights, given, "one paraphraser for all processes", "give --paraphraser one file")
         say_paraphraser(name, found)
         return paraphraser
 
@@ -269,7 +295,7 @@ class Job:
     def _hint(self, pair: Pair) -> None:
         """FitNets' first stage: the student up to its guided layer, and a regressor, learn the teacher's hint."""
         config, network, term = self.config, pair.student.network, self.objective.hint()
-        if self.run.recorded("hint") is not None:
+        if self.recorded("hint") is not None:
             self._fetch(network, "hint")
             return
         epochs = self.objective.hint_epochs
@@ -309,10 +335,16 @@ class Job:
             identity["other layers"] = {
                 name: [reader.layer, state_fingerprint(reader.state_dict())] for name, reader in readers.items()
             }
+        cache, problem = None, None
         try:
             cache = FactorCache(cache_folder(self.config.cache_dir), identity, shapes, len(self.data.train), self.views)
         except OSError as error:
-            warn(f"no factor cache ({error.strerror}: {error.filename}); the teacher stays live")
+            problem = f"{error.strerror}: {error.filename}"
+        problems = [each for each in self.engine.all_of(problem) if each is not None]
+        if cache is None or problems:  # in one process: then in none
+            if cache is not None:
+                cache.close()
+            warn(f"no factor cache ({problems[0]}); the teacher stays live")
             return live
         say_what_changed(cache)
         return CachedTeacher(live, cache)
@@ -330,7 +362,7 @@ class Job:
         found: dict[str, Any],
     ) -> Side:
         """Train and evaluate one student, or fetch it from the run folder."""
-        if self.run.recorded(stage) is not None:
+        if self.recorded(stage) is not None:
             self._fetch(side.network, stage)
             return side
         epochs, lr, average = self.config.epochs, self.config.lr, self.config.model_ema

@@ -22,6 +22,7 @@ from factor_transfer.console import PassBar, formatted, pass_bar, say, warn
 from factor_transfer.engine import Engine, StopRequest, stop_signals
 from factor_transfer.errors import ConfigError, Interrupted, RunError, TrainingError
 from factor_transfer.evaluation import chunks_of, evaluate
+from factor_transfer.files import state_fingerprint
 from factor_transfer.health import first_bad_layer, not_finite
 from factor_transfer.runs import Run
 from factor_transfer.schedule import Plan, optimizer_and_schedule
@@ -276,8 +277,15 @@ class Trainer:
         state = self.run.load_checkpoint(self.plan.stage)
         try:
             progress = Progress(**state["progress"]) if state is not None else Progress()
-        except (KeyError, TypeError) as error:
+            seen = state_fingerprint(state["module"]) if state is not None else ""
+        except (KeyError, TypeError, AttributeError) as error:
             raise self._foreign(str(error)) from error
+        self.engine.check_same(
+            f"{progress.epoch} {progress.step} {seen}",
+            str(self.run.path("checkpoints")),
+            f"one newest checkpoint of {self.plan.stage} for all processes",
+            "a file system that is slow to show new files: give the same command again",
+        )
         self.run.trim_metrics(self.plan.stage, progress.epoch)
         if state is not None:
             try:

@@ -1,0 +1,69 @@
+"""Several machines decide as one, and a system that is not supported is refused at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What each of two processes said, by case of `machines.py`."""
+    folder = tmp_path_factory.mktemp("machines")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+               str(HERE / "machines.py"), str(folder)]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+@pytest.mark.slow
+def test_two_machines__views_that_do_not_fit_everywhere_are_chosen_by_none(said: dict[str, list[Any]]) -> None:
+    one, other = said["less_disk"]
+    assert one["views"] == other["views"] == 2
+    assert one["pins"] == other["pins"] == "2"
+    shown = [tuple(each) for each in one["shown"] + other["shown"]]
+    assert sorted(shown) == [(epoch, epoch % 2, index) for epoch in range(6) for index in range(200)]
+
+
+@pytest.mark.slow
+def test_two_machines__one_that_is_slow_to_show_files_does_what_the_first_one_does(said: dict[str, list[Any]]) -> None:
+    one, other = (each["shown"] for each in said["slow_folder"])
+    assert one.keys() == other.keys() == {"student"}, "teacher and paraphraser were finished"
+    shown = [tuple(each) for each in one["student"] + other["student"]]
+    assert sorted(shown) == [(epoch, epoch % 2, index) for epoch in range(6) for index in range(200)]
+
+
+@pytest.mark.slow
+def test_two_machines__decide_alike_on_precision_hosts_cache_and_folding(said: dict[str, list[Any]]) -> None:
+    assert said["no_bf16"] == [False, False]
+    assert said["uneven_hosts"] == [{"hosts": 1, "part": list(range(5))}, {"hosts": 1, "part": list(range(5, 10))}]
+    assert said["no_cache_folder"] == ["FrozenTeacher", "FrozenTeacher"]
+    assert said["other_folding"] == [[7], [7]]
+
+
+REFUSED = {
+    "versions": ("2 processes on machines that differ", "of process 0, 0.4 of process 1"),
+    "other_images": ("--data", "the same data in all processes"),
+    "other_settings": ("--lr: 0.05, 0.06", "processes of one run with other settings"),
+    "other_first_weights": ("--student", "process 1 of 2 does not see what process 0 sees"),
+    "other_checkpoint": ("checkpoints", "one newest checkpoint of student"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFUSED)
+def test_two_machines__what_differs_is_refused_by_both(name: str, said: dict[str, list[Any]]) -> None:
+    for each in said[name]:
+        assert each.startswith("error: ")
+        for words in REFUSED[name]:
+            assert words in each
