@@ -14,6 +14,7 @@ from torch import Tensor, distributed, nn
 import factor_transfer.zoo  # noqa: F401
 from factor_transfer.errors import ModelError
 from factor_transfer.features import Tapped, align, feature_shape, find_layer
+from factor_transfer.followers import follower
 from factor_transfer.models import load_network
 
 
@@ -125,6 +126,48 @@ def test_tapped__names_a_layer_that_cannot_be_read(layer: str, message: str) -> 
 def test_find_layer__says_that_there_is_no_map() -> None:
     with pytest.raises(ModelError, match="no submodule gives a feature map"):
         find_layer(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.zeros(2, 3, 2, 2))
+
+
+class Branches(nn.Module):
+    """Two branches that no module joins, behind a trunk: as an inception block without a class of its own."""
+
+    def __init__(self, joined: str) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+        self.one, self.other = nn.Conv2d(8, 8, 1), nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())
+        self.head = nn.Linear(16 if joined == "cat" else 8, 5)
+        self.joined = joined
+
+    def forward(self, images: Tensor) -> Tensor:
+        found = self.trunk(images)
+        one, other = self.one(found), self.other(found)
+        joined = torch.cat([one, other], 1) if self.joined == "cat" else one + other
+        return self.head(joined.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("joined", ["cat", "sum"])
+def test_find_layer__takes_no_branch_for_the_last_map(joined: str) -> None:
+    module = Branches(joined)
+    nn.init.zeros_(module.head.weight)  # whose zeros hide the branches from whoever compares outputs
+    assert find_layer(module, torch.zeros(2, 3, 8, 8)) == "trunk"
+    assert follower(module, "other", torch.zeros(2, 3, 8, 8)) in {"cat", "add"}, "who names a branch is told"
+
+
+def test_find_layer__takes_no_head_of_convolutions_for_the_last_map() -> None:
+    """As SqueezeNet's: a map of each class, which is pooled."""
+    body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    head = nn.Sequential(nn.Dropout(), nn.Conv2d(8, 5, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert find_layer(nn.Sequential(body, head), torch.zeros(2, 3, 80, 80)) == "0"
+
+
+def test_find_layer__a_map_of_one_place_that_is_not_pooled_is_the_last() -> None:
+    """As Inception's at 96 pixels: the place that is left is not where a branch before it had several."""
+    body = [
+        nn.Sequential(nn.Conv2d(width, 8, 3, stride, padding=1), nn.ReLU())
+        for width, stride in ((3, 4), (8, 4), (8, 4), (8, 2))
+    ]
+    module = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Dropout(), nn.Flatten(), nn.Linear(8, 5))
+    assert find_layer(module, torch.zeros(2, 3, 96, 96)) == "3"
 
 
 def test_find_layer__does_not_take_an_attention_matrix_for_a_map() -> None:

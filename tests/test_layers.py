@@ -74,6 +74,8 @@ PERSON: dict[str, tuple[int, str, tuple[int, int, int], str]] = {
     "torchvision/vgg11": (64, "features", (512, 2, 2), "its pooling enlarges small maps again"),
     "torchvision/mobilenet_v3_small": (64, "features", (576, 2, 2), "all features; the pooling follows"),
     "torchvision/swin_t": (64, "permute", (768, 2, 2), "the last norm, channels first again"),
+    "torchvision/inception_v3": (96, "Mixed_7c", (2048, 1, 1), "the last mixed block, though one place is left"),
+    "torchvision/squeezenet1_1": (64, "features", (512, 3, 3), "its head convolves before it pools"),
     "torchvision/googlenet": (64, "inception5b", (1024, 2, 2), "the last inception block"),
 }
 

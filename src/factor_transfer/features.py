@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from factor_transfer.errors import ModelError, listed, near
+from factor_transfer.outputs import tensors
+from factor_transfer.trunk import carries_all, conv_head
 
 SMALL = 64
 """Up to this side, in pixels, a network's last map may have one place."""
@@ -128,7 +130,8 @@ def find_layer(module: nn.Module, images: Tensor) -> str:
 
     It is found by looking at what flows: the outermost submodule that returns the very tensor that timm's
     `forward_features` returns (or one of its shape), or without `forward_features` the last one to return a map
-    with more than one place. Of several last maps, as CrossViT has, it is the last one.
+    with more than one place through which all goes that the output depends on: one of several branches is none, and
+    neither is what a head of convolutions makes. Of several last maps, as CrossViT has, it is the last one.
 
     Args:
         module: the network.
@@ -140,25 +143,44 @@ def find_layer(module: nn.Module, images: Tensor) -> str:
     >>> find_layer(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)), torch.zeros(2, 3, 6, 6))
     '1'
     """
-    if not hasattr(module, "forward_features") and images.shape[-1] <= SMALL:
+    side, known = images.shape[-1], hasattr(module, "forward_features")
+    layer, pooled = (None, True) if side <= SMALL and not known else _last_layer(module, images)
+    if pooled and not known:
         # The last map of small images may have one place, as if it were pooled: larger ones tell them apart.
         with suppress(Exception):  # whatever a network raises that is made for one size
-            return _find_layer(module, F.interpolate(images, scale_factor=4))
-    return _find_layer(module, images)
-
-
-def _find_layer(module: nn.Module, images: Tensor) -> str:
-    flow, last = _flow(module, images)
-    same = [output for _, output in flow if last is not None and _shape(output, module) == _shape(last, module)]
-    spatial = [output for _, output in flow if _shape(output, module)[1:] != (1, 1)]
-    fitting = [output for output in same if output is last] or same or spatial
-    if not fitting:
+            layer, _ = _last_layer(module, F.interpolate(images, max(4 * min(side, SMALL), 2 * side)))
+    if layer is None and side <= SMALL and not known:
+        layer, _ = _last_layer(module, images)
+    if layer is None:
         raise ModelError(
             type(module).__name__,
             found="no submodule gives a feature map (B, C, H, W)",
             hint="name a layer with --teacher-layer or --student-layer, or give the network one as a submodule",
         )
-    return _named(flow, fitting[-1])
+    return layer
+
+
+def _last_layer(module: nn.Module, images: Tensor) -> tuple[str | None, bool]:
+    """The layer of the last map, and whether maps of one place come after all others."""
+    own = hasattr(module, "forward_features")
+    with torch.set_grad_enabled(not own):  # whose graph tells what the output depends on
+        images = images.detach().requires_grad_(not own)
+        flow, output = _flow(module, images)
+    last = tensor_in(output, module) if own else None
+    same = [tensor for _, tensor in flow if last is not None and _shape(tensor, module) == _shape(last, module)]
+    fitting = [tensor for tensor in same if tensor is last] or same or _of_the_trunk(module, flow, output, images)
+    pooled = bool(flow) and _shape(flow[-1][1], module)[1:] == (1, 1)
+    return _named(flow, fitting[-1]) if fitting else None, pooled
+
+
+def _of_the_trunk(module: nn.Module, flow: Flow, output: Any, images: Tensor) -> list[Tensor]:
+    """Of the maps with more than one place before the head the last that is no branch; all, where each is one."""
+    maps = [(name, tensor) for name, tensor in flow if _shape(tensor, module)[1:] != (1, 1)]
+    head = conv_head(module)
+    found = maps[: next((place for place, (name, _) in enumerate(maps) if name == head), None)] or maps
+    ends = [tensor for _, tensor in tensors(output)]
+    through = next((tensor for _, tensor in reversed(found) if carries_all(tensor, ends, images)), None)
+    return [tensor for _, tensor in found] if through is None else [through]
 
 
 @torch.no_grad()
@@ -288,15 +310,15 @@ Flow = list[tuple[str, Tensor]]
 """(name, tensor) of every submodule that gave a map, in the order in which they returned."""
 
 
-def _flow(module: nn.Module, images: Tensor) -> tuple[Flow, Tensor | None]:
-    """What flows through a network, in eval mode, and what its `forward_features` ends with."""
+def _flow(module: nn.Module, images: Tensor) -> tuple[Flow, Any]:
+    """What flows through a network, in eval mode, and what it, or its `forward_features`, ends with."""
     seen: list[tuple[str, Any]] = []
     features: Any = getattr(module, "forward_features", None)
     with in_eval_mode(module), _watching_all(module, seen):
         output = module(images) if features is None else features(images)
     flow = [(name, tensor_in(given, module)) for name, given in seen]
     kept = [(name, tensor) for name, tensor in flow if tensor is not None and len(tensor) == len(images)]
-    return kept, None if features is None else tensor_in(output, module)
+    return kept, output
 
 
 def _shape(output: Tensor, module: nn.Module) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ from factor_transfer.features import in_eval_mode, tensor_in, watching
 _APPLIED = frozenset((
     "relu", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish", "sigmoid",
     "tanh", "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm",
-    "add", "__add__", "__radd__",
+    "add", "__add__", "__radd__", "cat", "concat", "concatenate",
 ))  # fmt: skip
 """Functions that still belong to the group whose output they are applied to."""
 
@@ -29,14 +29,15 @@ class _Followers(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         made = isinstance(result, Tensor) and result is not self.tensor
-        if self.tensor is not None and made and any(arg is self.tensor for arg in args):
+        joined = [part for arg in args if isinstance(arg, (list, tuple)) for part in arg]
+        if self.tensor is not None and made and any(arg is self.tensor for arg in (*args, *joined)):
             self.names.append(getattr(func, "__name__", ""))
         return result
 
 
 @torch.no_grad()
 def follower(module: nn.Module, layer: str, images: Tensor) -> str | None:
-    """The activation, norm or residual sum that is applied to a layer's output: None, where it ends its group.
+    """The activation, norm, sum or concatenation that takes a layer's output: None, where it ends its group.
 
     (What works in place needs no word: the map is then what it has made of it.)
 
