@@ -5,8 +5,6 @@ import json
 import os
 import random
 import re
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -357,7 +355,7 @@ def test_batches__leave_torchs_generator_alone(large):
     assert torch.equal(torch.rand(4), expected)
 
 
-def test_batches__another_process_shows_the_same_bits():
+def test_batches__another_process_shows_the_same_bits(python):
     program = (
         "import hashlib, numpy as np\n"
         "from factor_transfer.config import DataConfig\n"
@@ -366,13 +364,7 @@ def test_batches__another_process_shows_the_same_bits():
         "(batch,) = split.batches([np.arange(64)], 9)\n"
         "print(hashlib.sha256(batch.image.contiguous().numpy().tobytes()).hexdigest())\n"
     )
-    other = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONHASHSEED": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
+    other = python(program).stdout.strip()
     (batch,) = opened("digits", data_seed=3).train.batches([np.arange(64)], 9)
     assert hashlib.sha256(batch.image.contiguous().numpy().tobytes()).hexdigest() == other
 
@@ -744,7 +736,7 @@ def test_error__a_padding_that_could_leave_nothing_of_an_image(tmp_path):
     assert len(opened(tmp_path, crop_padding=11).train)
 
 
-def test_error__a_worker_that_is_killed_is_no_traceback(tmp_path):
+def test_error__a_worker_that_is_killed_is_no_traceback(tmp_path, python):
     """In a process of its own: torch's loader kills itself when a worker dies."""
     write(tmp_path, "train", ["a", "b"], size=(200, 200))
     script = (
@@ -755,7 +747,7 @@ def test_error__a_worker_that_is_killed_is_no_traceback(tmp_path):
         "try: list(found.train.batches([np.arange(2)] * 4, view=0))\n"
         "except DataError as error: print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    done = python(script, timeout=120)
     assert re.search(r"--workers 2\n.*killed.*\n.*fewer --workers", done.stdout), done.stderr
 
 
