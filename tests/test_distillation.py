@@ -372,7 +372,9 @@ def test_evaluate_run__refuses_other_classes(finished: Path, images: Path) -> No
 
     from factor_transfer.runs import saved_config
 
-    with pytest.raises(ConfigError, match="(?s)classes class0, class1.*those of the run: 0, 1"):
+    with pytest.raises(
+        ConfigError, match="(?s)classes that the run does not know: class0, class1.*those of the run: 0, 1"
+    ):
         evaluate_run(finished, replace(saved_config(finished), data=str(images)))
 
 
