@@ -27,7 +27,8 @@ from factor_transfer.methods import METHODS
 from factor_transfer.outcome import in_words, outcome
 from factor_transfer.page import repeat_command
 from factor_transfer.plan import CompareConfig, planned
-from processes import Command
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 JOB = [
     "--data", "digits", "--train-images", "200", "--teacher", "cifar_resnet20", "--student", "cifar_resnet20",

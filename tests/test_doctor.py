@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from factor_transfer.data import open_data
 from factor_transfer.doctor import Diagnosis, diagnose
 from factor_transfer.models import InputNorm
 from factor_transfer.seeds import seeded
-from processes import Command
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 TEACHER: dict[str, Any] = {"layers": (1, 1, 1), "channels": (8, 16, 32)}
 STUDENT: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 8, 16)}

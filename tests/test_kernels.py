@@ -18,7 +18,8 @@ from torch import nn
 from factor_transfer.kernels import gradients, guard
 
 STRICT = {
-    "MALLOC_CHECK_": "3",  # glibc looks at every block that is freed
+    "MALLOC_CHECK_": "3",  # glibc looks at every block that is freed; since 2.34 with this library alone
+    "LD_PRELOAD": "libc_malloc_debug.so.0",
     "MALLOC_PERTURB_": "7",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "ATEN_CPU_CAPABILITY": "avx2",
@@ -171,3 +172,29 @@ def test_gradients__of_any_stride_padding_and_groups_are_torchs() -> None:
         theirs = torch.autograd.grad(out, [x, weight, bias], given[0])
         for found, wanted in zip(ours, theirs, strict=True):
             torch.testing.assert_close(found, wanted)
+
+
+COMPILED = """
+import torch
+from torch import nn
+from factor_transfer.compiled import Compiled
+from factor_transfer.engine import Engine
+from factor_transfer.features import Tapped
+
+engine = Engine("cpu", "fp32", 1)
+network = nn.Sequential(nn.Conv2d(3, 8, 1, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+student = engine.place(Compiled(Tapped(network, "1"), 8, trains=True).train())
+images = torch.randn(8, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+for _ in range(5):
+    student(images)[0].sum().backward()
+print(student._run is not None)
+"""
+
+
+@pytest.mark.slow
+def test_guard__holds_in_compiled_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrapper in C++, if the environment asks for one, would call the kernel itself."""
+    monkeypatch.setenv("TORCHINDUCTOR_CPP_WRAPPER", "1")
+    found = survives(COMPILED)
+    assert found.stdout == "True\n"
+    assert said(found) == ["a 1x1 convolution with stride 2 of 3 channels"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from factor_transfer.runs import environment, open_run
 from factor_transfer.schedule import Plan, optimizer_and_schedule
 from factor_transfer.settings import RECIPES, recipes
 from factor_transfer.stages import Job
-from processes import Command
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 AUTHORS = "cifar10-resnet56-resnet20"
 OWN: dict[str, Any] = {"data": "photos", "teacher": "cifar_resnet56", "student": "cifar_resnet20"}

@@ -49,8 +49,10 @@ class Compiled(Tapped):
         with compiling():
             if self._run is None:
                 # The same noise as without compiling; and one graph, also where DDP would cut it into several.
+                # A wrapper in C++ would call torch's kernels directly, and past `kernels.guard`.
+                options: dict[str, Any] = {"fallback_random": True, "cpp_wrapper": False}
                 graph = _exported(self, images)
-                made = torch.compile(graph, dynamic=False, fullgraph=True, options={"fallback_random": True})
+                made = torch.compile(graph, dynamic=False, fullgraph=True, options=options)
                 self._run = _called(made)
             with dynamo.patch(optimize_ddp=False):
                 return self._run(images)
