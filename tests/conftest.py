@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from factor_transfer.kernels import guard
+from processes import Command, Started
 
 if TYPE_CHECKING:
     from browser import Page
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 guard()  # tests train without an `Engine`, too
 torch.set_num_threads(1)  # the networks here are so small that a second thread costs more than it gives
-
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -73,11 +71,17 @@ def factor_transfer() -> Command:
     """Run the command in a process of its own: `factor_transfer("distill", "--data", ...)`."""
 
     def run(*arguments: object, cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "factor_transfer", *map(str, arguments)]
-        environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        return subprocess.run(
-            command, cwd=cwd, env=environment, timeout=timeout, capture_output=True, text=True, check=False
-        )
+        return Started(arguments, cwd=cwd).finished(timeout)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def python() -> Command:
+    """Run a piece of code in a process of its own, in which the package is imported already."""
+
+    def run(code: str, *, cwd: Path | None = None, timeout: float = 300, **environment: str) -> Any:
+        return Started([], code=code, cwd=cwd, environment=environment).finished(timeout)
 
     return run
 

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from factor_transfer import distill
 from factor_transfer.cache import CachedTeacher, FactorCache, choose_views, say_what_changed
 from factor_transfer.frozen import FrozenTeacher
 from factor_transfer.runs import Run
+from processes import Command
 
 SHAPE = (3, 2, 2)
 SHAPES = {"factor": SHAPE, "logits": (5,)}
@@ -76,7 +76,7 @@ def test_cache__gives_what_was_written_and_nothing_else(
     cache.close()
 
 
-def test_cache__is_found_again_by_another_process(tmp_path: Path) -> None:
+def test_cache__is_found_again_by_another_process(tmp_path: Path, python: Command) -> None:
     fill(FactorCache(tmp_path, IDENTITY, SHAPES, N, V))
     assert check(FactorCache(tmp_path, IDENTITY, SHAPES, N, V)) == N * V
     script = (
@@ -84,7 +84,7 @@ def test_cache__is_found_again_by_another_process(tmp_path: Path) -> None:
         f"found = FactorCache(Path({str(tmp_path)!r}), {IDENTITY!r}, {SHAPES!r}, {N}, {V}).read(np.arange({N}), 1)\n"
         "print(found['logits'].float().sum().item())"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    done = python(script)
     expected = right(np.arange(N), 1)["logits"].float().sum().item()
     assert float(done.stdout) == pytest.approx(expected, rel=1e-6), done.stderr
 

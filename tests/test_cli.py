@@ -21,8 +21,8 @@ from factor_transfer.config import FIELDS
 from factor_transfer.console import table
 from factor_transfer.errors import DataError
 from factor_transfer.predict import find_images
+from processes import Command
 
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
 Told = Callable[..., str]
 
 SMALL = "layers=(1,1,1) channels=(4,4,8)"

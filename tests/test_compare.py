@@ -27,8 +27,7 @@ from factor_transfer.methods import METHODS
 from factor_transfer.outcome import in_words, outcome
 from factor_transfer.page import repeat_command
 from factor_transfer.plan import CompareConfig, planned
-
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
+from processes import Command
 
 JOB = [
     "--data", "digits", "--train-images", "200", "--teacher", "cifar_resnet20", "--student", "cifar_resnet20",

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,7 @@ from factor_transfer.errors import ConfigError, Interrupted, ModelError, RunErro
 from factor_transfer.files import sha256_file, state_fingerprint
 from factor_transfer.method import portable_beta
 from factor_transfer.runs import Run
-
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
+from processes import Command, Started
 
 TEACHER: dict[str, Any] = {"layers": (1, 1, 1), "channels": (8, 16, 32)}
 STUDENT: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 8, 16)}
@@ -178,23 +176,18 @@ def test_distill__the_same_command_continues(
     finished: Path, tmp_path: Path, factor_transfer: Command, signum: signal.Signals, code: int, stage: str
 ) -> None:
     flags = [*FLAGS, "--out", "run"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "factor_transfer", "distill", *flags, "--checkpoint-minutes", "0.0001"],
-        cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (as at a terminal)
-    )  # fmt: skip
+    process = Started(["distill", *flags, "--checkpoint-minutes", "0.0001"], cwd=tmp_path)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "run" / "checkpoints").glob(f"{stage}-*.sha256")):
         assert time.monotonic() < deadline
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert process.running(), process.finished().stderr
         time.sleep(0.01)
     process.send_signal(signum)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == code, stderr
-    assert "Traceback" not in stderr
+    stopped = process.finished()
+    assert stopped.returncode == code, stopped.stderr
+    assert "Traceback" not in stopped.stderr
     if signum != signal.SIGKILL:
-        assert "the same command continues" in stderr
+        assert "the same command continues" in stopped.stderr
     again = factor_transfer("distill", *flags, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert bits(tmp_path / "run") == bits(finished)
@@ -379,7 +372,9 @@ def test_evaluate_run__refuses_other_classes(finished: Path, images: Path) -> No
 
     from factor_transfer.runs import saved_config
 
-    with pytest.raises(ConfigError, match="(?s)classes class0, class1.*those of the run: 0, 1"):
+    with pytest.raises(
+        ConfigError, match="(?s)classes that the run does not know: class0, class1.*those of the run: 0, 1"
+    ):
         evaluate_run(finished, replace(saved_config(finished), data=str(images)))
 
 

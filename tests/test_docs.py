@@ -10,10 +10,8 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,8 +25,7 @@ import factor_transfer.method
 from factor_transfer.cli import app
 from factor_transfer.config import FIELDS
 from factor_transfer.settings import RECIPES, recipes
-
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
+from processes import Command
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -231,18 +228,14 @@ def runnable(page: Path) -> bool:
     [page for page in PAGES if runnable(page) and page.stem != "quickstart"],  # test_quickstart.py runs that one
     ids=lambda page: page.stem,
 )
-def test_docs__what_can_be_run_runs(page: Path, factor_transfer: Command, tmp_path: Path) -> None:
+def test_docs__what_can_be_run_runs(page: Path, factor_transfer: Command, python: Command, tmp_path: Path) -> None:
     """A page's blocks from top to bottom, in one folder."""
-
-    def python(code: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-
     for block in blocks(page, {*SHELL, "python"}):
         done = []
         if block.language == "python":
-            done += [] if "no-run" in block.info else [python(block.text)]
+            done += [] if "no-run" in block.info else [python(block.text, cwd=tmp_path)]
         else:
-            done += [python(body) for _, body in HEREDOC.findall(block.text)]
+            done += [python(body, cwd=tmp_path) for _, body in HEREDOC.findall(block.text)]
             done += [factor_transfer(*words, cwd=tmp_path) for words in ours(block.text) if cheap(words, tmp_path)]
         for each in done:
             assert each.returncode == 0, f"{block.place}: {each.args}\n{each.stdout}\n{each.stderr}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ from factor_transfer.data import open_data
 from factor_transfer.doctor import Diagnosis, diagnose
 from factor_transfer.models import InputNorm
 from factor_transfer.seeds import seeded
-
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
+from processes import Command
 
 TEACHER: dict[str, Any] = {"layers": (1, 1, 1), "channels": (8, 16, 32)}
 STUDENT: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 8, 16)}

@@ -12,7 +12,7 @@ import torch
 
 import factor_transfer.zoo  # noqa: F401
 from factor_transfer import distill
-from factor_transfer.config import Config
+from factor_transfer.config import Config, DataConfig
 from factor_transfer.distillation import evaluate_run
 from factor_transfer.doctor import diagnose
 from factor_transfer.errors import ConfigError, DataError, ModelError
@@ -64,7 +64,7 @@ def test_distill__the_teachers_predictions_train_a_head_where_it_has_one(
     settings |= {"epochs": 16, "cache_dir": tmp_path / "cache"}
     result = distill("cifar_resnet20", "cifar_resnet20", flat, **settings, **given, out=tmp_path / "run")
     assert "top1" not in result.summary["student"]
-    found = evaluate_run(tmp_path / "run", Config(data=str(images), teacher="", student=""))
+    found = evaluate_run(tmp_path / "run", DataConfig(data=str(images)))
     assert found["student"]["top1"] > 60
 
 

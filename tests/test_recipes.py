@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,7 @@ from factor_transfer.runs import environment, open_run
 from factor_transfer.schedule import Plan, optimizer_and_schedule
 from factor_transfer.settings import RECIPES, recipes
 from factor_transfer.stages import Job
-
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
+from processes import Command
 
 AUTHORS = "cifar10-resnet56-resnet20"
 OWN: dict[str, Any] = {"data": "photos", "teacher": "cifar_resnet56", "student": "cifar_resnet20"}

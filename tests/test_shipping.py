@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tarfile
 from array import array
-from collections.abc import Callable
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ from factor_transfer.errors import ConfigError, DataError, RunError
 from factor_transfer.finished import rebuild
 from factor_transfer.predict import find_images, open_student
 from factor_transfer.shipping import Choices, export_run
+from processes import Command
 
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
 ROOT = Path(__file__).parent.parent
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 8, 16)}
 JOB: dict[str, Any] = {"teacher_args": SMALL, "student_args": SMALL, "teacher_epochs": 2, "paraphraser_epochs": 1,
@@ -98,7 +97,7 @@ def test_export__does_not_write_what_disagrees(run: Path, tmp_path: Path, monkey
     assert "safetensors" in left["failed"]
 
 
-def test_export__refuses_what_it_cannot_do(run: Path, tmp_path: Path) -> None:
+def test_export__refuses_what_it_cannot_do(run: Path, tmp_path: Path, python: Command) -> None:
     with pytest.raises(ConfigError, match=r"--formats tflite\n.*no such format\n.*pt2, onnx"):
         export_run(run, Choices(formats=["tflite"]))
     unfinished = tmp_path / "unfinished"
@@ -110,7 +109,7 @@ def test_export__refuses_what_it_cannot_do(run: Path, tmp_path: Path) -> None:
         "import sys; sys.modules['onnxruntime'] = None; from factor_transfer.cli import main\n"
         f"sys.argv = ['factor-transfer', 'export', {str(run)!r}, '--formats', 'onnx']; main()"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = python(script)
     assert done.returncode == 2
     assert "onnxruntime not installed" in done.stderr
     assert "pip install 'factor-transfer[export]'" in done.stderr

@@ -7,8 +7,6 @@ import ctypes
 import math
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from factor_transfer.seeds import part_seed, seeded
 from factor_transfer.tasks import DistillationTask
 from factor_transfer.terms import FactorTransfer, Labels, Term
 from factor_transfer.train import Trainer, training_chunks
+from processes import Command
 
 
 def config(**changed: Any) -> Config:
@@ -357,14 +356,13 @@ def test_optimizer__of_second_order_is_refused() -> None:
         optimizer_and_schedule(nn.Linear(2, 2), plan, config(opt="adahessian"), 1)
 
 
-def test_engine__precision_is_ours_whatever_accelerates_environment_says() -> None:
+def test_engine__precision_is_ours_whatever_accelerates_environment_says(python: Command) -> None:
     script = "from factor_transfer.engine import Engine; print(Engine('cpu').accelerator.mixed_precision)"
-    environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "bf16"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    done = python(script, ACCELERATE_MIXED_PRECISION="bf16")
     assert done.stdout.split() == ["no"]
 
 
-def test_engine__keeps_freed_memory_for_the_next_step() -> None:
+def test_engine__keeps_freed_memory_for_the_next_step(python: Command) -> None:
     program = """
 import resource, torch
 from factor_transfer.engine import Engine
@@ -377,8 +375,7 @@ print(faults[-1] - faults[9])
 """
     if not hasattr(ctypes.CDLL(None), "mallopt"):
         pytest.skip("this C library is not glibc")
-    faults = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert int(faults) < 5 * 16_384  # ten times as many pages were handed out
+    assert int(python(program).stdout) < 5 * 16_384  # ten times as many pages were handed out
 
 
 def test_seeds__are_addressed_and_give_the_state_back() -> None:

@@ -3,24 +3,44 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from factor_transfer.config import DataConfig
-from factor_transfer.errors import DataError, listed
-from factor_transfer.images import natural
-from factor_transfer.sources import UNLABELLED, Source, missing
+from factor_transfer.errors import ConfigError, DataError, listed
+from factor_transfer.images import Images, natural
+from factor_transfer.layouts import UNLABELLED, Source, missing
 
 
-def number_classes(source: Source, config: DataConfig, notes: list[str]) -> tuple[str, ...]:
+def number_classes(
+    source: Source, config: DataConfig, notes: list[str], known: Sequence[str] | None = None
+) -> tuple[str, ...]:
     """Class names in index order, the same for all splits: from `--class-map`, the dataset, or the training names.
+
+    Args:
+        source: the images.
+        config: `--data` and its companions.
+        notes: what is merely odd is added here.
+        known: class names of a finished run, in index order, where the images are to be measured by it.
 
     Raises:
         DataError: one class only, a class map that lacks a class or has doubles, validation classes without training
-            images. What is merely odd is added to `notes`.
+            images, labels in one split alone.
+        ConfigError: classes that are not among the `known`.
     """
+    parts = [source.train] if source.validation is None else [source.train, source.validation]
+    if len({UNLABELLED in part.labels for part in parts}) > 1:
+        bare = "training" if UNLABELLED in source.train.labels else "validation"
+        raise DataError(
+            f"--data {config.data}",
+            found=f"class folders, but none in {bare}",
+            valid="class folders in training and validation, or in neither",
+        )
     if UNLABELLED in source.train.labels:
         notes.append("no labels: top-1 cannot be measured here")
         return _read_class_map(config.class_map) if config.class_map is not None else ()
+    if known is not None:
+        return _known(source.train, config, notes, known)
     given, trained = f"--data {config.data}", sorted(set(source.train.labels), key=natural)
     classes = source.order or tuple(trained)
     if config.class_map is not None:
@@ -46,6 +66,24 @@ def number_classes(source: Source, config: DataConfig, notes: list[str]) -> tupl
                 hint="remove them from validation, or add training images",
             )
     return classes
+
+
+def _known(images: Images, config: DataConfig, notes: list[str], known: Sequence[str]) -> tuple[str, ...]:
+    """The run's classes; images of a few of them are enough."""
+    there = set(images.labels)
+    foreign = sorted(there - set(known), key=natural)
+    if foreign:
+        raise ConfigError(
+            f"--data {config.data}",
+            found=f"{len(foreign)} classes that the run does not know: {listed(foreign)}",
+            valid=f"those of the run: {listed(list(known))}",
+        )
+    absent = [name for name in known if name not in there]
+    if absent:
+        notes.append(
+            f"{len(absent)} of {len(known)} classes have no images here, and are not measured: {listed(absent)}"
+        )
+    return tuple(known)
 
 
 def _read_class_map(name: str) -> tuple[str, ...]:

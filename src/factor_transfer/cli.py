@@ -7,14 +7,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
 from cyclopts.config import Dict
 
 from factor_transfer import __version__
 from factor_transfer.arguments import is_callable_name
-from factor_transfer.config import Config, SuggestConfig
+from factor_transfer.config import Config, SuggestConfig, flag
 from factor_transfer.errors import ConfigError, FactorTransferError, Interrupted
 from factor_transfer.plan import CompareConfig
 from factor_transfer.settings import RECIPE, read_settings, recipe, recipes
@@ -150,6 +150,8 @@ def evaluate(
     *,
     data: str | None = None,
     data_dir: str | None = None,
+    label_column: str | None = None,
+    image_column: str | None = None,
     device: str = "auto",
     as_json: AsJson = False,
     trust_config: TrustRun = False,
@@ -161,10 +163,14 @@ def evaluate(
     run
         The run folder.
     data
-        Other images of the same classes: class folders (all are measured), or a folder with train/ and validation/.
-        Default: the run's own.
+        Other images, of some or all of the run's classes: class folders (all are measured), or a folder with train/ and
+        validation/. Default: the run's own.
     data_dir
         Where a timm dataset lies.
+    label_column
+        Column of an hfds/ dataset that holds the classes.
+    image_column
+        Column of an hfds/ dataset that holds the images.
     device
         auto, cpu, cuda or mps.
     """
@@ -174,8 +180,11 @@ def evaluate(
     from factor_transfer.report import show_evaluation
 
     saved = _trusted(run, trust_config=trust_config)
-    whole: dict[str, Any] = {"train_images": None, "validate_on": "validation"}
-    images = replace(saved, data=data, data_dir=data_dir, **whole) if data else None
+    where = {"data_dir": data_dir, "label_column": label_column, "image_column": image_column}
+    given = [f"{flag(name)} {value}" for name, value in where.items() if value is not None]
+    if given and not data:
+        raise ConfigError(given[0], found="no --data, which it would belong to", hint="give --data, or leave it out")
+    images = replace(saved, data=data, **cast(dict[str, Any], where)) if data else None
     found = evaluate_run(run, images, device)
     if as_json:
         print(json.dumps(found))  # noqa: T201 (the command's output)

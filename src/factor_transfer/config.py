@@ -51,6 +51,10 @@ class DataConfig:
     torch/cifar10."""
     data_dir: Annotated[str | None, _PLACE] = None
     """Where a timm dataset (torch/..., hfds/..., wds/...) lies or is kept."""
+    label_column: Annotated[str | None, _PLACE] = None
+    """Column of an hfds/ dataset that holds the classes. Default: the only one that can."""
+    image_column: Annotated[str | None, _PLACE] = None
+    """Column of an hfds/ dataset that holds the images. Default: the only one that does."""
     class_map: str | None = None
     """Text file with one class name a line, in index order. Default: the training folder's classes, sorted."""
     img_size: Annotated[int | None, _POSITIVE] = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -18,9 +18,10 @@ from factor_transfer.config import DataConfig
 from factor_transfer.errors import ConfigError, DataError, listed
 from factor_transfer.files import cache_folder, fingerprint
 from factor_transfer.images import Images, Unreadable, corrupted, named, natural
+from factor_transfer.layouts import UNLABELLED
 from factor_transfer.pixels import Pixels, decode_once, unreadable
 from factor_transfer.seeds import part_seed
-from factor_transfer.sources import UNLABELLED, WRITTEN, open_source
+from factor_transfer.sources import WRITTEN, open_source
 from factor_transfer.splits import FileSplit, PixelSplit, Shown, Split
 from factor_transfer.views import SMALL, VERSION, Transform, evenly, held_out
 
@@ -52,16 +53,24 @@ class Dataset:
     """False: a flat folder, whose images have no classes."""
 
 
-def open_data(config: DataConfig, default_size: Callable[[], int], transform: Transform | None = None) -> Dataset:
+def open_data(
+    config: DataConfig,
+    default_size: Callable[[], int],
+    transform: Transform | None = None,
+    known: Sequence[str] | None = None,
+) -> Dataset:
     """Find, check, number and split the images that `config` names; small ones are decoded here.
 
     Args:
         config: `--data` and its companions.
         default_size: the side to use for images above 96 pixels without `--img-size`; called only for those.
         transform: the user's own augmentation, where it is given as an object.
+        known: class names of a finished run, in index order. All images are then there to be measured: those of the
+            validation set, or of the whole where there is none; some classes may be absent.
 
     Raises:
-        ConfigError: the user's augmentation cannot be loaded, or does not give images of the right size.
+        ConfigError: the user's augmentation cannot be loaded, or does not give images of the right size; or there are
+            classes that are not among the `known`.
         DataError: images or classes are missing, unreadable or contradictory.
 
     >>> found = open_data(DataConfig(data="digits"), default_size=lambda: 224)
@@ -70,7 +79,9 @@ def open_data(config: DataConfig, default_size: Callable[[], int], transform: Tr
     """
     source = open_source(config)
     notes = list(source.notes)
-    classes = number_classes(source, config, notes)
+    if known is not None:
+        source = replace(source, train=source.validation or source.train, validation=None)
+    classes = number_classes(source, config, notes, known)
     size = config.img_size or _own_size(source.train) or default_size()
     shown = Shown(
         size=size,
@@ -86,7 +97,9 @@ def open_data(config: DataConfig, default_size: Callable[[], int], transform: Tr
     parts = [source.train] if apart or source.validation is None else [source.train, source.validation]
     loaded = _load(parts, classes, shown, config, notes)
     transform = transform or _imported(config)
-    aside = _held_out(loaded[0], config, notes) if apart else np.zeros(len(loaded[0].labels), dtype=bool)
+    aside = np.full(len(loaded[0].labels), known is not None)
+    if apart and known is None:
+        aside = _held_out(loaded[0], config, notes)
     chosen = _share(loaded[0], ~aside, config, notes)
     train = loaded[0].split(shown, config, chosen, transform)
     validation = loaded[0].split(shown, config, aside) if apart else loaded[1].split(shown, config)
@@ -100,7 +113,9 @@ def open_data(config: DataConfig, default_size: Callable[[], int], transform: Tr
     }
     digest = fingerprint(described | ({"train": config.train_images} if config.train_images else {}))
     labelled = UNLABELLED not in source.train.labels
-    return Dataset(config.data, train, validation, classes, size, tuple(notes), apart, digest, labelled)
+    return Dataset(
+        config.data, train, validation, classes, size, tuple(notes), apart and known is None, digest, labelled
+    )
 
 
 def _share(train: _Loaded, there: np.ndarray, config: DataConfig, notes: list[str]) -> np.ndarray:

@@ -156,26 +156,26 @@ def evaluate_run(folder: Path, data: DataConfig | None = None, device: str = "au
 
     Args:
         folder: the run.
-        data: other images than the run's own; their classes must be the run's.
+        data: other images than the run's own, of some or all of the run's classes.
         device: auto, cpu, cuda or mps.
 
     Raises:
         RunError: there is no finished run in `folder`, or its weights are not those that it measured.
         DataError: the images are missing or unreadable.
-        ConfigError: the classes are not those of the run.
+        ConfigError: there are classes that the run does not know.
     """
     config, summary = saved_config(folder), saved_summary(folder)
     shown = data or config
-    images = open_images(shown, summary)
+    images = open_images(shown, summary, others=data is not None)
     if not (images.labelled and images.classes):
         raise ConfigError(
             f"--data {images.name}",
             found="images without labels, on which nothing can be measured",
             hint="give labelled images of the run's classes with --data; what has no head, measure by its features",
         )
-    # Other images that are not divided into training and validation are all there to measure on.
-    splits = [images.train, images.validation] if data is not None and images.held_out else [images.validation]
-    say(f"data: {images.name}, {sum(map(len, splits)):,} images")
+    for note in images.notes:
+        say(f"data: {note}")
+    say(f"data: {images.name}, {len(images.validation):,} images")
     engine = Engine(device, config.precision, config.threads)
     found = {}
     for role in ROLES:
@@ -183,7 +183,9 @@ def evaluate_run(folder: Path, data: DataConfig | None = None, device: str = "au
             network = rebuild(folder, role)
             if role == "teacher" and not (network.knows_classes or config.teacher_epochs):
                 continue
-            found[role] = evaluate(network.classifier, splits, engine, batch_size=config.batch_size, precise=True)
+            found[role] = evaluate(
+                network.classifier, images.validation, engine, batch_size=config.batch_size, precise=True
+            )
     return found
 
 

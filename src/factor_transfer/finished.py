@@ -68,17 +68,23 @@ def rebuild(folder: Path, role: str, module: nn.Module | None = None) -> Network
     return network
 
 
-def open_images(shown: DataConfig, summary: dict[str, Any]) -> Dataset:
+def open_images(shown: DataConfig, summary: dict[str, Any], others: bool = False) -> Dataset:
     """The images that `shown` names, as the networks of a finished run see them.
+
+    Args:
+        shown: the images.
+        summary: the run's.
+        others: they are other images than the run's own, all there to be measured; classes may be absent.
 
     Raises:
         DataError: the images are missing or unreadable.
         ConfigError: their classes are not those of the run.
     """
-    images = open_data(
-        DataConfig(**{**part_of(shown, DataConfig), "img_size": summary["data"]["img_size"], "transform": None}),
-        default_size=lambda: int(summary["data"]["img_size"]),
-    )
+    settings = {**part_of(shown, DataConfig), "img_size": summary["data"]["img_size"], "transform": None}
+    if others:  # numbered as the run numbers them
+        settings |= {"class_map": None, "train_images": None, "validate_on": "validation"}
+    known = summary["data"]["classes"] if others else None
+    images = open_data(DataConfig(**settings), lambda: int(summary["data"]["img_size"]), known=known)
     if list(images.classes) != summary["data"]["classes"]:
         raise ConfigError(
             f"--data {images.name}",

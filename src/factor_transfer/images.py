@@ -1,29 +1,22 @@
 """One image at a time: where its bytes lie, how they become RGB, and what is said when they cannot.
 
-Folders and tars are indexed here and not by timm's readers, whose tar handles are shared by forked workers and whose
-class numbers differ between splits; file order and class order are timm's.
-A tar member is a byte range of its tar, which every read opens for itself.
+File order and class order are timm's.
 """
 
 from __future__ import annotations
 
 import io
-import os
-import posixpath
 import re
-import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from factor_transfer.errors import DataError, listed
-
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+from factor_transfer.trees import Range, image_formats
 
 
 class Unreadable(Exception):  # noqa: N818 (a finding, which also travels as a value)
@@ -113,20 +106,6 @@ def natural(name: str) -> tuple[list[Any], str]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())], name
 
 
-class Range(NamedTuple):
-    """Bytes of a file: all of an image file, or one member of a tar."""
-
-    path: str
-    offset: int
-    size: int
-
-    def read(self) -> bytes:
-        """The bytes; no handle stays open, so none is shared between processes."""
-        with open(self.path, "rb") as file:  # noqa: PTH123 (an open for every image: Path costs more than the read)
-            file.seek(self.offset)
-            return file.read(self.size)
-
-
 @dataclass(frozen=True)
 class Files(Images):
     """Images in files and tars."""
@@ -138,62 +117,19 @@ class Files(Images):
         data = self.ranges[index].read()
         if not data:
             raise ValueError("no bytes")
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=image_formats())
 
 
 @dataclass(frozen=True)
-class Tree:
-    """Files and folders below a root, by relative name; hidden ones are left out."""
+class Indexed(Images):
+    """Images of a dataset of another library's, by index."""
 
-    files: dict[str, Range]
-    folders: frozenset[str]
+    dataset: Any
 
-    def below(self, name: str) -> Tree:
-        """What lies in folder `name`."""
-        start = name + "/"
-        files = {path.removeprefix(start): place for path, place in self.files.items() if path.startswith(start)}
-        return Tree(files, frozenset(path.removeprefix(start) for path in self.folders if path.startswith(start)))
-
-
-def _visible(name: str) -> bool:
-    return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-
-
-def folder_tree(root: Path) -> Tree:
-    """The images below a folder."""
-    files, folders = {}, set()
-    for folder, _, entries in os.walk(root, followlinks=True):
-        inside = posixpath.normpath(Path(folder).relative_to(root).as_posix())
-        folders.add(inside)
-        for entry in entries:
-            path = os.path.join(folder, entry)  # noqa: PTH118 (a million names)
-            if entry.lower().endswith(EXTENSIONS):
-                files[posixpath.normpath(f"{inside}/{entry}")] = Range(path, 0, _size(path))
-    return Tree({n: r for n, r in files.items() if _visible(n)}, frozenset(f for f in folders if _visible(f)))
-
-
-def _size(path: str) -> int:
-    return os.stat(path).st_size if os.path.exists(path) else 0  # noqa: PTH110, PTH116 (0: a dangling link)
-
-
-def tar_tree(path: Path, given: str) -> Tree:
-    """All files of a tar.
-
-    Raises:
-        DataError: it is not a whole, uncompressed tar; `given` is what the user gave.
-    """
-    files: dict[str, Range] = {}
-    folders = set()
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                name = posixpath.normpath(member.name).lstrip("/")
-                if member.isdir():
-                    folders.add(name)
-                elif member.islnk() and posixpath.normpath(member.linkname) in files:
-                    files[name] = files[posixpath.normpath(member.linkname)]
-                elif member.isfile():
-                    files[name] = Range(str(path), member.offset_data, member.size)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(given, found=f"{path}: {error}", valid="whole, uncompressed tar files") from error
-    return Tree({n: r for n, r in files.items() if _visible(n)}, frozenset(f for f in folders if _visible(f)))
+    def open(self, index: int) -> Image.Image:
+        """(PIL image or open file, label) from torchvision's datasets and timm's readers."""
+        found = self.dataset[index][0]
+        if isinstance(found, Image.Image):
+            return found
+        with found:  # whole, since PIL would read it after it is closed
+            return Image.open(io.BytesIO(found.read()), formats=image_formats())

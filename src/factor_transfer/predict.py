@@ -17,10 +17,11 @@ from PIL import Image
 
 from factor_transfer.checks import check_arguments
 from factor_transfer.config import MOST_THREADS
-from factor_transfer.console import warn
+from factor_transfer.console import say, warn
 from factor_transfer.errors import DataError, RunError
-from factor_transfer.images import EXTENSIONS, natural, to_rgb
+from factor_transfer.images import natural, to_rgb
 from factor_transfer.runtimes import Runtime, kind_of, load
+from factor_transfer.trees import counted, folder_tree, image_formats
 from factor_transfer.views import center
 
 BATCH = 32
@@ -72,7 +73,7 @@ def predict_images(
 
     for name, source in find_images(images):
         try:
-            with Image.open(source) as opened:
+            with Image.open(source, formats=image_formats()) as opened:
                 pixels = center(to_rgb(opened), size).permute(1, 2, 0).numpy().tobytes()
         except Exception as error:  # decoders raise anything
             unread += 1
@@ -165,9 +166,20 @@ def find_images(given: Sequence[str]) -> Iterator[tuple[str, Any]]:
         if name == "-":
             yield "-", io.BytesIO(sys.stdin.buffer.read())
         elif path.is_dir():
-            files = [file for file in path.rglob("*") if file.name.lower().endswith(EXTENSIONS)]
-            if not files:
-                raise DataError(name, found="no images in it", valid=", ".join(EXTENSIONS))
-            yield from ((str(file), file) for file in sorted(files, key=lambda file: natural(str(file))))
+            yield from ((str(file), file) for file in _images_in(path, name))
         else:
             yield name, path
+
+
+def _images_in(folder: Path, given: str) -> list[Path]:
+    try:
+        tree = folder_tree(folder)
+    except OSError as error:
+        raise DataError(given, found=str(error), valid="a folder that can be read") from error
+    left_out = counted(tree.left_out)
+    if not tree.files:
+        found = "no images in it" + (f", but {left_out}" if left_out else "")
+        raise DataError(given, found=found, valid=".jpg, .png, .webp and what else PIL reads")
+    if left_out:
+        say(f"in {given}, not read: {left_out}")
+    return [folder / name for name in sorted(tree.files, key=natural)]
