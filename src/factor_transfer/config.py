@@ -260,7 +260,7 @@ class Config(DataConfig):
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], _in("Machine")] = "auto"
     """Where to compute. auto: what Accelerate finds."""
     precision: Annotated[Literal["auto", "fp32", "bf16"], _in("Machine")] = "auto"
-    """fp32, or bf16 autocast. auto: bf16 where the hardware has it."""
+    """fp32 (never TF32), or bf16 autocast. auto: bf16 where the hardware has it."""
     torchcompile: Annotated[bool, _in("Machine")] = False
     """Compile teacher and student with torch.compile, for GPUs. On a CPU it needs g++ and gains nothing."""
     threads: Annotated[int | None, _in("Machine"), Number(gte=1, lte=MOST_THREADS), _NOTHING] = None

@@ -8,7 +8,6 @@ Shapes: B images, C channels, K factor channels, H x W a feature map, N classes.
 from __future__ import annotations
 
 import math
-import resource
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -271,7 +270,6 @@ def _losses(job: Job, pair: Pair, found: Diagnosis) -> Iterator[Finding]:
     task.train()
     seconds = min(_step_seconds(task, batch, job.engine) for _ in range(2))
     steps = -(-len(data.train) // config.batch_size)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     found.tables.append(("losses on one batch", ("", "size", "gradient in the student's map"), [
         (name.replace("_", " "), f"{sizes[name]:.3g}", f"{norms[name]:.3g}") for name in sizes
     ]))  # fmt: skip
@@ -284,7 +282,7 @@ def _losses(job: Job, pair: Pair, found: Diagnosis) -> Iterator[Finding]:
         rows += [("shapes", maps), ("beta", f"{factor.beta:g}: its term is at most {factor.bound:.3g}")]
     each = 2 * sum(math.prod(shape or ()) for shape in objective.outputs.values())
     rows += [
-        ("a pass of the student", f"about {seconds * steps:,.0f} s ({steps:,} steps), {memory:.1f} GB of memory"),
+        ("a pass of the student", f"about {seconds * steps:,.0f} s ({steps:,} steps), {job.engine.memory()}"),
         ("factor cache", f"{each * len(data.train) / 1e9:.2f} GB a view; --views {job.views or 'not in use'}"),
     ]
     found.tables.append(("factor transfer" if config.beta else method_of(vars(config)), ("", "value"), rows))
@@ -311,10 +309,12 @@ def _weights(config: Config, sizes: Mapping[str, float], norms: Mapping[str, flo
 
 def _step_seconds(task: nn.Module, batch: Batch, engine: Engine) -> float:
     task = engine.place(task)
+    engine.settle()
     start = time.perf_counter()
     with engine.autocast():
         loss = task(batch.image.to(engine.device), batch.label.to(engine.device))["loss"]
     loss.backward()
+    engine.settle()
     return time.perf_counter() - start
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
+import resource
 import signal
 import time
 import warnings
@@ -16,7 +17,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import is_initialized as accelerate_has_begun
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
@@ -80,22 +82,24 @@ class Engine:
                 found=f"this machine has no {device} device that torch {torch.__version__} can use",
                 valid=[name for name, there in available.items() if there],
             )
-        on_cpu = device == "cpu" or (device == "auto" and not (available["cuda"] or available["mps"]))
+        kind = _kind(device, cuda=available["cuda"], mps=available["mps"])
         timeout = timedelta(minutes=timeout_minutes)
-        compare_machines("cpu" if on_cpu else "cuda" if available["cuda"] else "mps", timeout)
+        compare_machines(kind, timeout)
         # Precision is ours: neither Accelerate's environment variables nor its settings file may change it.
         self.accelerator = Accelerator(
-            cpu=on_cpu,
+            cpu=PartialState().device.type == "cpu" if accelerate_has_begun() else kind == "cpu",
             mixed_precision="no",
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timeout),
                 DistributedDataParallelKwargs(broadcast_buffers=False),  # `share_buffers` averages them
             ],
         )
-        self.device = self.accelerator.device
+        self.device = _device(kind, self.accelerator)
+        guard()  # on a GPU's machine, too, some gradients are the CPU's
         if self.device.type == "cpu":
             keep_memory()
-            guard()
+        elif self.device.type == "cuda":
+            compute_in_float32()
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         if self.processes > 1:
             atexit.register(_leave_group)
@@ -136,6 +140,13 @@ class Engine:
         """Until all processes are here."""
         self.accelerator.wait_for_everyone()
 
+    def memory(self) -> str:
+        """The most memory that this process has taken so far, and that of its GPU, in words."""
+        taken = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB of memory"
+        if self.device.type == "cuda":
+            taken += f", {torch.cuda.max_memory_allocated(self.device) / 1e9:.1f} GB of the GPU's"
+        return taken
+
     def seed_noise(self, seed: int) -> None:
         """Seed the noise inside layers on this device.
 
@@ -144,6 +155,11 @@ class Engine:
         torch.default_generator.manual_seed(seed)
         if self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(seed)
+
+    def settle(self) -> None:
+        """Until the device has done what it was given: a GPU is behind the program, and clocks measure nothing."""
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of training."""
@@ -306,6 +322,34 @@ def _hosts(local_sizes: list[str | None]) -> int:
     return len(local_sizes) // size if size and len(local_sizes) % size == 0 else 1
 
 
+def _kind(device: str, *, cuda: bool, mps: bool) -> str:
+    """The kind of device that --device means: cpu, cuda or mps; `accelerate launch --cpu` decides for `auto`."""
+    if device != "auto":
+        return device
+    if os.environ.get("ACCELERATE_USE_CPU") == "True":
+        return "cpu"
+    return "cuda" if cuda else "mps" if mps else "cpu"
+
+
+def _device(kind: str, accelerator: Accelerator) -> torch.device:
+    """The device of that kind. Accelerate keeps the one that it began with for the life of a process.
+
+    Raises:
+        ConfigError: it began with another, and other processes count on that.
+    """
+    begun: torch.device = accelerator.device
+    if begun.type == kind:
+        return begun
+    if accelerator.num_processes > 1:
+        raise ConfigError(
+            f"--device {kind}",
+            found=f"{accelerator.num_processes} processes that were started for {begun.type}",
+            valid=f"{begun.type}, or auto",
+            hint="start them anew: torchrun, or accelerate launch, as docs/distributed.md has it",
+        )
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
 def _check_alone() -> None:
     """Accelerate's `--cpu` leaves starting processes to MPI: without it several are asked for and one comes.
 
@@ -340,6 +384,11 @@ def keep_memory() -> None:
         return
     for parameter, value in GLIBC_MALLOC.items():
         mallopt(parameter, value)
+
+
+def compute_in_float32() -> None:
+    """Have CUDA compute float32 as float32: torch leaves TF32, with 10 bits of mantissa, to convolutions."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def _has_bf16(device: torch.device) -> bool:
