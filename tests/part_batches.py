@@ -90,7 +90,7 @@ def trainer(name: str, folder: Path, engine: Engine) -> Trainer:
         if name == "paraphraser"
         else DistillationTask(trained, InputNorm(*HALF), terms, live)
     )
-    config = Config(teacher="", student="", data="digits", batch_size=99, device="cpu", lr=0.05)
+    config = Config(teacher="t", student="s", data="digits", batch_size=99, device="cpu", lr=0.05)
     epochs = 4 if name == "float32" else 2
     views = 1 if name == "cached" else 0
     plan = Plan(

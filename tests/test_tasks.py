@@ -43,7 +43,7 @@ def test_distillation__repeats_the_authors_three_steps(golden: Golden, shared: P
     terms = [Labels(), FactorTransfer(translator, beta=500)]
     task = DistillationTask(Tapped(student, "layer3"), nn.Identity(), terms, teacher_side(teacher, paraphraser))
     task.double().train()
-    config = Config(teacher="", student="", data="digits", sched="constant")
+    config = Config(teacher="t", student="s", data="digits", sched="constant")
     plan = Plan(stage="student", epochs=164, lr=0.1, seed=0)
     optimizer, _ = optimizer_and_schedule(task.get_trainable_module(), plan, config, steps=391)
 

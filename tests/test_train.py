@@ -37,7 +37,7 @@ from processes import Command
 
 
 def config(**changed: Any) -> Config:
-    return Config(**{"teacher": "", "student": "", "data": "digits", "device": "cpu", **changed})
+    return Config(**{"teacher": "t", "student": "s", "data": "digits", "device": "cpu", **changed})
 
 
 @pytest.fixture(scope="module")
