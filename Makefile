@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo compare compare-at-weight compare-ablation compare-cifar10 compare-cifar10-50k compare-cifar10-why compare-cifar10-layers compare-cifar10-two test test-slow test-all fuzz lint types contracts docs check clean
+.PHONY: demo compare compare-at-weight compare-ablation compare-cifar10 compare-cifar10-50k compare-cifar10-why compare-cifar10-layers compare-cifar10-two test test-slow test-all test-avx2 fuzz lint types contracts docs check clean
 
 demo: .venv/installed  ## the whole job on the built-in digits, in about half a minute
 	$(BIN)/factor-transfer demo
@@ -58,8 +58,9 @@ compare-cifar10-two: .venv/installed  ## ft of compare-cifar10, with factors of 
 	$(REAL) --train-images 10000 --methods ft --epochs 20 --seeds 3 $(TWO) --out runs/cifar10-10k-two
 	$(call keep,cifar10-10k-two)
 
-# A module's tests stay in one process, which shares what they made once; tests compute with one thread each.
-PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope
+# A module's tests stay in one process, which shares what they made once; tests compute with one thread each. No worker
+# that died is replaced: tests/conftest.py ends the suite.
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope --max-worker-restart 0
 test: .venv/installed-dev  ## the tests that take seconds each
 	$(PYTEST) -m "not slow"
 
@@ -67,6 +68,9 @@ test-slow: .venv/installed-dev  ## the others
 	$(PYTEST) -m slow
 
 test-all: test test-slow
+
+test-avx2: .venv/installed-dev  ## `make test` with the kernels that CPUs without AVX-512 get
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m "not slow"
 
 FUZZ ?= 3600
 fuzz: .venv/installed-dev  ## thousands of odd inputs for each test of test_fuzz.py; leaves results/fuzz.json

@@ -26,6 +26,12 @@ guard()  # tests train without an `Engine`, too
 torch.set_num_threads(1)  # the networks here are so small that a second thread costs more than it gives
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem: str) -> None:
+    """End the suite at once where a worker died, of a memory fault for instance."""
+    pytest.exit(f"a worker died while running {crashitem}", returncode=1)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _heeds_interrupts() -> None:
     """What tests start heeds SIGINT, which background jobs of a script, and so their children, ignore."""
