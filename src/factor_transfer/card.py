@@ -10,18 +10,18 @@ import yaml
 
 from factor_transfer.files import write_atomic
 from factor_transfer.finished import ROLES
-from factor_transfer.page import rendered, repeat_command
+from factor_transfer.page import rendered, repeat_command, scored
 from factor_transfer.report import label
 
 USE = """import numpy as np, onnxruntime
 
 session = onnxruntime.InferenceSession("student.onnx")
-logits = session.run(None, {"images": images})[0]  # images: float32 (B, 3, S, S), as above"""
+outputs = session.run(None, {"images": images})[0]  # images: float32 (B, 3, S, S), as above"""
 
 TORCH_USE = """import torch
 
 student = torch.export.load("student.pt2").module()
-logits = student(images)  # images: float32 (B, 3, S, S), as above"""
+outputs = student(images)  # images: float32 (B, 3, S, S), as above"""
 
 TIMM_USE = """import timm
 %s
@@ -45,16 +45,20 @@ def write_card(path: Path, summary: Mapping[str, Any], exports: Mapping[str, Any
     forms = {row["format"] for row in exports["formats"]}
     student = summary["student"]
     zoo = student["model_args"].get("architecture", "").startswith("cifar_")
+    classes, settings = summary["data"]["classes"], summary["settings"]
+    head = bool(settings.get("label_weight", 1.0) or settings.get("kd_weight"))
+    networks = [{**summary[role], "label": label(summary, role)} for role in ROLES if role in summary]
     values = {
         **summary,
-        "networks": [{**summary[role], "label": label(summary, role)} for role in ROLES if role in summary],
-        "exports": exports,
+        "networks": [network for network in networks if "top1" in network],
+        "head": head,
+        "exports": scored(exports),
         "by": METHOD if summary.get("method", "Factor Transfer") == "Factor Transfer" else summary["method"],
-        "classes": ", ".join(f"{place} {name}" for place, name in enumerate(summary["data"]["classes"])),
+        "classes": ", ".join(f"{place} {name}" for place, name in enumerate(classes)),
         "use": USE if "onnx" in forms else TORCH_USE,
         "timm_use": TIMM_USE % (ZOO if zoo else "") if "timm" in forms else None,
-        "command": repeat_command(summary["settings"]),
-        "front": yaml.safe_dump(_front(summary, said), sort_keys=False, allow_unicode=True),
+        "command": repeat_command(settings),
+        "front": yaml.safe_dump(_front(summary, said, head=head), sort_keys=False, allow_unicode=True),
         **{name: said.get(name) for name in ("license", "data_license", "teacher_license", "intended")},
     }
     text = rendered("card.md.jinja", values)
@@ -63,25 +67,21 @@ def write_card(path: Path, summary: Mapping[str, Any], exports: Mapping[str, Any
         write_atomic(path.parent / "timm" / "README.md", text.replace('"local-dir:timm"', '"local-dir:FOLDER"'))
 
 
-def _front(summary: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+def _front(summary: Mapping[str, Any], said: Mapping[str, Any], *, head: bool) -> dict[str, Any]:
     """What the hub reads."""
-    measured = {"type": "accuracy", "name": "top-1, %", "value": round(summary["student"]["top1"], 4)}
-    name = Path(summary["data"]["name"]).name
+    task = "image-classification" if head else "image-feature-extraction"
     front: dict[str, Any] = {
         "library_name": "timm",
-        "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "knowledge-distillation", "factor-transfer"],
-        "model-index": [
-            {
-                "name": summary["student"]["name"],
-                "results": [
-                    {
-                        "task": {"type": "image-classification"},
-                        "dataset": {"name": name, "type": name, "split": "validation"},
-                        "metrics": [measured],
-                    }
-                ],
-            }
-        ],
+        "pipeline_tag": task,
+        "tags": [task, "knowledge-distillation", "factor-transfer"],
     }
+    if "top1" in summary["student"]:
+        name = Path(summary["data"]["name"]).name
+        measured = {"type": "accuracy", "name": "top-1, %", "value": round(summary["student"]["top1"], 4)}
+        found = {
+            "task": {"type": task},
+            "dataset": {"name": name, "type": name, "split": "validation"},
+            "metrics": [measured],
+        }
+        front["model-index"] = [{"name": summary["student"]["name"], "results": [found]}]
     return front | ({"license": said["license"]} if said.get("license") else {})

@@ -184,7 +184,7 @@ def evaluate(
     given = [f"{flag(name)} {value}" for name, value in where.items() if value is not None]
     if given and not data:
         raise ConfigError(given[0], found="no --data, which it would belong to", hint="give --data, or leave it out")
-    images = replace(saved, data=data, **cast(dict[str, Any], where)) if data else None
+    images = replace(saved, data=data, label_weight=1.0, **cast(dict[str, Any], where)) if data else None
     found = evaluate_run(run, images, device)
     if as_json:
         print(json.dumps(found))  # noqa: T201 (the command's output)
@@ -262,7 +262,7 @@ def export(
     intended
         What the student is meant for, for the model card.
     """
-    from factor_transfer.page import write_report
+    from factor_transfer.page import scored, write_report
     from factor_transfer.report import show_exports
     from factor_transfer.shipping import Choices, export_run
 
@@ -270,7 +270,7 @@ def export(
     said = {"license": license, "data_license": data_license, "teacher_license": teacher_license, "intended": intended}
     wanted = [name.strip() for name in formats.split(",") if name.strip()]
     choices = Choices(formats=wanted, out=out, images=images, int8_loss=int8_loss, latency=latency, **said)
-    show_exports(out or run / "export", export_run(run, choices))
+    show_exports(out or run / "export", scored(export_run(run, choices)))
     if out is None:
         write_report(run)  # with what has been measured
 

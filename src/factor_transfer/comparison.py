@@ -68,23 +68,24 @@ def comparison_values(folders: Sequence[Path]) -> dict[str, Any]:
     rows, points = [], []
     for place, (name, summary) in enumerate(zip(names, summaries, strict=True)):
         student, alone = summary["student"], summary.get("baseline", {}).get("top1")
+        top1 = student.get("top1")  # None: without labels, or without a head, nothing is measured
         rows.append(
             {
                 "name": name,
                 "kind": f"c{place % MARKS}",
                 "values": [_shown(settings[place].get(key)) for key in differing],
-                "teacher": summary["teacher"]["top1"],
+                "teacher": summary["teacher"].get("top1"),
                 "alone": alone,
-                "student": student["top1"],
-                "gain": None if alone is None else student["top1"] - alone,
+                "student": top1,
+                "gain": None if alone is None or top1 is None else top1 - alone,
                 "parameters": student["parameters"],
                 "megabytes": student["size_bytes"] / 1e6,
                 "latency": student["latency_ms"],
                 "minutes": sum(summary["seconds"].values()) / 60,
             }
         )
-        tip = f"{name}: {student['top1']:.2f} %"
-        points.append((name, f"student c{place % MARKS}", student, tip))
+        if top1 is not None:
+            points.append((name, f"student c{place % MARKS}", student, f"{name}: {top1:.2f} %"))
     time_points = [Point(n, k, s["latency_ms"], s["top1"], f"{t}, {s['latency_ms']:.2f} ms") for n, k, s, t in points]
     size_points = [
         Point(n, k, s["size_bytes"] / 1e6, s["top1"], f"{t}, {s['size_bytes'] / 1e6:.2f} MB") for n, k, s, t in points
@@ -92,11 +93,15 @@ def comparison_values(folders: Sequence[Path]) -> dict[str, Any]:
     curves = {}
     for place, (name, folder) in enumerate(zip(names, folders, strict=True)):
         values = [row.get("validation_top1") for row in Run(folder).metrics("student")]
-        if values:
+        if any(value is not None for value in values):
             curves[name] = (f"c{place % MARKS}", values)
     plots = [
-        scatter("Accuracy against latency", time_points, "one image, ms (torch)", "top-1, %"),
-        scatter("Accuracy against size", size_points, "weights, MB", "top-1, %"),
+        scatter(f"Accuracy against {what}", found, unit, "top-1, %")
+        for what, found, unit in (
+            ("latency", time_points, "one image, ms (torch)"),
+            ("size", size_points, "weights, MB"),
+        )
+        if found
     ]
     if curves:
         plots.append(lines("Validation top-1 of the students", curves, "top-1, %", digits=4, from_zero=False))
@@ -123,9 +128,10 @@ def _groups(summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for members in found.values():
         if len(members) < 2:
             continue
-        student = [each["student"]["top1"] for each in members]
-        alone = [each["baseline"]["top1"] for each in members if "baseline" in each]
-        gains = [each["student"]["top1"] - each["baseline"]["top1"] for each in members if "baseline" in each]
+        student = [each["student"]["top1"] for each in members if "top1" in each["student"]]
+        both = [each for each in members if "top1" in each["student"] and "top1" in each.get("baseline", {})]
+        alone = [each["baseline"]["top1"] for each in both]
+        gains = [each["student"]["top1"] - each["baseline"]["top1"] for each in both]
         groups.append(
             {
                 "name": f"{members[0]['teacher']['name']} to {members[0]['student']['name']}, "

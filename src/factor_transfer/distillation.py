@@ -16,7 +16,7 @@ from factor_transfer.doctor import quick
 from factor_transfer.engine import Engine
 from factor_transfer.errors import ConfigError, RunError, listed, near
 from factor_transfer.evaluation import evaluate
-from factor_transfer.finished import ROLES, open_images, rebuild
+from factor_transfer.finished import ROLES, answers, open_images, rebuild
 from factor_transfer.page import write_report
 from factor_transfer.pairs import Modules
 from factor_transfer.result import finish
@@ -141,10 +141,6 @@ def _work(job: Job) -> None:
 
 def _report(folder: Path, modules: Modules, engine: Engine) -> None:
     """A report that cannot be made loses no run: it can be made later."""
-    summary = saved_summary(folder)
-    if not all("top1" in summary[role] for role in ("teacher", "student")):
-        say("no report.html: it shows top-1 of teacher and student, which were not both measured")
-        return
     try:
         write_report(folder, modules, engine)
     except Exception as error:  # foreign code in a forward pass, a full disk
@@ -160,14 +156,14 @@ def evaluate_run(folder: Path, data: DataConfig | None = None, device: str = "au
         device: auto, cpu, cuda or mps.
 
     Raises:
-        RunError: there is no finished run in `folder`, or its weights are not those that it measured.
+        RunError: there is no finished run in `folder`, its weights are not those that it measured, or none has a head.
         DataError: the images are missing or unreadable.
         ConfigError: there are classes that the run does not know.
     """
     config, summary = saved_config(folder), saved_summary(folder)
     shown = data or config
     images = open_images(shown, summary, others=data is not None)
-    if not (images.labelled and images.classes):
+    if not images.labelled:
         raise ConfigError(
             f"--data {images.name}",
             found="images without labels, on which nothing can be measured",
@@ -179,13 +175,12 @@ def evaluate_run(folder: Path, data: DataConfig | None = None, device: str = "au
     engine = Engine(device, config.precision, config.threads)
     found = {}
     for role in ROLES:
-        if role in summary and (role == "teacher" or config.label_weight or config.kd_weight):
-            network = rebuild(folder, role)
-            if role == "teacher" and not (network.knows_classes or config.teacher_epochs):
-                continue
+        if role in summary and answers(config, role, network := rebuild(folder, role)):
             found[role] = evaluate(
                 network.classifier, images.validation, engine, batch_size=config.batch_size, precise=True
             )
+    if not found:
+        raise RunError(str(folder), found="no network with a trained head: they give features", valid="a run with one")
     return found
 
 

@@ -20,15 +20,16 @@ from factor_transfer.engine import Engine
 from factor_transfer.errors import FactorTransferError
 from factor_transfer.features import Tapped, align, feature_shape
 from factor_transfer.files import read_json, write_json
-from factor_transfer.finished import ROLES, open_images, rebuild
+from factor_transfer.finished import ROLES, answers, open_images, rebuild
 from factor_transfer.method import Paraphraser, Translator, normalize_factor
 from factor_transfer.models import Network
 from factor_transfer.pairs import Modules
 from factor_transfer.pictures import photograph, png, strongest, tiles
 from factor_transfer.runs import saved_config, saved_summary
+from factor_transfer.splits import Batch
 from factor_transfer.weights import load_paraphraser, load_weights
 
-VERSION = 1
+VERSION = 2
 """Raise it when findings change; those of another version are made again."""
 
 EXAMPLES, CHANNELS, DISAGREEMENTS = 6, 8, 24
@@ -40,6 +41,8 @@ class Nets:
     """What could be read back of a run, and why the rest could not."""
 
     networks: dict[str, Network] = field(default_factory=dict)
+    answering: list[str] = field(default_factory=list)
+    """Those with a trained head; the others give features."""
     tapped: dict[str, Tapped] = field(default_factory=dict)
     size: tuple[int, int] = (1, 1)
     paraphraser: Paraphraser | None = None
@@ -94,6 +97,7 @@ def _read_back(folder: Path, config: Config, summary: Mapping[str, Any], modules
             nets.missing[role] = str(error)
             continue
         nets.networks[role] = network
+        nets.answering += [role] if answers(config, role, network) else []
         nets.tapped[role] = Tapped(network.module.eval(), summary[role]["layer"])
         shapes[role] = feature_shape(nets.tapped[role], example)
     if not {"teacher", "student"} <= shapes.keys():
@@ -131,24 +135,26 @@ def _look(nets: Nets, images: Dataset, engine: Engine, batch_size: int) -> dict[
     for part in parts:
         engine.place(part).eval()
     labels = images.validation.labels
-    answers: dict[str, list[Tensor]] = {role: [] for role in nets.networks}
+    given: dict[str, list[Tensor]] = {role: [] for role in nets.answering}
     sums: dict[str, Tensor] = {}
     cosines: list[Tensor] = []
     for chunk in np.array_split(np.arange(len(labels)), -(-len(labels) // batch_size)):
         logits, maps = _forward(nets, images, chunk, engine)
-        for role, values in logits.items():
-            answers[role].append(torch.stack([*values.softmax(1).max(1)]))
+        for role, values in given.items():
+            values.append(torch.stack([*logits[role].softmax(1).max(1)]))
         for name, value in _reconstruction_sums(maps).items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value
         if "student_factor" in maps:
             cosines.append(_cosine(maps))
-    joined = {role: torch.cat(values, 1).numpy() for role, values in answers.items()}
+    joined = {role: torch.cat(values, 1).numpy() for role, values in given.items()}
     sure = {role: values[0] for role, values in joined.items()}
     said = {role: values[1].astype(np.int64) for role, values in joined.items()}
-    found = {"images": len(labels), **_accuracy(said, labels, len(images.classes))}
+    found: dict[str, Any] = {"images": len(labels)}
+    if images.labelled:
+        found |= _accuracy(said, labels, len(images.classes))
     if {"teacher", "student"} <= said.keys():
         found["disagreements"] = _disagreements(said, sure, images)
-    chosen = _examples(labels)
+    chosen = _examples(labels) if images.labelled else np.arange(min(EXAMPLES, len(labels)))
     _, maps = _forward(nets, images, chosen, engine)
     if sums:
         found["reconstruction"] = {
@@ -157,8 +163,10 @@ def _look(nets: Nets, images: Dataset, engine: Engine, batch_size: int) -> dict[
         }
     if cosines:
         every = torch.cat(cosines).numpy()
-        by_class = [every[labels == place] for place in range(len(images.classes))]
-        found["similarity"] = [round(float(part.mean()), 4) if len(part) else None for part in by_class]
+        found["cosine"] = round(float(every.mean()), 4)
+        if images.labelled:
+            by_class = [every[labels == place] for place in range(len(images.classes))]
+            found["similarity"] = [round(float(part.mean()), 4) if len(part) else None for part in by_class]
     found["examples"] = _pictures(maps, chosen, images)
     return found
 
@@ -227,9 +235,9 @@ def _disagreements(said: Mapping[str, np.ndarray], sure: Mapping[str, np.ndarray
     if len(chosen):
         (batch,) = images.validation.batches([chosen], view=None)
         for place, index in enumerate(chosen.tolist()):
-            answers = {role: [int(said[role][index]), round(float(sure[role][index]), 3)] for role in said}
+            each = {role: [int(said[role][index]), round(float(sure[role][index]), 3)] for role in said}
             picture = photograph(batch.image[place].permute(1, 2, 0).numpy())
-            shown.append({"picture": picture, "label": int(batch.label[place]), "index": index, **answers})
+            shown.append({"picture": picture, "label": _label(batch, place, images), "index": index, **each})
     return {"count": len(differ), "shown": shown}
 
 
@@ -244,8 +252,9 @@ def _pictures(maps: Mapping[str, Tensor], chosen: np.ndarray, images: Dataset) -
     """For each example: the image, and strips of its strongest channels."""
     (batch,) = images.validation.batches([chosen], view=None)
     found = []
-    for place, label in enumerate(batch.label.tolist()):
-        example: dict[str, Any] = {"label": label, "picture": photograph(batch.image[place].permute(1, 2, 0).numpy())}
+    for place, index in enumerate(chosen.tolist()):
+        picture = photograph(batch.image[place].permute(1, 2, 0).numpy())
+        example: dict[str, Any] = {"label": _label(batch, place, images), "index": index, "picture": picture}
         if "reconstruction" in maps:
             example |= _pair(maps["teacher"][place], maps["reconstruction"][place], "teacher", "reconstruction")
         if "student_factor" in maps:
@@ -257,6 +266,10 @@ def _pictures(maps: Mapping[str, Tensor], chosen: np.ndarray, images: Dataset) -
             example["cosine"] = round(float((ours * theirs).sum()), 4)
         found.append(example)
     return found
+
+
+def _label(batch: Batch, place: int, images: Dataset) -> int | None:
+    return int(batch.label[place]) if images.labelled else None
 
 
 def _pair(one: Tensor, other: Tensor, *names: str) -> dict[str, str]:

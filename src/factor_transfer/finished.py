@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from factor_transfer.config import DataConfig, part_of
+from factor_transfer.config import Config, DataConfig, part_of
 from factor_transfer.data import Dataset, open_data
 from factor_transfer.errors import ConfigError, RunError
 from factor_transfer.files import state_fingerprint
@@ -66,6 +66,19 @@ def rebuild(folder: Path, role: str, module: nn.Module | None = None) -> Network
             hint="put the file of weights back, or distil again with another --out",
         )
     return network
+
+
+def answers(config: Config, role: str, network: Network) -> bool:
+    """Whether a network of a run has a head that was trained to tell the classes apart.
+
+    Args:
+        config: the run's settings.
+        role: which network.
+        network: itself.
+    """
+    if role == "teacher":
+        return network.knows_classes or bool(config.teacher_epochs)
+    return bool(config.label_weight or config.kd_weight)
 
 
 def open_images(shown: DataConfig, summary: dict[str, Any], others: bool = False) -> Dataset:

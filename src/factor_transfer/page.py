@@ -61,11 +61,20 @@ def report_values(folder: Path, found: Mapping[str, Any]) -> dict[str, Any]:
     exports = saved_exports(folder, summary)
     roles = [role for role in ROLES if role in summary]
     networks = [
-        {**summary[role], "label": label(summary, role), "short": SHORT[role], "kind": KINDS[role]} for role in roles
+        {
+            "top1": None,
+            "loss": None,
+            **summary[role],
+            "label": label(summary, role),
+            "short": SHORT[role],
+            "kind": KINDS[role],
+        }
+        for role in roles
     ]
     classes, method = summary["data"]["classes"], summary.get("method", "Factor Transfer")
     intervals = _intervals(summary, found)
-    per_class = _per_class(classes, roles, found)
+    answering = [role for role in roles if role in found.get("right", {})]
+    per_class = _per_class(classes, answering, found)
     return {
         "title": f"{summary['teacher']['name']} to {summary['student']['name']}: {method}",
         "method": method,
@@ -82,11 +91,12 @@ def report_values(folder: Path, found: Mapping[str, Any]) -> dict[str, Any]:
         "trained": [(stage, summary["seconds"][stage]) for stage in STAGES if summary["seconds"].get(stage, 0) >= 0.5],
         "reconstruction": _reconstruction(found.get("reconstruction")),
         "examples": found.get("examples", []),
-        "similarity": _mean_similarity(found),
+        "cosine": found.get("cosine"),
+        "similarity": found.get("similarity"),
         "classes": classes,
         "per_class": per_class,
+        "answering": [network for role, network in zip(roles, networks, strict=True) if role in answering],
         "class_low": _lowest(per_class),
-        "has_baseline": "baseline" in summary,
         "disagreements": found.get("disagreements"),
         "only": found.get("only", {}),
         "images": found.get("images"),
@@ -103,7 +113,18 @@ def saved_exports(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any] | 
     found: dict[str, Any] | None = read_json(path) if path.exists() else None
     if found is None or found.get("student") != summary["student"].get("fingerprint", found.get("student")):
         return None
-    return found
+    return scored(found)
+
+
+def scored(exports: Mapping[str, Any]) -> dict[str, Any]:
+    """`exports.json`, each row with its `score` in percent (None: the same weights) and the `measure` named.
+
+    It is top-1; without labels it is how far the file agrees with the trained student. Early versions had top-1 alone.
+    """
+    rows = [
+        {**row, "score": row["top1"] if row["top1"] is not None else row.get("agreement")} for row in exports["formats"]
+    ]
+    return {"measure": "top-1", **exports, "formats": rows}
 
 
 def repeat_command(settings: Mapping[str, Any], command: str = "distill", kind: type[Config] = Config) -> str:
@@ -136,19 +157,26 @@ def repeat_command(settings: Mapping[str, Any], command: str = "distill", kind: 
 
 def _tiles(summary: Mapping[str, Any], intervals: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     teacher, student = summary["teacher"], summary["student"]
-    kept = f"of the teacher's accuracy kept: {student['top1']:.2f} of {teacher['top1']:.2f} % top-1"
+    tiles = []
+    if _measured(summary, "teacher", "student"):
+        kept = f"of the teacher's accuracy kept: {student['top1']:.2f} of {teacher['top1']:.2f} % top-1"
+        tiles.append({"value": f"{100 * student['top1'] / teacher['top1']:.1f} %", "text": kept})
     size = f"{student['size_bytes'] / 1e6:.2f} MB of weights, {teacher['size_bytes'] / 1e6:.2f} MB before"
     speed = f"{student['latency_ms']:.2f} ms for one image on this CPU, {teacher['latency_ms']:.2f} ms before"
-    tiles = [
-        {"value": f"{100 * student['top1'] / teacher['top1']:.1f} %", "text": kept},
+    tiles += [
         {"value": _times(teacher["size_bytes"] / student["size_bytes"], "smaller", "larger"), "text": size},
         {"value": _times(teacher["latency_ms"] / student["latency_ms"], "faster", "slower"), "text": speed},
     ]
-    if "baseline" in summary:
+    if _measured(summary, "baseline", "student"):
         gain = student["top1"] - summary["baseline"]["top1"]
         sure = next((f" ({row['low']:+.2f} to {row['high']:+.2f})" for row in intervals if "alone" in row["label"]), "")
         tiles.append({"value": f"{gain:+.2f} points", "text": f"against the same student trained alone{sure}"})
     return tiles
+
+
+def _measured(summary: Mapping[str, Any], *roles: str) -> bool:
+    """Whether top-1 of these networks is known: not without labels, nor of a network without a head."""
+    return all("top1" in summary.get(role, {}) for role in roles)
 
 
 def _times(ratio: float, more: str, less: str) -> str:
@@ -158,6 +186,9 @@ def _times(ratio: float, more: str, less: str) -> str:
 def _trade_offs(summary: Mapping[str, Any], roles: Sequence[str], exports: Mapping[str, Any] | None) -> list[Markup]:
     """Accuracy against latency, and against size; int8 beside the others where it was measured in one runtime."""
     by_time, by_size = [], []
+    roles = [role for role in roles if _measured(summary, role)]
+    if not roles:
+        return []
     for role in roles:
         there, short = summary[role], SHORT[role]
         tip = f"{label(summary, role)}: {there['top1']:.2f} %"
@@ -166,7 +197,7 @@ def _trade_offs(summary: Mapping[str, Any], roles: Sequence[str], exports: Mappi
         by_size.append(Point(short, KINDS[role], size, there["top1"], f"{tip}, {size:.2f} MB"))
     int8 = next((row for row in (exports or {}).get("formats", []) if row["format"] == "onnx-int8"), None)
     unit = "one image, ms (torch)"
-    if int8 is not None and exports is not None:
+    if int8 is not None and exports is not None and int8["top1"] is not None:
         size, tip = int8["bytes"] / 1e6, f"student in int8: {int8['top1']:.2f} %"
         by_size.append(Point("int8", "int8", size, int8["top1"], f"{tip}, {size:.2f} MB"))
         timed = {
@@ -209,15 +240,19 @@ def _curves(run: Run, summary: Mapping[str, Any]) -> list[Markup]:
         return [row.get(name) for row in rows[stage]]
 
     shown = {
-        SHORT[role]: (KINDS[role], column(role, "validation_top1")) for role in ("student", "baseline") if rows[role]
+        SHORT[role]: (KINDS[role], column(role, "validation_top1"))
+        for role in ("student", "baseline")
+        if any("validation_top1" in row for row in rows[role])
     }
     if shown:
-        level = ("teacher", "teacher", summary["teacher"]["top1"])
+        level = ("teacher", "teacher", summary["teacher"]["top1"]) if _measured(summary, "teacher") else None
         found.append(lines("Validation top-1", shown, "top-1, %", level=level, digits=4, from_zero=False))
     for stage, kind in (("student", "student"), ("baseline", "alone"), ("teacher", "teacher")):
         if rows[stage]:
             others = [name for name in OTHERS if name in rows[stage][-1]]
             named = {"cross_entropy": kind} | dict.fromkeys(others[:1], f"{kind} second")
+            if not named.keys() & rows[stage][-1].keys():  # a term of the user's own alone
+                named = {"loss": kind}
             terms = {
                 name.replace("_", " "): (style, column(stage, name))
                 for name, style in named.items()
@@ -254,16 +289,9 @@ def _reconstruction(found: Mapping[str, Any] | None) -> list[Markup]:
     ]
 
 
-def _mean_similarity(found: Mapping[str, Any]) -> dict[str, float] | None:
-    if "similarity" not in found:
-        return None
-    weighted = [(value, n) for value, n in zip(found["similarity"], found["count"], strict=True) if value is not None]
-    return {"mean": sum(value * n for value, n in weighted) / sum(n for _, n in weighted)}
-
-
 def _per_class(classes: Sequence[str], roles: Sequence[str], found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Accuracy of each class and role, sorted by what the student lost."""
-    if "right" not in found or not set(roles) <= found["right"].keys():
+    """Accuracy of each class and role, sorted by what the student lost, or by what it knows where that is not known."""
+    if not roles:
         return []
     rows: list[dict[str, Any]] = []
     for place, (name, images) in enumerate(zip(classes, found["count"], strict=True)):
@@ -272,9 +300,10 @@ def _per_class(classes: Sequence[str], roles: Sequence[str], found: Mapping[str,
         at = {role: 100 * found["right"][role][place] / images for role in roles}
         similarity = found.get("similarity")
         row = {"name": name, "images": images, "accuracy": list(at.values()), "at": at}
-        row |= {"lost": at["student"] - at["teacher"], "gained": at["student"] - at.get("baseline", 0.0)}
+        for gap, other in (("lost", "teacher"), ("gained", "baseline")):
+            row[gap] = at["student"] - at[other] if {"student", other} <= at.keys() else None
         rows.append({**row, "similarity": similarity[place] if similarity else None})
-    rows.sort(key=lambda row: (row["lost"], row["name"]))
+    rows.sort(key=lambda row: (row["accuracy"][-1] if row["lost"] is None else row["lost"], row["name"]))
     low = _lowest(rows)
     for row in rows:
         row["plot"] = dumbbell([(KINDS[role], value) for role, value in row["at"].items()], low)

@@ -115,6 +115,13 @@ def open_student(given: Path, threads: int | None = None) -> Runtime:
     except Exception as error:  # whatever a library raises on a foreign or damaged file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunError(str(path), found=f"no exported student: {reason}", hint="export the run again") from error
+    if runtime.metadata.get("classes") == []:
+        raise RunError(
+            str(path),
+            found="a student without a head: it gives features and names no classes",
+            valid="a student that was trained with labels, or with --kd-weight and --class-map",
+            hint="read its features through onnxruntime or torch, as the README.md beside it shows",
+        )
     if not runtime.metadata.keys() >= {"img_size", "mean", "std"} or not runtime.metadata.get("classes"):
         raise RunError(
             str(path),

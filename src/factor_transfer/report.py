@@ -96,20 +96,22 @@ def show_suggestions(found: Sequence[Any], size: int) -> None:
 
 
 def show_exports(folder: Path, found: Mapping[str, Any]) -> None:
-    """Print what `export` wrote and measured."""
+    """Print what `export` wrote and measured, as `page.scored` gives it."""
     rows = [
         (
             row["file"],
             row["needs"],
             f"{row['bytes'] / 1e6:.2f}",
-            "the weights" if row["top1"] is None else f"{row['top1']:.2f}",
+            "the weights" if row["score"] is None else f"{row['score']:.2f}",
             "0" if row["max_difference"] is None else f"{row['max_difference']:.1e}",
         )
         for row in found["formats"]
     ]
-    student = f"the trained student, {found['reference_top1']:.2f} % on {found['images']:,} images"
+    right = "" if found["reference_top1"] is None else f", {found['reference_top1']:.2f} %"
+    student = f"the trained student{right} on {found['images']:,} images"
     title = f"{folder}: against {student}; the largest difference of a logit"
-    table(title, ("file", "needs", "MB", "top-1 %", "difference"), rows)
+    measure = "top-1 %" if right else "the same, %"
+    table(title, ("file", "needs", "MB", measure, "difference"), rows)
     timed = [
         (f"{row['network']}, {row['format']}", str(row["threads"]), str(row["batch"]), *_milliseconds(row))
         for row in found["latency"]
