@@ -34,7 +34,7 @@ from factor_transfer.tasks import DistillationTask, ParaphraserTask, TeacherSide
 from factor_transfer.terms import FactorTransfer, Labels, Term
 from factor_transfer.train import Trainer
 
-NAMES = ("student", "compiled", "cached", "paraphraser", "batch_norm", "float32", "skips", "stops")
+NAMES = ("student", "compiled", "cached", "paraphraser", "no_labels", "batch_norm", "float32", "skips", "stops")
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
@@ -80,6 +80,8 @@ def trainer(name: str, folder: Path, engine: Engine) -> Trainer:
     if name == "cached":
         live = CachedTeacher(live, FactorCache(folder / "cache", {}, {"factor": (4, 4, 4)}, len(data.train), 1))
     terms: list[Term] = [Labels(), FactorTransfer(translator, 20.0)]
+    if name == "no_labels":
+        terms = [FactorTransfer(translator, 20.0)]
     if name in {"skips", "stops"}:
         terms = [Labels(), Faulty(engine, always=name == "stops")]
     trained = Tapped(student, "map")

@@ -119,3 +119,5 @@ def test_acting_on__says_what_runs_share() -> None:
     assert {"seed", "beta", "kd_weight"} <= acting_on(Config, "student") - acting_on(Config, "paraphraser")
     assert {"data", "workers"} <= free(Config) - acting_on(Config, "student")
     assert checks.named(Config) == {"data", "data_dir"}
+    assert checks.of_a_machine(Config) < free(Config)
+    assert "max_skipped" not in checks.of_a_machine(Config), "each process stops by it"

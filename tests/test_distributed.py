@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,11 +24,13 @@ from safetensors.torch import load_file
 from factor_transfer.engine import Engine
 from factor_transfer.errors import ConfigError
 from factor_transfer.files import read_json, state_fingerprint
+from factor_transfer.models import load_network
 from factor_transfer.runs import Run
 from factor_transfer.train import training_chunks
 from factor_transfer.views import permutation
 
 HERE = Path(__file__).parent
+SMALL: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 4, 8)}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 spec = importlib.util.spec_from_file_location("part_batches", HERE / "part_batches.py")
 assert spec is not None
@@ -66,7 +69,7 @@ def distance(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> floa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["student", "compiled", "cached", "paraphraser"])
+@pytest.mark.parametrize("name", ["student", "compiled", "cached", "paraphraser", "no_labels"])
 def test_two_processes__give_the_loss_and_gradients_of_one(
     name: str, two: Path, tmp_path: Path, engine: Engine
 ) -> None:
@@ -77,7 +80,7 @@ def test_two_processes__give_the_loss_and_gradients_of_one(
     assert float((one["gradients"] - other["gradients"]).abs().max()) < 1e-10
     assert distance(one["weights"], other["weights"]) < 1e-10
     assert one["compiled"] + other["compiled"] == 3 * [name == "compiled"]
-    assert bool(one["average"]) is (name != "paraphraser")
+    assert bool(one["average"]) is (name not in {"paraphraser", "no_labels"})
     assert distance(one["average"], other["average"]) < 1e-10
     assert float(one["gradients"].abs().max()) > 1e-3, "there is something to compare"
 
@@ -147,6 +150,83 @@ def test_two_processes__decide_alike_on_what_one_of_them_met(two: Path) -> None:
 def test_sync_bn__is_refused_on_the_cpu_with_the_reason() -> None:
     with pytest.raises(ConfigError, match="(?s)--sync-bn.*on GPUs only.*its own part"):
         Engine("cpu", sync_bn=True)
+
+
+ALONE = """
+import sys, time
+from pathlib import Path
+import timm, torch
+import factor_transfer.zoo
+from factor_transfer import distillation
+from factor_transfer.distillation import distill
+
+small, limit = {"layers": (1, 1, 1), "channels": (4, 4, 8)}, 0.2
+real = distillation.write_report
+
+def slow(*arguments):
+    time.sleep(1.4 * 60 * limit)
+    return real(*arguments)
+
+distillation.write_report = slow
+torch.manual_seed(0)
+teacher = timm.create_model("cifar_resnet20", **small, num_classes=0)
+found = distill(teacher, "cifar_resnet20", sys.argv[1], student_args=small, label_weight=0.0, epochs=2, device="cpu",
+                paraphraser_epochs=1, batch_size=12, lr=0.05, weight_decay=0.1, out="run", timeout_minutes=limit,
+                workers=0, class_map="classes.txt", precision="fp32")
+Path(f"returned-{sys.argv[2]}-" + __import__("os").environ.get("RANK", "0")).touch()
+"""
+"""Two passes without labels, and a report that takes longer than a process waits for another."""
+
+
+def test_torchrun__without_labels_and_with_a_report_longer_than_the_timeout(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "alone.py").write_text(ALONE)
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for place, path in enumerate(sorted((images / "train").rglob("*.png"))):
+        shutil.copy(path, flat / f"{place}.png")
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "alone.py", str(flat), "two"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=BOUND, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.glob("returned-*")} == {"returned-two-0", "returned-two-1"}
+    assert (tmp_path / "run" / "report.html").exists()
+    state = load_file(tmp_path / "run" / "student.safetensors")
+    first = load_network("cifar_resnet20", role="student", num_classes=2, img_size=16, args=SMALL)
+    for name in ("linear.weight", "linear.bias"):  # decayed by nothing, since no gradient came
+        assert torch.equal(state[name], first.module.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"), [("raise ValueError", "process 1 failed"), ("os._exit(3)", "no sign of life")]
+)
+def test_unhurried__a_process_that_fails_or_dies_is_told_of(tmp_path: Path, ends: str, said: str) -> None:
+    (tmp_path / "turn.py").write_text(
+        "import os, sys\nfrom datetime import timedelta\nimport torch.distributed as dist\n"
+        "from factor_transfer.waiting import unhurried\n"
+        "rank = int(sys.argv[1])\n"
+        "store = dist.TCPStore('localhost', int(sys.argv[2]), 2, rank == 0, timedelta(seconds=60))\n"
+        "dist.init_process_group('gloo', store=store, rank=rank, world_size=2)\n"
+        f"with unhurried(rank, 2, 3.0):\n    if rank == 1:\n        {ends}\n"
+    )
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "turn.py", str(rank), port],
+            cwd=tmp_path,
+            env=environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    told = [process.communicate(timeout=BOUND)[1] for process in processes]
+    assert all(process.returncode for process in processes)
+    assert "process 0 of 2 has lost another one" in told[0]
+    assert said in told[0]
 
 
 # -- the whole job under torchrun

@@ -184,7 +184,7 @@ def test_compare__takes_a_teacher_without_a_head(place: Path, tmp_path: Path) ->
 
 def test_suggest__takes_images_without_labels(place: Path) -> None:
     found, size = suggest(
-        SuggestConfig(data=str(place / "flat"), label_weight=0.0, teacher="a", max_params=3000, threads=1)
+        SuggestConfig(data=str(place / "flat"), label_weight=0.0, teacher="a", max_params=6000, threads=1)
     )
     assert size == 16
     assert found

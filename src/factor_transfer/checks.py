@@ -30,10 +30,11 @@ class ActsOn:
     Args:
         *parts: their names; none: the setting may differ when a run is continued.
         named: the setting is a place, and a fingerprint of what lies there is checked in its stead.
+        machine: each process of a run may have its own.
     """
 
-    def __init__(self, *parts: Part, named: bool = False) -> None:
-        self.parts, self.named = frozenset(parts), named
+    def __init__(self, *parts: Part, named: bool = False, machine: bool = False) -> None:
+        self.parts, self.named, self.machine = frozenset(parts), named, machine
 
 
 def flag(name: str) -> str:
@@ -76,6 +77,11 @@ def free(kind: type) -> frozenset[str]:
 def named(kind: type) -> frozenset[str]:
     """The fields that say where something lies whose fingerprint is checked."""
     return frozenset(name for name, acts in _acts(kind) if acts is not None and acts.named)
+
+
+def of_a_machine(kind: type) -> frozenset[str]:
+    """The fields that each process of a run may have of its own."""
+    return frozenset(name for name, acts in _acts(kind) if acts is not None and acts.machine)
 
 
 @cache

@@ -36,7 +36,8 @@ _A_YEAR = 366 * 24 * 60
 MOST_THREADS = 1024
 
 _NOTHING = ActsOn()
-_PLACE = ActsOn(named=True)
+_MACHINE = ActsOn(machine=True)
+_PLACE = ActsOn(named=True, machine=True)
 _STUDENT = ActsOn("student")
 _FACTOR = ActsOn("paraphraser", "student")
 
@@ -87,12 +88,12 @@ class DataConfig:
     data_seed: Annotated[int, _NOT_NEGATIVE] = 0
     """Owns the split, the order, the views and the paraphraser. Another --seed with the same --data-seed sees the
     same images."""
-    workers: Annotated[int | None, Number(gte=0, lte=MOST_THREADS), _NOTHING] = None
+    workers: Annotated[int | None, Number(gte=0, lte=MOST_THREADS), _MACHINE] = None
     """Processes that decode large images. Default: one a core, at most 8. Small images are decoded once and need
     none."""
-    pixel_cache_gb: Annotated[float, _NOT_NEGATIVE, _NOTHING] = 4.0
+    pixel_cache_gb: Annotated[float, _NOT_NEGATIVE, _MACHINE] = 4.0
     """Small images (up to 96 pixels) are decoded once, and kept for later runs, up to this size."""
-    cache_dir: Annotated[str | None, _NOTHING] = None
+    cache_dir: Annotated[str | None, _MACHINE] = None
     """Where decoded images and the teacher's factors are kept for later runs. Default: ~/.cache/factor-transfer."""
 
     def __post_init__(self) -> None:
@@ -263,7 +264,7 @@ class Config(DataConfig):
     """fp32 (never TF32), or bf16 autocast. auto: bf16 where the hardware has it."""
     torchcompile: Annotated[bool, _in("Machine")] = False
     """Compile teacher and student with torch.compile, for GPUs. On a CPU it needs g++ and gains nothing."""
-    threads: Annotated[int | None, _in("Machine"), Number(gte=1, lte=MOST_THREADS), _NOTHING] = None
+    threads: Annotated[int | None, _in("Machine"), Number(gte=1, lte=MOST_THREADS), _MACHINE] = None
     """CPU threads of torch. Default: torch's own choice."""
     sync_bn: Annotated[bool, _in("Machine")] = False
     """Batch norm over the images of all processes instead of each one's own part. On GPUs only."""
@@ -273,7 +274,7 @@ class Config(DataConfig):
     # -- run
     seed: Annotated[int, _in("Run"), _NOT_NEGATIVE, _STUDENT] = 0
     """Owns the initial weights of student and translator, and the noise inside layers."""
-    out: Annotated[str | None, _in("Run"), _NOTHING] = None
+    out: Annotated[str | None, _in("Run"), _MACHINE] = None
     """Run folder. Default: runs/DATA-TEACHER-STUDENT-sSEED. The same command again continues it."""
     overwrite: Annotated[bool, _in("Run"), _NOTHING] = False
     """Delete the run that is there and start anew."""

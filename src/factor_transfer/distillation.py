@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from factor_transfer.checks import of_a_machine
 from factor_transfer.config import FIELDS, Config, DataConfig, flag
 from factor_transfer.console import say, silence, warn
 from factor_transfer.doctor import quick
@@ -24,9 +26,6 @@ from factor_transfer.runs import environment, open_run, saved_config, saved_summ
 from factor_transfer.stages import Job
 from factor_transfer.trackers import watched
 from factor_transfer.views import Transform
-
-OF_A_MACHINE = frozenset({"data", "data_dir", "cache_dir", "pixel_cache_gb", "workers", "threads", "out"})
-"""Settings that the processes of a run may have of their own: what they name is compared by what it holds."""
 
 
 @dataclass(frozen=True)
@@ -95,19 +94,22 @@ def run_distillation(config: Config, modules: Modules | None = None, transform: 
         silence()
     folder = Path(config.out or default_out(config))
     now = environment(**engine.describe())
-    with engine.together(), open_run(folder, config, now, writes=engine.main) as run:
-        engine.wait()  # for the one that opens, and perhaps empties, the folder
+    with engine.together(), ExitStack() as stack:
+        with engine.unhurried():  # one opens, and perhaps empties, the folder
+            run = stack.enter_context(open_run(folder, config, now, writes=engine.main))
         hint = "give --out a folder on a file system that all can see"
         engine.check_same(run.identity(), f"--out {folder}", "one run folder for all processes", hint)
         _check_settings(config, engine)
         if engine.told(run.summary is None):
             with watched(run, config):
-                _work(Job(config, engine, run, modules or {}, transform))
+                with engine.unhurried():  # to decode small images takes long, where they are not kept yet
+                    job = Job(config, engine, run, modules or {}, transform)
+                _work(job)
         else:
             say(f"{folder} is finished; nothing was changed (--overwrite starts it anew)")
-        if engine.main and not run.path("report.html").exists():
-            _report(folder, modules or {}, engine)
-        engine.wait()
+        with engine.unhurried():
+            if engine.main and not run.path("report.html").exists():
+                _report(folder, modules or {}, engine)
     student = rebuild(folder, "student", (modules or {}).get("student"))
     return Distilled(folder, saved_summary(folder), student.module.eval())
 
@@ -118,7 +120,8 @@ def _check_settings(config: Config, engine: Engine) -> None:
     Raises:
         RunError: they differ.
     """
-    values = engine.all_of({name: value for name, value in config.to_dict().items() if name not in OF_A_MACHINE})
+    own = of_a_machine(Config)  # what they name is compared by what it holds
+    values = engine.all_of({name: value for name, value in config.to_dict().items() if name not in own})
     differing = [name for name in values[0] if any(each[name] != values[0][name] for each in values)]
     if differing:
         name = differing[0]
@@ -136,7 +139,8 @@ def _work(job: Job) -> None:
     paraphrasers = job.paraphrasers(pair)
     student = job.student(pair, paraphrasers)
     baseline = job.baseline() if job.config.baseline else None
-    finish(job, pair, student, baseline)
+    with job.engine.unhurried():
+        finish(job, pair, student, baseline)
 
 
 def _report(folder: Path, modules: Modules, engine: Engine) -> None:

@@ -34,6 +34,7 @@ from factor_transfer.console import warn
 from factor_transfer.errors import ConfigError, RunError, TrainingError
 from factor_transfer.kernels import guard
 from factor_transfer.machines import check_supported, compare_machines
+from factor_transfer.waiting import unhurried
 
 SAME_SIGNAL_SECONDS = 1.0
 """A launcher passes on the signal that its processes have had from the terminal or from SLURM, too."""
@@ -83,7 +84,7 @@ class Engine:
                 valid=[name for name, there in available.items() if there],
             )
         kind = _kind(device, cuda=available["cuda"], mps=available["mps"])
-        timeout = timedelta(minutes=timeout_minutes)
+        self.timeout = timeout = timedelta(minutes=timeout_minutes)
         compare_machines(kind, timeout)
         # Precision is ours: neither Accelerate's environment variables nor its settings file may change it.
         self.accelerator = Accelerator(
@@ -137,7 +138,7 @@ class Engine:
         return bool(self.accelerator.is_main_process)
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Until all processes are here, which are about to be."""
         self.accelerator.wait_for_everyone()
 
     def memory(self) -> str:
@@ -146,6 +147,13 @@ class Engine:
         if self.device.type == "cuda":
             taken += f", {torch.cuda.max_memory_allocated(self.device) / 1e9:.1f} GB of the GPU's"
         return taken
+
+    def unhurried(self) -> AbstractContextManager[None]:
+        """Inside, each process works by itself, as long as it takes; at the end each waits for all that live.
+
+        For whatever one process does alone, or one machine may do more slowly than another. See `waiting`.
+        """
+        return unhurried(self.rank, self.processes, self.timeout.total_seconds())
 
     def seed_noise(self, seed: int) -> None:
         """Seed the noise inside layers on this device.

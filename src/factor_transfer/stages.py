@@ -94,7 +94,8 @@ class Job:
             check_compiler(self.engine.device)
             if self.engine.device.type == "cpu":
                 warn("--torchcompile: no CPU was seen to train faster by it; it is for GPUs")
-        pair = Pair(self.load("teacher"), self.load("student"))
+        with self.engine.unhurried():  # one machine may have to fetch their weights
+            pair = Pair(self.load("teacher"), self.load("student"))
         if self.config.torchcompile:
             for side in (pair.teacher, pair.student):
                 tapped = deepcopy(side.tapped()).train(side is pair.student)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from factor_transfer.config import Config
 from factor_transfer.console import PassBar, formatted, pass_bar, say, warn
@@ -122,15 +123,61 @@ class Trainer:
             Interrupted: a signal came, to any of the processes; the state is saved.
             TrainingError: too many steps in a row were not finite; the last good checkpoint is kept.
         """
-        self.task.trainable_module = self.engine.wrap(self.module)
-        self._collect()
-        with stop_signals() as stop:
-            while self.progress.epoch < self.plan.epochs:
-                self._pass(stop)
-                self._end_pass()
-                self._leave(self.engine.largest(stop.signum))
-        self.task.trainable_module = self.module
+        with self._all_reached():
+            self.task.trainable_module = self.engine.wrap(self.module)
+            self._collect()
+            with stop_signals() as stop:
+                while self.progress.epoch < self.plan.epochs:
+                    self._pass(stop)
+                    self._end_pass()
+                    self._leave(self.engine.largest(stop.signum))
+            self.task.trainable_module = self.module
         return self.progress
+
+    @contextmanager
+    def _all_reached(self) -> Iterator[None]:
+        """Inside, several processes train only what the loss depends on: DDP waits for the gradient of everything else.
+
+        A head without labels has no gradient in one process either, so its weights stay as they are in both.
+        """
+        trained = [weight for weight in self._weights if weight.requires_grad]
+        reached = [True] * len(trained)
+        if self.engine.processes > 1 and self.progress.epoch < self.plan.epochs:
+            reached = [any(each) for each in zip(*self.engine.all_of(self._reached(trained)), strict=True)]
+        beyond = [weight for weight, there in zip(trained, reached, strict=True) if not there]
+        for weight in beyond:
+            weight.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for weight in beyond:
+                weight.requires_grad_(True)
+
+    def _reached(self, weights: Sequence[Tensor]) -> list[bool]:
+        """Which weights the loss of the next step depends on; nothing of the step stays."""
+        chunks, view = self._ahead()
+        (batch,) = self._shown(chunks[:1], view)
+        buffers = [buffer.clone() for buffer in self._buffers]
+        self.task.train()
+        images, labels = batch.image.to(self.engine.device), batch.label.to(self.engine.device)
+        with self.engine.autocast():
+            loss = self.task(images, labels, batch.index, view)["loss"]
+        gradients = torch.autograd.grad(loss, list(weights), allow_unused=True)
+        for buffer, value in zip(self._buffers, buffers, strict=True):
+            buffer.copy_(value)
+        return [gradient is not None for gradient in gradients]
+
+    def _ahead(self) -> tuple[list[np.ndarray], int]:
+        """The batches that are left of the pass under way, and its view."""
+        progress, plan = self.progress, self.plan
+        order = permutation(self.config.data_seed, progress.epoch, len(self.train))
+        view = progress.epoch % plan.views if plan.views else progress.epoch
+        return training_chunks(order, self.config.batch_size)[progress.step :], view
+
+    def _shown(self, chunks: Sequence[np.ndarray], view: int) -> Iterator[Batch]:
+        """This process's part of each of the batches."""
+        parts = [self.engine.shard(chunk, by_host=bool(self.plan.views)) for chunk in chunks]
+        return self.train.batches(parts, view=view)
 
     def _collect(self) -> None:
         """Walk over the module's tensors once, and not in every step."""
@@ -139,17 +186,13 @@ class Trainer:
     def _pass(self, stop: StopRequest) -> None:
         """The rest of the pass under way."""
         progress, plan = self.progress, self.plan
-        view = progress.epoch % plan.views if plan.views else progress.epoch
-        order = permutation(self.config.data_seed, progress.epoch, len(self.train))
-        chunks = training_chunks(order, self.config.batch_size)[progress.step :]
+        chunks, view = self._ahead()
         saved = started = time.monotonic()
         before = progress.seconds
         self.task.train()
         with pass_bar(f"{plan.stage} {progress.epoch + 1}/{plan.epochs}", len(self.train)) as bar:
             self._show(bar, round(progress.sums.get("images", 0)))
-            parts = [self.engine.shard(chunk, by_host=bool(plan.views)) for chunk in chunks]
-            batches = self.train.batches(parts, view=view)
-            for chunk, batch in zip(chunks, batches, strict=True):
+            for chunk, batch in zip(chunks, self._shown(chunks, view), strict=True):
                 values = self._step(batch, len(chunk), view)
                 if values is None:
                     progress.skip()
@@ -249,9 +292,10 @@ class Trainer:
             row["skipped_steps"] = progress.skipped
         for trouble in self.task.troubles(means):
             warn(f"{plan.stage}: {trouble}")
-        self.run.log(plan.stage, progress.epoch + 1, {**row, "seconds": round(progress.seconds, 3)})
-        for watcher in self.run.watchers:
-            watcher(self, row)
+        with self.engine.unhurried():  # a tracker may speak with a slow server
+            self.run.log(plan.stage, progress.epoch + 1, {**row, "seconds": round(progress.seconds, 3)})
+            for watcher in self.run.watchers:
+                watcher(self, row)
         shown = {name: value for name, value in row.items() if name not in {"lr", "gradient_norm"}}
         say(f"{plan.stage} {progress.epoch + 1}/{plan.epochs}  {formatted(shown)}  {progress.seconds:.0f} s")
         progress.next_pass()
