@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -283,3 +284,14 @@ def test_doctor__the_command_writes_nothing_and_exits_with_its_verdict(
         assert done.returncode == code, done.stderr
         assert text in done.stderr
     assert not list(place.iterdir())
+
+
+def test_doctor__reads_nothing_that_others_can_have_put_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for folder in (tmp_path / "factor-transfer" / "nowhere", tmp_path / "factor-transfer"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "fingerprints.json").write_text('{"data": "planted", "student": "planted"}')
+    before = sorted(tmp_path.rglob("*"))
+    found = look(teacher_epochs=1)
+    assert not [finding for finding in found.findings if finding.level == "error"]
+    assert sorted(tmp_path.rglob("*")) == before

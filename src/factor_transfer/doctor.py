@@ -97,7 +97,8 @@ def diagnose(config: Config, modules: Modules | None = None) -> Diagnosis:
     """
     found = Diagnosis()
     try:
-        _look(config, modules or {}, found)
+        with tempfile.TemporaryDirectory(prefix="factor-transfer-") as nowhere:  # no one else can have put a run there
+            _look(config, modules or {}, found, Run(Path(nowhere), writes=False))
     except FactorTransferError as error:
         lines = str(error).splitlines()
         what = [line.strip() for line in lines if not line.startswith("  next:")]
@@ -131,9 +132,8 @@ def quick(config: Config, pair: Pair, images: Tensor) -> Iterator[Finding]:
             yield Finding("warning", what, f"leave --{side.role}-layer out, or name the layer after it")
 
 
-def _look(config: Config, modules: Modules, found: Diagnosis) -> None:
+def _look(config: Config, modules: Modules, found: Diagnosis, nowhere: Run) -> None:
     engine = Engine(config.device, config.precision, config.threads)
-    nowhere = Run(Path(tempfile.gettempdir()) / "factor-transfer" / "nowhere", writes=False)
     job = Job(config, engine, nowhere, modules)
     found.findings += _data(job.data, config)
     pair = job.pair()
