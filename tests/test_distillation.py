@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -376,6 +377,31 @@ def test_evaluate_run__refuses_other_classes(finished: Path, images: Path) -> No
         ConfigError, match="(?s)classes that the run does not know: class0, class1.*those of the run: 0, 1"
     ):
         evaluate_run(finished, replace(saved_config(finished), data=str(images)))
+
+
+def test_evaluate__measures_the_classes_that_are_there(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from factor_transfer.config import DataConfig
+    from factor_transfer.data import open_data
+
+    split = open_data(DataConfig(data="digits"), default_size=lambda: 8).validation
+    (batch,) = split.batches([np.flatnonzero(split.labels == 3)], view=None)
+    (tmp_path / "some" / "3").mkdir(parents=True)
+    for number, image in enumerate(batch.image):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "some" / "3" / f"{number}.png")
+    found = evaluate_run(finished, DataConfig(data=str(tmp_path / "some")))
+    assert "9 of 10 classes have no images here, and are not measured: 0, 1, 2, 4" in capsys.readouterr().err
+    network = rebuild(finished, "student").classifier.eval()
+    right = (network(batch.image).detach().argmax(1) == 3).float().mean()
+    assert found["student"]["top1"] == pytest.approx(100 * float(right))
+
+
+@pytest.mark.parametrize("flag", ["--data-dir", "--label-column", "--image-column"])
+def test_evaluate__refuses_what_it_would_not_read(finished: Path, factor_transfer: Command, flag: str) -> None:
+    done = factor_transfer("evaluate", finished, flag, "x")
+    assert done.returncode == 2
+    assert f"error: {flag} x\n  found: no --data" in done.stderr
 
 
 def test_rebuild__names_the_networks_there_are(finished: Path, tmp_path: Path) -> None:

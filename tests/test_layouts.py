@@ -459,6 +459,19 @@ def test_hub__splits_are_known_by_the_same_names(
     assert ("not used: test" in data.notes[0]) == (len(names) == 3)
 
 
+@pytest.mark.parametrize("names", [("Training", "Testing"), ("Train", "Val"), ("photos/Train", "photos/Test")])
+def test_hub__a_local_folder_whose_splits_the_library_does_not_know_is_refused(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    """It gives all of them as one split, train."""
+    error = refused(f"hfds/{splits(tmp_path / 'set', *names)}", data_dir=str(tmp_path / "cache"))
+    assert all(Path(name).name in str(error.found) for name in names)
+    assert "which the library reads as train" in str(error.found)
+    put(*(tmp_path / "turned" / name / split for name in CLASSES for split in ("train", "test")))
+    error = refused(f"hfds/{tmp_path / 'turned'}", data_dir=str(tmp_path / "cache"))
+    assert "cat/train" in str(error.found)
+
+
 def test_hub__without_labels_none_are_read(tmp_path: Path, kinds: dict[str, Any]) -> None:
     data = opened(of_columns(tmp_path, kinds, tags="several"), data_dir=str(tmp_path / "cache"), label_weight=0.0)
     assert not data.labelled

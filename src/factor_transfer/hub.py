@@ -14,7 +14,7 @@ from factor_transfer.config import DataConfig
 from factor_transfer.console import say
 from factor_transfer.errors import DataError, listed, near
 from factor_transfer.images import Files, Images, Indexed, natural
-from factor_transfer.layouts import UNLABELLED, Source, chosen, missing, split_of
+from factor_transfer.layouts import UNLABELLED, Source, chosen, missing, split_of, splits_in
 from factor_transfer.trees import Range, image_extensions, left_by_system, tar_tree
 
 LABELS = ("label", "labels", "class", "classes", "target", "targets", "category", "categories")
@@ -45,8 +45,8 @@ def hub_dataset(name: str, config: DataConfig, given: str) -> Source:
         splits = datasets.load_dataset(name, cache_dir=folder)
     except Exception as error:  # its builders, readers and network raise what they like
         raise DataError(given, found=str(error).splitlines()[0], valid="a dataset's folder, or its name") from error
-    kinds = {split: split_of(split) for split in splits}
-    found = {split: kind for split, kind in kinds.items() if kind is not None}
+    found = {split: kind for split in splits if (kind := split_of(split)) is not None}
+    _check_local(Path(name), found, given)
     roles = chosen(found, [split for split in splits if split not in found], given, "split")
     features = splits[roles.train].features
     picture = _image_column(features, config.image_column, given)
@@ -68,6 +68,28 @@ def hub_dataset(name: str, config: DataConfig, given: str) -> Source:
     validation = part(roles.validation) if roles.validation is not None else None
     columns = f"images are column {picture}, {f'classes column {label}' if label else 'no labels are read'}"
     return Source(part(roles.train), validation, own, (f"splits: {roles.told()}; {columns}",))
+
+
+def _check_local(folder: Path, found: Mapping[str, str], given: str) -> None:
+    """The splits of a local folder are those that its folders are named for.
+
+    The library knows names of splits in lower case alone, and gives everything as train where it knows none.
+
+    Raises:
+        DataError: a folder's split was not found, or splits lie within classes.
+    """
+    card = folder / "README.md"
+    if not folder.is_dir() or (card.is_file() and "data_files" in card.read_text(encoding="utf-8", errors="replace")):
+        return  # its card says which files are which split
+    folders = splits_in(folder, given)
+    lost = sorted(set(folders.values()) - set(found.values()))
+    if lost:
+        raise DataError(
+            given,
+            found=f"folders {listed(list(folders))}, which the library reads as {listed(list(found)) or 'no split'}",
+            valid="train, validation and test, in lower case",
+            hint=f"rename the folders, or give --data {folder}",
+        )
 
 
 def _image_column(features: Mapping[str, Any], wanted: str | None, given: str) -> str:

@@ -220,7 +220,7 @@ def read_folder(root: Path, given: str, flat: bool) -> Source:
     if not found:
         images, notes = _class_folders(place.tree, where, given, flat)
         return Source(
-            images, None, None, (f"training: {where}, in which no folder is a split", *notes, *_alike(place.tree))
+            images, None, None, (f"images: {where}, in which no folder is a split", *notes, *_alike(place.tree))
         )
     try:
         roles = chosen(found, [name for name in place.inside if name not in found], given)
@@ -241,6 +241,15 @@ def read_folder(root: Path, given: str, flat: bool) -> Source:
     if beside:
         notes.append(f"beside them in {where}, not read: {counted(beside)}")
     return Source(train, validation, None, (roles.told(lambda name: str(place.path / name)), *notes))
+
+
+def splits_in(folder: Path, given: str) -> dict[str, str]:
+    """The folders that are splits, at the top of a folder or of one that it alone wraps, and which.
+
+    Raises:
+        DataError: several folders have splits in them.
+    """
+    return _divided(_Place(folder, given))[1]
 
 
 def _divided(place: _Place, depth: int = 0) -> tuple[_Place, dict[str, str]]:

@@ -89,6 +89,8 @@ def suggest(config: SuggestConfig) -> tuple[list[Suggestion], int]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     data = open_data(config, default_size=lambda: DEFAULT_SIZE)
+    for note in data.notes:
+        say(f"data: {note}")
     size, classes = data.img_size, len(data.classes)
     candidates = FOR_SMALL if size <= SMALL else FOR_LARGE
     networks = [load_network(n, role="student", num_classes=classes, img_size=size, args=a) for n, a in candidates]
