@@ -178,6 +178,7 @@ Path(f"returned-{sys.argv[2]}-" + __import__("os").environ.get("RANK", "0")).tou
 """Two passes without labels, and a report that takes longer than a process waits for another."""
 
 
+@pytest.mark.slow
 def test_torchrun__without_labels_and_with_a_report_longer_than_the_timeout(images: Path, tmp_path: Path) -> None:
     (tmp_path / "alone.py").write_text(ALONE)
     (tmp_path / "classes.txt").write_text("a\nb\n")
