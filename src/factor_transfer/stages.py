@@ -260,10 +260,11 @@ class Job:
         if found is None:
             teacher = self._teacher_side(pair)
             training = self._train_paraphraser(name, paraphraser, teacher) if file is None else {"seconds": 0.0}
-            quality = evaluate_paraphraser(
-                paraphraser, teacher, self.data.validation, self.engine, batch_size=config.batch_size
-            )
-            self._check_unchanged(name, teacher)
+            with self.engine.unhurried():  # each process sees all images, and one may be slower
+                quality = evaluate_paraphraser(
+                    paraphraser, teacher, self.data.validation, self.engine, batch_size=config.batch_size
+                )
+                self._check_unchanged(name, teacher)
             run.save_weights(name, paraphraser.state_dict(), paraphraser_metadata(paraphraser))
             found = run.record(name, {**quality, **training})
         weights, given = state_fingerprint(paraphraser.state_dict()), f"--paraphraser {file or 'that was trained here'}"
@@ -348,10 +349,12 @@ class Job:
                 name: [reader.layer, state_fingerprint(reader.state_dict())] for name, reader in readers.items()
             }
         cache, problem = None, None
-        try:
-            cache = FactorCache(cache_folder(self.config.cache_dir), identity, shapes, len(self.data.train), self.views)
-        except OSError as error:
-            problem = f"{error.strerror}: {error.filename}"
+        folder, count = cache_folder(self.config.cache_dir), len(self.data.train)
+        with self.engine.unhurried():  # some file systems write out all that is reserved
+            try:
+                cache = FactorCache(folder, identity, shapes, count, self.views)
+            except OSError as error:
+                problem = f"{error.strerror}: {error.filename}"
         problems = [each for each in self.engine.all_of(problem) if each is not None]
         if cache is None or problems:  # in one process: then in none
             if cache is not None:
