@@ -185,7 +185,7 @@ def evaluate(
     given = [f"{flag(name)} {value}" for name, value in where.items() if value is not None]
     if given and not data:
         raise ConfigError(given[0], found="no --data, which it would belong to", hint="give --data, or leave it out")
-    images = replace(saved, data=data, label_weight=1.0, **cast(dict[str, Any], where)) if data else None
+    images = replace(saved, data=data, **cast(dict[str, Any], where)) if data else None
     found = evaluate_run(run, images, device)
     if as_json:
         print(json.dumps(found))  # noqa: T201 (the command's output)
