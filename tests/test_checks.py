@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
+import torch
 from cyclopts.validators import Number
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from factor_transfer.data import open_data
 from factor_transfer.errors import ConfigError, FactorTransferError
 from factor_transfer.plan import CompareConfig
 from factor_transfer.predict import predict_images
+from factor_transfer.schedule import Plan, optimizer_and_schedule
 from factor_transfer.shipping import Choices
 
 NEEDED: dict[Any, dict[str, Any]] = {
@@ -121,3 +123,24 @@ def test_acting_on__says_what_runs_share() -> None:
     assert {"data", "data_dir"} <= checks.named(Config) < free(Config)
     assert checks.of_a_machine(Config) < free(Config)
     assert "max_skipped" not in checks.of_a_machine(Config), "each process stops by it"
+
+
+TRAINING = ("opt", "lr", "momentum", "weight_decay", "sched", "sched_on_updates", "warmup_epochs", "warmup_lr",
+            "min_lr", "decay_epochs", "decay_milestones", "decay_rate", "filter_bias_and_bn", "epochs")  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(["cosine", "multistep", "step", "poly", "tanh", "wsd"]), st.sampled_from(TRAINING), ODD)
+def test_training__what_is_accepted_makes_a_schedule_or_names_a_flag(sched: str, name: str, value: Any) -> None:
+    try:
+        config = Config(**{**NEEDED[Config], "sched": sched, "epochs": 200, name: value})
+        module = torch.nn.Linear(2, 2)
+        plan = Plan(stage="student", epochs=config.epochs, lr=config.lr, seed=0)
+        optimizer, schedule = optimizer_and_schedule(module, plan, config, steps=3)
+        for step in range(1, 4):
+            schedule.step_update(step)
+        schedule.step(1)
+    except ConfigError as error:
+        assert {flag(name), "--sched", "--opt", "--warmup-epochs"} & set(str(error).split())
+        return
+    assert all(np.isfinite(group["lr"]) for group in optimizer.param_groups)
