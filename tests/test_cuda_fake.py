@@ -270,7 +270,8 @@ def test_engine__computes_where_it_is_told_whatever_the_process_did_before(first
     """Accelerate gives a process one device for good: the second run was on it unsaid, or ended in a ValueError."""
     with on_cuda(fresh=True):
         Engine(first)
-        assert [Engine(name).device.type for name in ("cuda", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
+        found = [str(Engine(name).device) for name in ("cuda", "cpu", "cuda")]
+    assert found == ["cuda:0", "cpu", "cuda:0"], "one name, by which a run folder knows it"
 
 
 def test_engine__float32_is_float32() -> None:

@@ -346,9 +346,9 @@ def _device(kind: str, accelerator: Accelerator) -> torch.device:
         ConfigError: it began with another, and other processes count on that.
     """
     begun: torch.device = accelerator.device
-    if begun.type == kind:
+    if begun.type == kind and (kind != "cuda" or begun.index is not None):
         return begun
-    if accelerator.num_processes > 1:
+    if begun.type != kind and accelerator.num_processes > 1:
         raise ConfigError(
             f"--device {kind}",
             found=f"{accelerator.num_processes} processes that were started for {begun.type}",

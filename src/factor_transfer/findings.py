@@ -85,7 +85,9 @@ def findings(folder: Path, modules: Modules | None = None, engine: Engine | None
 
 def _read_back(folder: Path, config: Config, summary: Mapping[str, Any], modules: Modules) -> Nets:
     """All networks of a run that can be had."""
-    nets, shapes = Nets(), {}
+    nets, size = Nets(), summary["data"]["img_size"]
+    example = torch.zeros(2, 3, size, size)
+    shapes = {}
     for role in ROLES:
         if role not in summary:
             continue
@@ -97,7 +99,7 @@ def _read_back(folder: Path, config: Config, summary: Mapping[str, Any], modules
         nets.networks[role] = network
         nets.answering += [role] if answers(config, role, network) else []
         nets.tapped[role] = Tapped(network.module.eval(), summary[role]["layer"])
-        shapes[role] = feature_shape(nets.tapped[role], torch.zeros(2, 3, *network.size))
+        shapes[role] = feature_shape(nets.tapped[role], example)
     if not {"teacher", "student"} <= shapes.keys():
         return nets
     if not config.beta or config.paraphraser == "none":

@@ -26,7 +26,6 @@ from factor_transfer.config import Rgb
 from factor_transfer.errors import FactorTransferError, ModelError, listed, near
 from factor_transfer.outputs import choose, given_by, tensors, unwrap
 from factor_transfer.seeds import part_seed, seeded
-from factor_transfer.sizes import AnySize, Size, as_size, brief, written
 from factor_transfer.weights import head_places, load_but_head
 
 Role = Literal["teacher", "student"]
@@ -41,7 +40,7 @@ DEFAULT_SIZE = 224
 class InputNorm(nn.Module):
     """uint8 pixels (B, 3, H, W) -> floats normalised by a network's own channel means and deviations (for 0..1).
 
-    Images of another size than `size` are resized to it (bilinear, with antialiasing).
+    Images of another side than `size` are resized to it (bilinear, with antialiasing).
 
     >>> InputNorm((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))(torch.zeros(1, 3, 1, 1, dtype=torch.uint8)).flatten().tolist()
     [-1.0, -1.0, -1.0]
@@ -50,16 +49,16 @@ class InputNorm(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, mean: Rgb, std: Rgb, size: AnySize | None = None) -> None:
+    def __init__(self, mean: Rgb, std: Rgb, size: int | None = None) -> None:
         super().__init__()
-        self.size = None if size is None else as_size(size)
+        self.size = size
         mean_, std_ = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
         self.register_buffer("scale", 1 / (255 * std_), persistent=False)
         self.register_buffer("shift", -mean_ / std_, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 3, *size)."""
-        if self.size is not None and self.size != tuple(images.shape[-2:]):
+        """(B, 3, H, W) -> (B, 3, size, size)."""
+        if self.size not in {None, images.shape[-1]}:
             images = F.interpolate(images.float(), self.size, mode="bilinear", antialias=True)
         return torch.addcmul(self.shift, images.to(self.scale.dtype), self.scale)
 
@@ -70,8 +69,8 @@ class Network:
 
     module: nn.Module
     name: str
-    size: Size
-    """Height and width of its images, in pixels."""
+    size: int
+    """Side of its images, in pixels."""
     mean: Rgb
     std: Rgb
     pretrained: bool
@@ -108,7 +107,7 @@ def load_network(
     *,
     role: Role,
     num_classes: int,
-    img_size: AnySize,
+    img_size: int,
     args: Mapping[str, Any] | None = None,
     weights: str | None = None,
     output: str | None = None,
@@ -116,7 +115,7 @@ def load_network(
     mean: Rgb | None = None,
     std: Rgb | None = None,
 ) -> Network:
-    """A network that takes (B, 3, *img_size) and gives logits (B, num_classes), or a teacher of features.
+    """A network that takes (B, 3, img_size, img_size) and gives logits (B, num_classes), or a teacher of features.
 
     The module gives one tensor, whatever its own output is: see `outputs`.
 
@@ -125,7 +124,7 @@ def load_network(
             it is).
         role: whose flags the messages name.
         num_classes: classes of the data; a head of another size is replaced, and `new_head` says so. 0: no head.
-        img_size: height and width of its input, in pixels; or one number for a square.
+        img_size: height and width of its input, in pixels.
         args: constructor arguments.
         weights: a safetensors or torch file, or `pretrained` for timm's own.
         output: which of its outputs the logits are, by name; default: the one that can only be them.
@@ -170,7 +169,7 @@ def load_network(
     network = Network(
         module,
         name,
-        as_size(img_size),
+        img_size,
         mean or tuple(own.get("mean", IMAGENET_DEFAULT_MEAN)),
         std or tuple(own.get("std", IMAGENET_DEFAULT_STD)),
         pretrained,
@@ -212,15 +211,15 @@ def parse_name(name: str, role: Role) -> tuple[str | None, str]:
     return source, plain
 
 
-def own_size(given: str | nn.Module, role: Role = "student") -> int | Size:
-    """Size of the images that a network was made for, in pixels: one number for a square, else height and width."""
+def own_size(given: str | nn.Module, role: Role = "student") -> int:
+    """Side of the square images that a network was made for, in pixels."""
     if isinstance(given, nn.Module):
         own = getattr(given, "pretrained_cfg", None) or {}
     elif parse_name(given, role)[0] in {"torchvision", "callable"}:
         own = {}
     else:
         own = _resolved(given, role, {})["pretrained_cfg"]
-    return brief(tuple(map(int, (own.get("input_size") or (3, DEFAULT_SIZE, DEFAULT_SIZE))[-2:])))
+    return int((own.get("input_size") or (3, DEFAULT_SIZE, DEFAULT_SIZE))[-1])
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -240,7 +239,7 @@ def _resolved(name: str, role: Role, args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _create(
-    name: str, role: Role, num_classes: int, img_size: AnySize, args: dict[str, Any], pretrained: bool
+    name: str, role: Role, num_classes: int, img_size: int, args: dict[str, Any], pretrained: bool
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network, and the arguments that rebuild it with `timm.create_model` (or torchvision's `get_model`)."""
     create: Callable[..., nn.Module]
@@ -277,7 +276,7 @@ def _unwrapped(network: Network, role: Role, num_classes: int, wanted: str | Non
     except Exception as error:  # whatever a foreign network raises on a size that it cannot take
         raise ModelError(
             f"--{role} {network.name}",
-            found=f"it fails on images of {written(network.size)} pixels: {_first_line(error)}",
+            found=f"it fails on images of {network.size}x{network.size} pixels: {_first_line(error)}",
             hint="give a size that it can take with --img-size" + (" or --teacher-size" if role == "teacher" else ""),
         ) from error
     plain = all(each is None or isinstance(each, Tensor) for each in (output, training))
