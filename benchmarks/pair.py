@@ -45,9 +45,20 @@ class Measured:
         work: an empty folder.
         images: training images to use; all by default.
         threads: of torch.
+        device: where it computes.
+        batch_size: images a step.
     """
 
-    def __init__(self, shared: Path, work: Path, images: int | None = None, threads: int = 2) -> None:
+    def __init__(
+        self,
+        shared: Path,
+        work: Path,
+        images: int | None = None,
+        threads: int = 2,
+        *,
+        device: str = "cpu",
+        batch_size: int = 128,
+    ) -> None:
         self.config = Config(
             data=str(shared / "cifar10-jpeg"),
             teacher="cifar_resnet56",
@@ -55,9 +66,10 @@ class Measured:
             student="cifar_resnet20",
             cache_dir=str(work),
             threads=threads,
+            batch_size=batch_size,
         )
         self.threads = threads
-        self.work, self.engine = work, Engine("cpu", self.config.precision, threads)
+        self.work, self.engine = work, Engine(device, self.config.precision, threads)
         self.job = Job(self.config, self.engine, Run(work), {})
         split = self.job.data.train
         assert isinstance(split, PixelSplit)
@@ -82,7 +94,7 @@ class Measured:
 
     def compiled(self) -> FrozenTeacher:
         """Our teacher as --torchcompile makes it."""
-        network = Compiled(self.folded, 128, trains=False)
+        network = Compiled(self.folded, self.config.batch_size, trains=False)
         side = TeacherSide(network, self.teacher.network.norm, (8, 8), self.paraphraser)
         return self.engine.place(FrozenTeacher(side))
 
@@ -107,9 +119,10 @@ class Measured:
             }
             terms: list[Term] = [Labels()]
             if name != "alone":
-                terms.append(FactorTransfer(Translator(64, 32), 500))
+                with seeded(0):
+                    terms.append(FactorTransfer(Translator(64, 32), 500))
             student = self.job.load("student")
-            tapped = Compiled(student.tapped(), 128, trains=True) if compiled else student.tapped()
+            tapped = Compiled(student.tapped(), self.config.batch_size, trains=True) if compiled else student.tapped()
             task = DistillationTask(tapped, student.network.norm, terms, teachers[name]())
         return Trainer(task, plan, self.train, self.engine, self.config, Run(self.work))
 
@@ -134,11 +147,11 @@ class Measured:
 
 
 @contextmanager
-def measured(shared: Path, images: int | None = None, threads: int = 2) -> Iterator[Measured]:
+def measured(shared: Path, images: int | None = None, threads: int = 2, **more: Any) -> Iterator[Measured]:
     """`Measured` in a temporary folder, without any output but the benchmark's own."""
     silence()
     with tempfile.TemporaryDirectory() as folder:
-        yield Measured(shared, Path(folder), images, threads)
+        yield Measured(shared, Path(folder), images, threads, **more)
 
 
 Works = dict[str, Callable[[], Any]]
