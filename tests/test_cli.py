@@ -81,7 +81,7 @@ def flags(data: Path, *more: object, **changed: object) -> list[object]:
         ({"teacher_layer": "layer4"}, r"--teacher-layer layer4\n.*no submodule.*\n.*layer3"),
         ({"student_layer": "linear"}, r"--student-layer linear\n.*no feature map"),
         ({"k": 0.01}, r"--k 0\.01\n.*8 teacher channels x 0\.01 = 0 factor channels\n.*valid"),
-        ({"paraphraser": "none.pth"}, r"--paraphraser none\.pth\n.*No such file"),
+        ({"paraphraser": "none.pth"}, r"--paraphraser none\.pth\n.*no such file"),
         ({"lr": 1e30}, r"not finite in pass 1(?s:.*)--lr 1e\+30(?s:.*)next:.*lower --lr"),
         ({"opt": "momentun"}, r"--opt momentun\n.*\n.*momentum"),
         ({"out": "/proc/run"}, r"--out /proc/run\n.*found.*\n.*can be written to\n.*another --out"),

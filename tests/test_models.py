@@ -19,7 +19,8 @@ from factor_transfer.errors import ModelError
 from factor_transfer.files import state_fingerprint
 from factor_transfer.method import Paraphraser
 from factor_transfer.models import InputNorm, Network, load_network, own_size
-from factor_transfer.weights import load_paraphraser, paraphraser_metadata, read_state
+from factor_transfer.weightfiles import read_tensors
+from factor_transfer.weights import load_paraphraser, paraphraser_metadata
 
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 4, 8)}
 
@@ -207,16 +208,16 @@ def test_load_paraphraser__reads_what_was_written_and_what_the_authors_published
         load_paraphraser(tmp_path / "other.safetensors", channels=16, k=0.5)
 
 
-def test_read_state__leaves_nothing_behind(tmp_path: Path) -> None:
+def test_read_tensors__leaves_nothing_behind(tmp_path: Path) -> None:
     """A process that reads weights for days does not grow: safetensors' own `load_file` does."""
     file = tmp_path / "weights.safetensors"
     save_file({f"layer{place}.weight": torch.zeros(300 + place) for place in range(100)}, file)
-    read_state(file, "weights")
+    read_tensors(file, "weights")
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
         for _ in range(20):
-            read_state(file, "weights")
+            read_tensors(file, "weights")
         gc.collect()
         assert (tracemalloc.get_traced_memory()[0] - before) / (20 * 100) < 5
     finally:

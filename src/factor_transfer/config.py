@@ -130,7 +130,8 @@ class Config(DataConfig):
     """The trained network: a timm name, local-dir:FOLDER, hf-hub:NAME, torchvision/NAME or
     package.module:callable."""
     teacher_weights: Annotated[str | None, _in("Teacher")] = None
-    """Its weights: a safetensors or torch file, or `pretrained` for timm's or torchvision's own."""
+    """Its weights: a safetensors or torch file, or `pretrained` for timm's or torchvision's own. Where a
+    file holds several sets, FILE:KEY says which: checkpoint.pth:state_dict_ema."""
     teacher_args: Annotated[ModelArgs | None, _in("Teacher", **MODEL_ARGS)] = None
     """Constructor arguments, as timm's --model-kwargs: drop_rate=0.1 act_layer=gelu; or a JSON object."""
     teacher_layer: Annotated[str | None, _in("Teacher"), _FACTOR] = None
@@ -157,7 +158,7 @@ class Config(DataConfig):
     """The network to train: a timm name, local-dir:FOLDER, hf-hub:NAME, torchvision/NAME or
     package.module:callable."""
     student_weights: Annotated[str | None, _in("Student"), _FACTOR] = None
-    """Weights to start from. Default: fresh ones, drawn from --seed."""
+    """Weights to start from: FILE, or FILE:KEY as for the teacher. Default: fresh ones, drawn from --seed."""
     student_args: Annotated[ModelArgs | None, _in("Student", **MODEL_ARGS)] = None
     """Constructor arguments: 'layers=(3,3,3)' 'channels=(16,32,64)'; or a JSON object."""
     student_layer: Annotated[str | None, _in("Student"), _FACTOR] = None

@@ -234,7 +234,8 @@ def load_reference_paraphraser(path: str | Path) -> Paraphraser:
         ModelError: the file is missing, is no such checkpoint, or does not fit.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with Path(path).open("rb") as file:  # by its name torch would take some files for safetensors
+            content = torch.load(file, map_location="cpu", weights_only=True)
         state = content["state_dict"]
         factor_channels, in_channels = state["conv1.weight"].shape[:2]
     except Exception as error:  # whatever torch's reader raises on a foreign file

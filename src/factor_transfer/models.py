@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
@@ -26,12 +27,16 @@ from factor_transfer.config import Rgb
 from factor_transfer.errors import FactorTransferError, ModelError, listed, near
 from factor_transfer.outputs import choose, given_by, tensors, unwrap
 from factor_transfer.seeds import part_seed, seeded
-from factor_transfer.weights import head_places, load_but_head
+from factor_transfer.weightfiles import check_config, check_folder, identify
+from factor_transfer.weights import check_finite, head_places, load_but_head
 
 Role = Literal["teacher", "student"]
 
 TORCHVISION, TORCHVISION_CLASSES = "torchvision/", 1000
 """How names of torchvision's begin, and the classes of its weights."""
+
+LOCAL = "local-dir:"
+"""How names of timm's folders begin."""
 
 DEFAULT_SIZE = 224
 """Side of the images of a network that does not say, in pixels."""
@@ -85,6 +90,8 @@ class Network:
     """It has no head for the data's classes, as a self-supervised backbone: only a teacher may be so."""
     output: str | None = None
     """Which of its own outputs the logits are; None where it gives one tensor."""
+    origin: str = ""
+    """Which tensors of its file of weights were taken, where the file holds more than the weights alone."""
 
     @property
     def norm(self) -> InputNorm:
@@ -148,24 +155,28 @@ def load_network(
                 found="set by the data",
                 hint="leave it out there; --img-size sets both networks' images",
             )
-        source, _ = parse_name(given, role)
+        source, plain = parse_name(given, role)
         pretrained = weights == "pretrained" or (weights is None and source in {"local-dir", "hf-hub"})
+        if pretrained and source == "local-dir":
+            notes += filter(None, [check_folder(Path(plain), f"--{role} {given}")])
         with seeded(part_seed(seed, role)):
             module, model_args = _create(given, role, num_classes, img_size, dict(args or {}), pretrained)
-    new_head = False
+    new_head, origin = False, ""
     if pretrained and not isinstance(given, nn.Module):
         classes = {"num_classes": TORCHVISION_CLASSES} if source == "torchvision" else {}
         own_classes = (getattr(module, "pretrained_cfg", None) or classes).get("num_classes")
         new_head = own_classes not in {None, num_classes} and num_classes > 0
-    if weights not in {None, "pretrained"}:
-        assert weights is not None
-        new_head, pretrained = load_but_head(module, weights, f"--{role}-weights {weights}"), True
+    if weights is not None and weights != "pretrained":
+        (new_head, origin), pretrained = load_but_head(module, weights, f"--{role}-weights {weights}"), True
+        notes += [origin] if origin else []
+    elif pretrained:
+        check_finite(module, f"--{role} {name_of(given)}")
     if new_head:
         notes.append(f"its weights have no head for {num_classes} classes, so that it has a new one")
     own = getattr(module, "pretrained_cfg", None) or {}
     if getattr(module, "in_chans", 3) != 3:
         raise ModelError(f"--{role} {given}", found=f"{module.in_chans} input channels", valid="3: images are RGB")
-    name = given if isinstance(given, str) else type(given).__name__
+    name = name_of(given)
     network = Network(
         module,
         name,
@@ -176,6 +187,7 @@ def load_network(
         new_head,
         model_args,
         tuple(notes),
+        origin=origin,
     )
     foreign = isinstance(given, nn.Module) or source in {"torchvision", "callable"}
     return _unwrapped(network, role, num_classes, output, foreign=foreign)
@@ -195,6 +207,11 @@ def parse_name(name: str, role: Role) -> tuple[str | None, str]:
         return "torchvision", plain
     if is_callable_name(name):
         return "callable", name
+    path, known_to_timm = Path(name), timm.is_model(name)
+    if (path.is_dir() and not known_to_timm) or (path.is_file() and not (known_to_timm and not path.suffix)):
+        hint = f"name the network, and give the file as --{role}-weights"
+        hint = identify(path, "").hint if path.is_dir() else hint
+        raise ModelError(f"--{role} {name}", found="a path, which names no network", hint=hint)
     try:
         source, plain = parse_model_name(name)
     except ValueError as error:
@@ -209,6 +226,11 @@ def parse_name(name: str, role: Role) -> tuple[str | None, str]:
             hint="list them with: python -c \"import timm, factor_transfer.zoo; print(timm.list_models('*net*'))\"",
         )
     return source, plain
+
+
+def name_of(given: str | nn.Module) -> str:
+    """What a network is called: its name, or the class of a module."""
+    return given if isinstance(given, str) else type(given).__name__
 
 
 def own_size(given: str | nn.Module, role: Role = "student") -> int:
@@ -230,6 +252,8 @@ def count_parameters(module: nn.Module) -> int:
 def _resolved(name: str, role: Role, args: dict[str, Any]) -> dict[str, Any]:
     """timm's arguments for `create_model`, with the image size where an architecture is built for one."""
     img_size = args.pop("img_size", None)
+    if name.startswith(LOCAL):
+        check_config(Path(name.removeprefix(LOCAL)), f"--{role} {name}")
     try:
         return resolve_model_input_args(name, {"img_size": img_size}, **args)  # type: ignore[no-any-return]
     except FactorTransferError:
@@ -254,6 +278,10 @@ def _create(
         create = timm.create_model
     try:
         module = create(**made, pretrained=pretrained)
+        own_classes = (made.get("pretrained_cfg") or {}).get("num_classes") if create is timm.create_model else None
+        if pretrained and own_classes not in {None, num_classes}:
+            # For another head timm loads all of the weights loosely; with their own head it is strict.
+            create(**{**made, "num_classes": own_classes}, pretrained=True)
     except TypeError as error:
         raise ModelError(
             f"--{role} {name} with {args}",
@@ -263,6 +291,7 @@ def _create(
         ) from error
     except Exception as error:  # weights that cannot be fetched or do not fit, sizes that contradict each other
         source = f"--{role}-weights pretrained" if pretrained else f"--{role} {name} with {args}"
+        source = f"--{role} {name}" if pretrained and ":" in name else source  # a folder's, or a hub's
         raise ModelError(source, found=_first_line(error), hint=f"give a file with --{role}-weights") from error
     kept = {key: value for key, value in made.items() if key not in {"pretrained_cfg", "model_name"}}
     return module, {"architecture": made["model_name"], **kept}
@@ -326,5 +355,7 @@ def _call(model_name: str, pretrained: bool, **args: Any) -> nn.Module:
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """With the next one, where the first only announces it."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    shown = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+    return shown or type(error).__name__

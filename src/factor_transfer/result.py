@@ -64,6 +64,7 @@ def _described(job: Job, role: str, side: Side) -> dict[str, Any]:
     tensors = network.module.state_dict().values()
     return {
         "name": network.name,
+        **({"weights": network.origin} if network.origin else {}),
         **found,
         "parameters": count_parameters(network.module),
         "size_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),

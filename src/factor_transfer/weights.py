@@ -1,6 +1,6 @@
-"""Files of weights: data, never code; all of what a network needs, and nothing else.
+"""Weights into a network: all of what it needs, and nothing else; finite, and data, never code.
 
-safetensors, or torch files read with `weights_only=True`. A head of another size is a choice, not a mismatch.
+A head of another size is a choice, not a mismatch. `weightfiles` reads files, `unwrap` finds the weights in them.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load
-from timm.models import clean_state_dict, load_state_dict
 from torch import Tensor, nn
 
-from factor_transfer.errors import ModelError, listed, near
+from factor_transfer.errors import ModelError, listed
+from factor_transfer.health import not_finite
 from factor_transfer.method import Paraphraser, factor_channels, load_reference_paraphraser
+from factor_transfer.unwrap import COUNTER, take
+from factor_transfer.weightfiles import identify, read_tensors, split_key
+
+STATISTICS = ("running_mean", "running_var")
+"""Buffers that are computed with as weights are."""
 
 
 def load_weights(module: nn.Module, path: str | Path, given: str) -> None:
@@ -26,44 +30,32 @@ def load_weights(module: nn.Module, path: str | Path, given: str) -> None:
         ModelError: the file is missing or unreadable, or does not fit; the message begins with `given` and lists what
             is missing, unexpected and of wrong shape.
     """
-    _load_state(module, read_state(path, given), given)
+    file, key = split_key(path)
+    _load_state(module, take(read_tensors(file, given), module.state_dict(), given, key).state, given)
 
 
-def read_state(path: str | Path, given: str) -> dict[str, Tensor]:
-    """The tensors in a file of weights; a `state_dict` inside and `module.` prefixes are seen through.
+def check_finite(module: nn.Module, given: str) -> None:
+    """That a network can compute: no weight and no statistic of it is NaN or infinite.
 
-    A safetensors file is read whole: `load_file` of safetensors 0.8 never gives back all of what it takes.
+    Other buffers may be infinite, as masks of attention are.
 
     Raises:
-        ModelError: the file is missing, unreadable, or would have to run code to be read.
+        ModelError: a tensor is not; the message names it.
     """
-    if not Path(path).is_file():
-        folder = Path(path).parent
-        names = [str(entry) for entry in folder.iterdir() if entry.is_file()] if folder.is_dir() else []
+    state = module.state_dict(keep_vars=True)
+    masks = {
+        name
+        for name, value in state.items()
+        if not isinstance(value, nn.Parameter) and not name.endswith(STATISTICS) and not bool(value.isnan().any())
+    }
+    bad = not_finite((name, value) for name, value in state.items() if name not in masks and _is_float(value))
+    if bad:
         raise ModelError(
             given,
-            found="a folder" if Path(path).is_dir() else "no such file",
-            valid=near(str(path), names) or "a safetensors or torch file, or `pretrained`",
+            found=f"{len(bad)} of {len(state)} tensors that are not finite (NaN or infinite values): {listed(bad)}",
+            valid="finite weights",
+            hint="the training that made them had diverged: give weights of before that",
         )
-    try:
-        if Path(path).suffix == ".safetensors":
-            state = clean_state_dict(load(Path(path).read_bytes()))
-        else:
-            state = load_state_dict(str(path))  # timm's: weights_only=True, on the CPU
-    except Exception as error:  # whatever the readers raise on a foreign or hostile file
-        lines = str(error).splitlines()
-        unsafe = "weights_only" in str(error)
-        raise ModelError(
-            given,
-            found=lines[0] if lines else type(error).__name__,
-            valid="a safetensors file, or a torch file that holds only tensors",
-            hint="where you trust it, load it yourself and save its state_dict with safetensors.torch.save_file"
-            if unsafe
-            else None,
-        ) from error
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ModelError(given, found="no state dict", valid="tensors by name, at the top or behind `state_dict`")
-    return state
 
 
 def load_paraphraser(path: str | Path, *, channels: int, k: float, batch_norm: bool = False) -> Paraphraser:
@@ -79,7 +71,10 @@ def load_paraphraser(path: str | Path, *, channels: int, k: float, batch_norm: b
         ModelError: it is missing, unreadable, or made for another size.
     """
     given = f"--paraphraser {path}"
-    if Path(path).suffix == ".safetensors":
+    kind = identify(Path(path), given)
+    if kind.reader is None:
+        raise ModelError(given, found=kind.what, valid="paraphraser.safetensors of a run", hint=kind.hint)
+    if kind.reader == "safetensors":
         try:
             with safe_open(path, framework="pt") as file:
                 sizes = json.loads((file.metadata() or {})["paraphraser"])
@@ -90,6 +85,7 @@ def load_paraphraser(path: str | Path, *, channels: int, k: float, batch_norm: b
             ) from error
         load_weights(paraphraser, path, given)
     else:
+        read_tensors(Path(path), given)  # which says what is wrong with the file itself
         try:
             paraphraser = load_reference_paraphraser(path)
         except ModelError as error:
@@ -115,32 +111,34 @@ def paraphraser_metadata(paraphraser: Paraphraser) -> dict[str, str]:
     return {"paraphraser": json.dumps(sizes)}
 
 
-def load_but_head(module: nn.Module, path: str | Path, given: str) -> bool:
+def load_but_head(module: nn.Module, weights: str, given: str) -> tuple[bool, str]:
     """Load a file of weights, whose head may be for other classes, or not there (a self-supervised backbone).
 
     Args:
         module: the network, with a head for the classes that it shall have.
-        path: the file.
+        weights: the file, or FILE:KEY where it holds several sets of weights.
         given: the setting that named it, for messages.
 
     Returns:
-        True where the file has no head for these classes, so that the network keeps its own.
+        Whether the file has no head for these classes, so that the network keeps its own; and which of its tensors
+        were taken, where it holds more than the weights alone.
 
     Raises:
-        ModelError: as `load_weights`.
+        ModelError: as `load_weights`; or several sets of weights in the file fit, and differ.
     """
-    state = read_state(path, given)
-    own = module.state_dict()
-    places = head_places(module)
+    file, key = split_key(weights)
+    own, places = module.state_dict(), head_places(module)
+    taken = take(read_tensors(file, given), own, given.removesuffix(f":{key}"), key, places)
+    state = taken.state
     head = [name for name in own if name.rpartition(".")[0] in places]
     if not head:  # the network shall have none, whatever the file has
         state = {name: value for name, value in state.items() if name.rpartition(".")[0] not in places}
     bare = hasattr(module, "get_classifier") and not any(name in state for name in head)
     other = bool(head) and (bare or any(state[n].shape[0] != own[n].shape[0] for n in head if n in state))
     if other:
-        state |= {name: own[name] for name in head if bare or name in state}
+        state = state | {name: own[name] for name in head if bare or name in state}
     _load_state(module, state, given)
-    return other
+    return other, taken.said
 
 
 def head_places(module: nn.Module) -> list[str]:
@@ -160,15 +158,20 @@ def head_places(module: nn.Module) -> list[str]:
 def _load_state(module: nn.Module, state: Mapping[str, Tensor], given: str) -> None:
     own = module.state_dict()
     # Files of before torch 0.4.1 lack batch norm's counter, which counts and is not computed with.
-    counters = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
+    counters = {name: value for name, value in own.items() if name.endswith(COUNTER)}
     state = counters | dict(state)
     problems = {
         "missing": sorted(own.keys() - state.keys()),
         "unexpected": sorted(state.keys() - own.keys()),
         "of wrong shape": [
             f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-            for name in own.keys() & state.keys()
+            for name in sorted(own.keys() & state.keys())
             if own[name].shape != state[name].shape
+        ],
+        "of wrong type": [
+            f"{name} {state[name].dtype} instead of {own[name].dtype}"
+            for name in sorted(own.keys() & state.keys())
+            if _is_float(own[name]) != _is_float(state[name])
         ],
     }
     wrong = [f"{len(names)} {problem} ({listed(names)})" for problem, names in problems.items() if names]
@@ -180,3 +183,8 @@ def _load_state(module: nn.Module, state: Mapping[str, Tensor], given: str) -> N
             hint="check that the weights are of this very network and of these constructor arguments",
         )
     module.load_state_dict(state)
+    check_finite(module, given)
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point()
