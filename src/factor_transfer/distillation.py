@@ -19,6 +19,7 @@ from factor_transfer.engine import Engine
 from factor_transfer.errors import ConfigError, RunError, listed, near
 from factor_transfer.evaluation import evaluate
 from factor_transfer.finished import ROLES, answers, open_images, rebuild
+from factor_transfer.orders import check_orders
 from factor_transfer.page import write_report
 from factor_transfer.pairs import Modules
 from factor_transfer.result import finish
@@ -135,6 +136,7 @@ def _work(job: Job) -> None:
     pair = job.pair()
     for finding in quick(job.config, pair, job.sample(2)):
         warn(f"{finding.what} (next: {finding.hint})")
+    check_orders(pair, job.data, job.config, job.run, job.engine)
     job.teacher(pair.teacher)
     paraphrasers = job.paraphrasers(pair)
     student = job.student(pair, paraphrasers)

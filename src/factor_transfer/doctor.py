@@ -17,7 +17,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from timm.data.constants import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -37,8 +36,9 @@ from factor_transfer.followers import follower
 from factor_transfer.frozen import FrozenTeacher
 from factor_transfer.method import factor_channels
 from factor_transfer.methods import method_of
-from factor_transfer.models import InputNorm, Network, count_parameters
+from factor_transfer.models import InputNorm, Network, Role, count_parameters
 from factor_transfer.objective import fresh_paraphrasers
+from factor_transfer.orders import misordered
 from factor_transfer.pairs import Modules, Pair, Side, check_alive, check_knows
 from factor_transfer.pulls import pulls
 from factor_transfer.runs import Run
@@ -100,10 +100,13 @@ def diagnose(config: Config, modules: Modules | None = None) -> Diagnosis:
         with tempfile.TemporaryDirectory(prefix="factor-transfer-") as nowhere:  # no one else can have put a run there
             _look(config, modules or {}, found, Run(Path(nowhere), writes=False))
     except FactorTransferError as error:
-        lines = str(error).splitlines()
-        what = [line.strip() for line in lines if not line.startswith("  next:")]
-        found.findings.append(Finding("error", "\n".join(what), error.hint or ""))
+        found.findings.append(_finding("error", error))
     return found
+
+
+def _finding(level: Level, error: FactorTransferError) -> Finding:
+    what = [line.strip() for line in str(error).splitlines() if not line.startswith("  next:")]
+    return Finding(level, "\n".join(what), error.hint or "")
 
 
 def quick(config: Config, pair: Pair, images: Tensor) -> Iterator[Finding]:
@@ -150,8 +153,12 @@ def _look(config: Config, modules: Modules, found: Diagnosis, nowhere: Run) -> N
     network = pair.teacher.network
     if network.headless if config.teacher_epochs else not network.pretrained:
         job.teacher(pair.teacher)  # which says that it cannot teach
+    levels: dict[Role, Level] = {"teacher": "error", "student": "warning"}  # a student's head will be trained
+    orders = {side.role: misordered(side, job.data, config, nowhere, engine) for side in (pair.teacher, pair.student)}
+    found.findings += [_finding(levels[role], error) for role, error in orders.items() if error is not None]
     if config.teacher_epochs == 0:
-        found.findings += _teacher(pair.teacher, images, validation, found, config, job.data.labelled)
+        measures = job.data.labelled and network.knows_classes and orders["teacher"] is None
+        found.findings += _teacher(pair.teacher, images, validation if measures else None, found, job)
     found.findings += _losses(job, pair, found)
 
 
@@ -190,9 +197,8 @@ def _hashes(split: Split) -> set[bytes]:
 # -- the teacher
 
 
-def _teacher(
-    side: Side, images: Tensor, sample: Sample, found: Diagnosis, config: Config, labelled: bool
-) -> Iterator[Finding]:
+def _teacher(side: Side, images: Tensor, sample: Sample | None, found: Diagnosis, job: Job) -> Iterator[Finding]:
+    """Its features and, where there is a `sample` that its head fits, its answers."""
     module = side.network.module
     before = state_fingerprint(module.state_dict())
     health = check_alive(side, images)
@@ -205,28 +211,21 @@ def _teacher(
         what = "--teacher: its own code trains: the same images give other features, or its buffers change"
         yield Finding("error", what, "look for train(), dropout or writes to buffers in its forward")
         return
-    if not (side.network.knows_classes and labelled):
+    if sample is None:
         return
     batch = sample.whole()
     logits = _logits(side, side.network.norm, batch.image)
     top1 = _top1(logits, batch.label)
     rows: list[Sequence[str]] = [("top-1", f"{top1:.1f} %"), ("images", f"{len(batch.label):,} of validation")]
     found.tables.append(("teacher", ("", "on a sample"), rows))
-    order = _order(logits, batch.label)
-    if _top1(logits[:, order], batch.label) > 50 > top1:
-        what = f"--teacher: right on {top1:.0f} % as its classes are numbered, on " + (
-            f"{_top1(logits[:, order], batch.label):.0f} % if they were in another order"
-        )
-        hint = f"a --class-map with the teacher's own order; its outputs of our classes: {order.tolist()[:20]}"
-        yield Finding("error", what, hint)
-        return
     for name, (mean, std) in NORMS.items():
         other = _top1(_logits(side, InputNorm(mean, std, side.network.size), batch.image), batch.label)
         if other > top1 + max(3, 3 * 100 / len(batch.label) ** 0.5 * 0.5):
             what = f"--teacher: right on {top1:.1f} % of a sample, on {other:.1f} % with another normalisation, {name}"
             yield Finding("warning", what, f"--teacher-mean {_plain(mean)} --teacher-std {_plain(std)}")
             break
-    check_knows(top1, logits.shape[1], config.teacher)
+    if less := check_knows(top1, sample.labels, job.data.classes, job.config.teacher):
+        yield Finding("warning", less, "another teacher, or --teacher-epochs")
 
 
 @torch.no_grad()
@@ -237,15 +236,6 @@ def _logits(side: Side, norm: nn.Module, images: Tensor) -> Tensor:
 
 def _top1(logits: Tensor, labels: Tensor) -> float:
     return 100 * float((logits.argmax(1) == labels).float().mean())
-
-
-def _order(logits: Tensor, labels: Tensor) -> np.ndarray:
-    """The output (N,) that goes best with each class."""
-    classes = logits.shape[1]
-    hits = torch.zeros(classes, classes).index_put_(
-        (labels, logits.argmax(1)), torch.ones(len(labels)), accumulate=True
-    )
-    return np.asarray(linear_sum_assignment(-hits.numpy())[1])
 
 
 # -- the losses

@@ -50,6 +50,27 @@ def evaluate(
     return {"top1": 100 * right / count, "loss": loss / count}
 
 
+@torch.no_grad()
+def answers(model: nn.Module, images: Split, engine: Engine, *, batch_size: int = 128) -> tuple[np.ndarray, np.ndarray]:
+    """(largest output, label) of every image, (n,) each, in float32; all processes get those of all.
+
+    Args:
+        model: uint8 images (B, 3, H, W) -> logits (B, N); left in eval mode on the engine's device.
+        images: shown without augmentation.
+        engine: device and processes.
+        batch_size: images a step, over all processes.
+    """
+    engine.place(model).eval()
+    own: list[tuple[list[int], list[int]]] = []
+    for batch in _shown(images, batch_size, engine):
+        with torch.autocast(engine.device.type, enabled=False):
+            said = model(batch.image.to(engine.device)).argmax(1)
+        own.append((said.tolist(), batch.label.tolist()))
+    parts = [part for each in engine.all_of(own) for part in each]
+    said, labels = (np.array(list(chain.from_iterable(part)), np.int64) for part in zip(*parts, strict=True))
+    return said, labels
+
+
 def _shown(split: Split, batch_size: int, engine: Engine) -> Iterator[Batch]:
     """This process's part of a split, as evaluation shows it."""
     parts = [engine.shard(chunk) for chunk in chunks_of(np.arange(len(split)), batch_size)]

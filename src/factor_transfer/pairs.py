@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -100,21 +101,34 @@ def check_alive(side: Side, images: Tensor) -> Health:
     return health
 
 
-def check_knows(top1: float, classes: int, teacher: str, trained: Path | None = None) -> None:
-    """That a teacher is right on more of the images (`top1`, in percent) than a guess among so many classes would be.
+def check_knows(
+    top1: float, labels: np.ndarray, classes: Sequence[str], teacher: str, trained: Path | None = None
+) -> str | None:
+    """That a teacher is right on more of the images than a guess would be.
 
     Args:
-        top1: percent.
-        classes: of the data.
+        top1: on how many it is right, percent.
+        labels: of the images, (n,).
+        classes: names of the data's classes.
         teacher: its name.
         trained: its file of weights, where it was trained in this run.
 
+    Returns:
+        A warning, where it is right on no more of them than one that always gives one answer. (Weak teachers may be
+        wanted, and where most images are of one class this says little of the others.)
+
     Raises:
-        TrainingError: it is near chance.
+        TrainingError: it is near chance, as many of each class.
+
+    >>> check_knows(60.0, np.array([0, 0, 1]), ("cat", "dog"), "resnet18")
+    '--teacher resnet18: right on 60.00 % of the validation images; always answering `cat` would be on 66.67 %'
+    >>> check_knows(70.0, np.array([0, 0, 1]), ("cat", "dog"), "resnet18")
     """
-    chance = 100 / classes
+    chance, counts = 100 / len(classes), np.bincount(labels, minlength=len(classes))
     if top1 > chance + NEAR_CHANCE * (100 - chance):
-        return
+        guess = 100 * float(counts.max()) / len(labels)
+        what = f"right on {top1:.2f} % of the validation images; always answering `{classes[int(counts.argmax())]}`"
+        return f"--teacher {teacher}: {what} would be on {guess:.2f} %" if top1 <= guess else None
     hint = (
         "check its normalisation (--teacher-mean, --teacher-std), the order of the classes (--class-map) and its "
         "weights (--teacher-weights); train it here (--teacher-epochs); or, where it was made for other classes, drop "

@@ -173,7 +173,9 @@ class Job:
             right = f"{found['top1']:.2f} % of the validation images right in float32"
             say(f"teacher: {side.network.name}, {size}, {right}")
             trained = run.path("teacher.safetensors") if config.teacher_epochs else None
-            check_knows(found["top1"], len(self.data.classes), config.teacher, trained)
+            labels, classes = self.data.validation.labels, self.data.classes
+            if less := check_knows(found["top1"], labels, classes, config.teacher, trained):
+                warn(less)
         else:
             say(f"teacher: {side.network.name}, {size}, its accuracy cannot be measured here: its features teach")
         self._folding = self._folded(side)
