@@ -49,7 +49,7 @@ def rotation_teacher(data: Dataset, passes: int) -> nn.Module:
     images, _ = whole(data.train)
     with seeded(0):
         network = timm.create_model("cifar_resnet20", **TEACHER, num_classes=4)
-        norm = Network(network, "", SIZE, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), True).norm
+        norm = Network(network, "", (SIZE, SIZE), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), True).norm
         optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
         for _ in range(passes):
             for chunk in torch.randperm(len(images)).split(32):  # type: ignore[no-untyped-call]

@@ -19,7 +19,8 @@ from PIL import Image
 from factor_transfer.config import DataConfig
 from factor_transfer.data import open_data
 from factor_transfer.errors import ConfigError, DataError
-from factor_transfer.images import to_rgb
+from factor_transfer.frames import Frame
+from factor_transfer.rgb import to_rgb
 from factor_transfer.splits import FileSplit, PixelSplit
 from factor_transfer.views import crop_and_flip, random_resized_crop
 
@@ -333,7 +334,9 @@ def test_batches__large_images_are_the_views_of_views(large):
     data = opened(large, default_size=lambda: 112, workers=0, color_jitter=0.2, scale=(0.5, 0.9), data_seed=9)
     first = Image.open(large / "train" / "a" / "0000.jpg").convert("RGB")
     (batch,) = data.train.batches([np.array([0])], 5)
-    assert torch.equal(batch.image[0], random_resized_crop(first, 112, (0.5, 0.9), 0.5, 0.2, seed=9, index=0, view=5))
+    assert torch.equal(
+        batch.image[0], random_resized_crop(first, Frame.of(112), (0.5, 0.9), 0.5, 0.2, seed=9, index=0, view=5)
+    )
     assert data.img_size == 112
 
 

@@ -170,7 +170,7 @@ def test_load_side__shows_the_teacher_its_own_size() -> None:
     shown = teacher.network.norm(images)
     assert shown.shape == (8, 3, 64, 64)
     torch.testing.assert_close(shown.mean(), teacher.network.norm(shown_at(images, 64)).mean())
-    assert load_side("student", config, CLASSES, SIZE).network.size == SIZE
+    assert load_side("student", config, CLASSES, SIZE).network.size == (SIZE, SIZE)
     assert feature_health(teacher, images).finite
 
 

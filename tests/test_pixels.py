@@ -18,11 +18,12 @@ import pytest
 from PIL import Image
 
 from factor_transfer.config import DataConfig
+from factor_transfer.frames import Frame
 from factor_transfer.images import Files, Images
 from factor_transfer.pixels import decode_once
 from factor_transfer.sources import open_source
 
-SIZE = 16
+SIZE = Frame.of(16)
 
 
 @pytest.fixture
@@ -38,10 +39,10 @@ def right(images: Images) -> np.ndarray:
 
 
 def decoding_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rgb(*_: object) -> None:
+    def decoded(*_: object) -> None:
         raise AssertionError("an image was decoded")
 
-    monkeypatch.setattr(Images, "rgb", rgb)
+    monkeypatch.setattr(Images, "decoded", decoded)
 
 
 def store(folder: Path) -> Path:
@@ -82,7 +83,7 @@ def test_decode_once__anything_else_is_another_store(files: Images, tmp_path: Pa
         Image.fromarray(values).save(path)
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # its date tells nothing
     elif change == "size":
-        size = 12
+        size = Frame.of(12)
     else:
         path = Path(files.ranges[0].path)  # type: ignore[attr-defined]
         path.rename(path.with_name("zzz.png"))
@@ -184,11 +185,12 @@ def test_decode_once__waits_for_the_process_that_decodes(images: Path, files: Im
     script = f"""
 from pathlib import Path
 from factor_transfer.config import DataConfig
+from factor_transfer.frames import Frame
 from factor_transfer.pixels import decode_once
 from factor_transfer.sources import open_source
 files = open_source(DataConfig(data={str(images)!r})).train
 print("begins", flush=True)
-print(decode_once(files, {SIZE}, Path({str(tmp_path)!r})).digest)
+print(decode_once(files, Frame.of(16), Path({str(tmp_path)!r})).digest)
 """
     with path.with_suffix(".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -59,6 +59,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
 
 
 OTHERS = {name: values(hint) for name, hint in get_type_hints(SuggestConfig).items() if name not in {"data", "teacher"}}
+OTHERS["bit_depth"] = st.integers(9, 16)
 
 
 @settings(max_examples=120, deadline=None)

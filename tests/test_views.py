@@ -1,12 +1,12 @@
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from factor_transfer.frames import Frame
 from factor_transfer.seeds import part_seed
-from factor_transfer.views import center, crop_and_flip, evenly, hashed, held_out, permutation, random_resized_crop
+from factor_transfer.views import crop_and_flip, evenly, hashed, held_out, permutation, random_resized_crop
 
 MASK = 2**64 - 1
 
@@ -166,7 +166,7 @@ def test_crop_and_flip__gives_channels_last():
 
 def test_random_resized_crop__is_replayable_and_leaves_torchs_generator_alone():
     def view(index, number, seed=0):
-        return random_resized_crop(photo(), 112, (0.35, 1.0), 0.5, 0.4, seed=seed, index=index, view=number)
+        return random_resized_crop(photo(), Frame.of(112), (0.35, 1.0), 0.5, 0.4, seed=seed, index=index, view=number)
 
     torch.manual_seed(1)
     expected = torch.rand(3)
@@ -182,26 +182,8 @@ def test_random_resized_crop__is_replayable_and_leaves_torchs_generator_alone():
 
 def test_random_resized_crop__flips_and_jitters_as_told():
     def view(hflip, jitter, scale=(1.0, 1.0)):
-        return random_resized_crop(photo(120, 120), 120, scale, hflip, jitter, seed=0, index=1, view=0)
+        return random_resized_crop(photo(120, 120), Frame.of(120), scale, hflip, jitter, seed=0, index=1, view=0)
 
     assert torch.equal(view(1.0, 0).flip(2), view(0.0, 0))
     assert not torch.equal(view(0, 0.4), view(0, 0))
     assert not torch.equal(view(0, 0, (0.3, 0.5)), view(0, 0))
-
-
-def test_center__follows_timm_for_large_images():
-    from timm.data import create_transform
-
-    image = photo(300, 200)
-    transform = create_transform(224, is_training=False, interpolation="bicubic", crop_pct=0.875)
-    expected = (transform.transforms[1](transform.transforms[0](image)), center(image, 224))
-    assert np.array_equal(np.array(expected[0]), expected[1].permute(1, 2, 0).numpy())
-
-
-@pytest.mark.parametrize("size", [8, 16, 32])
-def test_center__resizes_small_images_whole(size):
-    image = Image.fromarray(noise(1)[0].permute(1, 2, 0).numpy())
-    got = center(image, size)
-    assert got.shape == (3, size, size)
-    if size == 8:
-        assert torch.equal(got, noise(1)[0])

@@ -10,18 +10,19 @@ import yaml
 
 from factor_transfer.files import write_atomic
 from factor_transfer.finished import ROLES
+from factor_transfer.frames import Frame
 from factor_transfer.page import rendered, repeat_command, scored
 from factor_transfer.report import label
 
 USE = """import numpy as np, onnxruntime
 
 session = onnxruntime.InferenceSession("student.onnx")
-outputs = session.run(None, {"images": images})[0]  # images: float32 (B, 3, S, S), as above"""
+outputs = session.run(None, {"images": images})[0]  # images: float32 (B, 3, H, W), as above"""
 
 TORCH_USE = """import torch
 
 student = torch.export.load("student.pt2").module()
-outputs = student(images)  # images: float32 (B, 3, S, S), as above"""
+outputs = student(images)  # images: float32 (B, 3, H, W), as above"""
 
 TIMM_USE = """import timm
 %s
@@ -45,11 +46,14 @@ def write_card(path: Path, summary: Mapping[str, Any], exports: Mapping[str, Any
     forms = {row["format"] for row in exports["formats"]}
     student = summary["student"]
     zoo = student["model_args"].get("architecture", "").startswith("cifar_")
+    frame = Frame.read({"img_size": summary["data"]["img_size"], "resize": exports.get("resize", {})})
     classes, settings = summary["data"]["classes"], summary["settings"]
     head = bool(settings.get("label_weight", 1.0) or settings.get("kd_weight"))
     networks = [{**summary[role], "label": label(summary, role)} for role in ROLES if role in summary]
     values = {
         **summary,
+        "size": frame.size,
+        "resized": frame.in_words(),
         "networks": [network for network in networks if "top1" in network],
         "head": head,
         "exports": scored(exports),

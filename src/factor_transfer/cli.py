@@ -135,11 +135,12 @@ def suggest(
     from dataclasses import asdict
 
     from factor_transfer.report import show_suggestions
+    from factor_transfer.sizes import brief
     from factor_transfer.suggest import suggest as measure
 
     found, size = measure(settings)
     if as_json:
-        print(json.dumps({"img_size": size, "suggestions": [asdict(each) for each in found]}))  # noqa: T201
+        print(json.dumps({"img_size": brief(size), "suggestions": [asdict(each) for each in found]}))  # noqa: T201
     else:
         show_suggestions(found, size)
 

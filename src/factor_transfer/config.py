@@ -19,6 +19,7 @@ from factor_transfer.arguments import MODEL_ARGS, ModelArgs, names_in
 from factor_transfer.checks import ActsOn, check
 from factor_transfer.checks import flag as flag  # noqa: PLC0414 (where others look for it)
 from factor_transfer.errors import ConfigError
+from factor_transfer.sizes import SIZE, Size, brief
 
 _ORDER = ("Data", "Teacher", "Student", "Factor transfer", "Other terms", "Training", "Machine", "Run")
 _GROUPS = {name: Group(name, sort_key=place) for place, name in enumerate(_ORDER)}
@@ -58,9 +59,19 @@ class DataConfig:
     """Column of an hfds/ dataset that holds the images. Default: the only one that does."""
     class_map: str | None = None
     """Text file with one class name a line, in index order. Default: the training folder's classes, sorted."""
-    img_size: Annotated[int | None, _POSITIVE] = None
-    """Side of the square image that both networks see, in pixels. Default: the images' own size up to 96, else the
-    student's."""
+    img_size: Annotated[int | Size | None, _POSITIVE, Parameter(**SIZE)] = None
+    """Size of the image that both networks see, in pixels: one number for a square, or height and width. Default: the
+    images' own size up to 96, else the student's."""
+    crop_mode: Annotated[Literal["squash", "border", "center"] | None, Parameter(alias="--resize-mode")] = None
+    """How images of another aspect are brought to that size (timm's words): squash resizes both sides, border fits the
+    longer one and fills the rest, center fits the shorter one and cuts the centre out. Training views keep the same
+    aspect. Default: squash up to 96 pixels, center above."""
+    crop_pct: Annotated[float | None, Number(gt=0, lte=1)] = None
+    """Share of the resized side that evaluation keeps, as timm's. Default: 0.875 with center above 96 pixels, else 1:
+    nothing is cut off."""
+    bit_depth: Annotated[int | None, Number(gte=9, lte=32)] = None
+    """Bits in use in grey images of more than 8 bits, such as 12 for a 12-bit camera. Default: what a TIFF or PGM file
+    declares, else 16."""
     validation_share: Annotated[float, _BELOW_1] = 0.1
     """Share of each training class that is set aside where the data has no validation set, or for --validate-on
     train-holdout."""
@@ -99,6 +110,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Check each value by itself: its type, its limits, and what one field alone can contradict."""
         check(self)
+        for name in ("img_size", "teacher_size"):
+            if getattr(self, name, None) is not None:
+                object.__setattr__(self, name, brief(getattr(self, name)))  # a square is one number
         if self.scale[0] > self.scale[1]:
             raise ConfigError(f"--scale {self.scale[0]} {self.scale[1]}", valid="two shares, 0 < low <= high <= 1")
 
@@ -145,9 +159,9 @@ class Config(DataConfig):
     """Passes of training, or of fine-tuning where it has weights, before it teaches."""
     teacher_lr: Annotated[float | None, _in("Teacher"), _POSITIVE] = None
     """Learning rate of those passes. Default: --lr, or a tenth of it for fine-tuning."""
-    teacher_size: Annotated[int | None, _in("Teacher"), _POSITIVE] = None
-    """Side of the images that the teacher sees, in pixels: the same views, resized. Default: --img-size; where that is
-    not given and the images are large, the size it was made for."""
+    teacher_size: Annotated[int | Size | None, _in("Teacher", **SIZE), _POSITIVE] = None
+    """Size of the images that the teacher sees, in pixels, as --img-size: the same views, resized. Default: --img-size;
+    where that is not given and the images are large, the size it was made for."""
     teacher_mean: Annotated[Rgb | None, _in("Teacher")] = None
     """Channel means that the teacher was trained with, for pixels in 0..1. Default: the model's own."""
     teacher_std: Annotated[Rgb | None, _in("Teacher"), _POSITIVE] = None

@@ -1,11 +1,12 @@
 """One indexed source of images: our own splits and class numbers, decoded once where they are small.
 
-Shapes: N images, S x S pixels.
+Shapes: N images, H x W pixels.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import cast
@@ -15,22 +16,23 @@ import numpy as np
 from factor_transfer.arguments import imported, is_callable_name
 from factor_transfer.classes import number_classes
 from factor_transfer.config import DataConfig
+from factor_transfer.content import HINTS, Content, Lost, aspects, look
 from factor_transfer.errors import ConfigError, DataError, listed
 from factor_transfer.files import cache_folder, fingerprint
+from factor_transfer.frames import SMALL, Frame
 from factor_transfer.images import Images, Unreadable, corrupted, named, natural
 from factor_transfer.layouts import UNLABELLED
-from factor_transfer.pixels import Pixels, decode_once, unreadable
+from factor_transfer.pixels import Pixels, decode_once, read_all
+from factor_transfer.rgb import DEEP
 from factor_transfer.seeds import part_seed
+from factor_transfer.sizes import AnySize, Size, brief, written
 from factor_transfer.sources import WRITTEN, open_source
 from factor_transfer.splits import FileSplit, PixelSplit, Shown, Split
-from factor_transfer.views import SMALL, VERSION, Transform, evenly, held_out
+from factor_transfer.views import VERSION, Transform, evenly, held_out
 
-TRANSFORM = "a function from an RGB image to an image, or uint8 pixels (3, S, S), of the size that the networks see"
+TRANSFORM = "a function from an RGB image to an image, or uint8 pixels (3, H, W), of the size that the networks see"
 TRACES = 8
 """Images on which an augmentation of the user's is tried, and known again."""
-
-SIZE_SAMPLE = 256
-"""Images whose headers are read to find their size."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Dataset:
     validation: Split
     classes: tuple[str, ...]
     """Class names in index order."""
-    img_size: int
+    frame: Frame
+    """The size at which the student sees them, and how they are brought to it."""
     notes: tuple[str, ...]
     """What the user should know about how the data was understood."""
     held_out: bool
@@ -51,11 +54,20 @@ class Dataset:
     """Changes with any image, label, class order, split or augmentation."""
     labelled: bool = True
     """False: a flat folder, whose images have no classes."""
+    lost: tuple[Lost, ...] = ()
+    """What of the files the networks do not see."""
+    bit_depth: int = DEEP
+    """Bits in use in grey images of more than 8 that do not say."""
+
+    @property
+    def img_size(self) -> int | Size:
+        """One number for a square, else height and width, in pixels."""
+        return brief(self.frame.size)
 
 
 def open_data(
     config: DataConfig,
-    default_size: Callable[[], int],
+    default_size: Callable[[], AnySize],
     transform: Transform | None = None,
     known: Sequence[str] | None = None,
 ) -> Dataset:
@@ -63,7 +75,7 @@ def open_data(
 
     Args:
         config: `--data` and its companions.
-        default_size: the side to use for images above 96 pixels without `--img-size`; called only for those.
+        default_size: the size to use for images above 96 pixels without `--img-size`; called only for those.
         transform: the user's own augmentation, where it is given as an object.
         known: class names of a finished run, in index order. All images are then there to be measured: those of the
             validation set, or of the whole where there is none; some classes may be absent.
@@ -82,20 +94,26 @@ def open_data(
     if known is not None:
         source = replace(source, train=source.validation or source.train, validation=None)
     classes = number_classes(source, config, notes, known)
-    size = config.img_size or _own_size(source.train) or default_size()
+    seen = look(source.train, config.bit_depth)
+    frame = Frame.of(config.img_size or _own_size(seen.sizes) or default_size(), config.crop_mode, config.crop_pct)
+    side = min(frame.size)
     shown = Shown(
-        size=size,
-        padding=size // 8 if config.crop_padding is None else config.crop_padding,
+        frame=frame,
+        padding=side // 8 if config.crop_padding is None else config.crop_padding,
         hflip=(0.0 if config.data.lower() in WRITTEN else 0.5) if config.hflip is None else config.hflip,
         scale=(config.scale[0], config.scale[1]),
         color_jitter=config.color_jitter,
         seed=config.data_seed,
+        bits=config.bit_depth,
     )
-    if shown.padding >= size:
-        raise DataError(f"--crop-padding {shown.padding}", found=f"images of {size}x{size}", valid=f"below {size}")
+    if shown.padding >= side:
+        raise DataError(
+            f"--crop-padding {shown.padding}", found=f"images of {written(frame.size)}", valid=f"below {side}"
+        )
     apart = source.validation is None or config.validate_on == "train-holdout"
     parts = [source.train] if apart or source.validation is None else [source.train, source.validation]
     loaded = _load(parts, classes, shown, config, notes)
+    lost = _lost([part.content for part in loaded if part.content] or [seen.content], config, notes)
     transform = transform or _imported(config)
     aside = np.full(len(loaded[0].labels), known is not None)
     if apart and known is None:
@@ -114,8 +132,28 @@ def open_data(
     digest = fingerprint(described | ({"train": config.train_images} if config.train_images else {}))
     labelled = UNLABELLED not in source.train.labels
     return Dataset(
-        config.data, train, validation, classes, size, tuple(notes), apart and known is None, digest, labelled
+        name=config.data,
+        train=train,
+        validation=validation,
+        classes=classes,
+        frame=frame,
+        notes=tuple(notes),
+        held_out=apart and known is None,
+        fingerprint=digest,
+        labelled=labelled,
+        bit_depth=config.bit_depth or DEEP,
+        lost=(*lost, *aspects(seen.sizes, frame)),
     )
+
+
+def _lost(contents: Sequence[Content], config: DataConfig, notes: list[str]) -> list[Lost]:
+    """What the files hold that the networks do not see; notes say what is shown otherwise."""
+    content = Content()
+    for each in contents:
+        content.add_all(each)
+    content.check_depth(f"--data {config.data}", config.bit_depth)
+    notes += [what for kind, what in content.told() if kind not in HINTS]
+    return content.lost()
 
 
 def _share(train: _Loaded, there: np.ndarray, config: DataConfig, notes: list[str]) -> np.ndarray:
@@ -195,6 +233,7 @@ class _Loaded:
     rows: np.ndarray  # indices of the readable ones
     labels: np.ndarray  # their classes
     pixels: Pixels | None  # of all; None: decoded when shown
+    content: Content | None  # of all; None: not all were read
 
     def digest(self) -> str:
         """Covers pixels where they are known, else names and sizes of files; and labels."""
@@ -224,17 +263,21 @@ def _load(
     parts: Sequence[Images], classes: tuple[str, ...], shown: Shown, config: DataConfig, notes: list[str]
 ) -> list[_Loaded]:
     """Decode small images; of large ones only make sure that they are readable, and only for `--skip-corrupt`."""
-    bytes_needed = sum(map(len, parts)) * shown.size**2 * 3
-    store = shown.size <= SMALL and bytes_needed <= config.pixel_cache_gb * 1e9
+    frame = shown.frame
+    bytes_needed = sum(map(len, parts)) * math.prod(frame.size) * 3
+    store = frame.small and bytes_needed <= config.pixel_cache_gb * 1e9
     number = {UNLABELLED: 0} | {name: index for index, name in enumerate(classes)}
     loaded: list[_Loaded] = []
     corrupt: list[Unreadable] = []
     for images in parts:
-        pixels = decode_once(images, shown.size, cache_folder(config.cache_dir) / "pixels") if store else None
-        bad = pixels.unreadable if pixels else unreadable(images) if config.skip_corrupt else {}
+        folder = cache_folder(config.cache_dir) / "pixels"
+        pixels = decode_once(images, frame, folder, shown.bits) if store else None
+        bad, content = (pixels.unreadable, pixels.content) if pixels else ({}, None)
+        if config.skip_corrupt and pixels is None:
+            bad, content = read_all(images, shown.bits)
         rows = np.array([row for row in range(len(images)) if row not in bad], dtype=np.int64)
         labels = np.array([number[images.labels[row]] for row in rows], dtype=np.int64)
-        loaded.append(_Loaded(images, rows, labels, pixels))
+        loaded.append(_Loaded(images, rows, labels, pixels, content))
         corrupt += bad.values()
     if corrupt and not config.skip_corrupt:
         raise corrupted(config.data, corrupt)
@@ -250,13 +293,8 @@ def _load(
     return loaded
 
 
-def _own_size(images: Images) -> int | None:
+def _own_size(sizes: Sequence[Size]) -> int | None:
     """The median longer side of a sample of the images; None where that is above 96 pixels."""
-    sides: list[int] = []
-    for row in np.unique(np.linspace(0, len(images) - 1, SIZE_SAMPLE).astype(int)).tolist():
-        try:
-            sides.append(max(images.open(row).size))
-        except Exception:  # whoever decodes it names it
-            continue
-    side = sorted(sides)[len(sides) // 2] if sides else SMALL
+    sides = sorted(max(size) for size in sizes)
+    side = sides[len(sides) // 2] if sides else SMALL
     return side if side <= SMALL else None

@@ -42,10 +42,10 @@ from factor_transfer.orders import misordered
 from factor_transfer.pairs import Modules, Pair, Side, check_alive, check_knows
 from factor_transfer.pulls import pulls
 from factor_transfer.runs import Run
+from factor_transfer.sizes import written
 from factor_transfer.splits import Batch, Sample, Split
 from factor_transfer.stages import Job
 from factor_transfer.tasks import TeacherSide
-from factor_transfer.views import SMALL
 
 SAMPLE = 512
 """Images of each split that are looked at."""
@@ -115,7 +115,7 @@ def quick(config: Config, pair: Pair, images: Tensor) -> Iterator[Finding]:
     Args:
         config: all settings.
         pair: teacher and student.
-        images: a few, uint8 (B, 3, S, S).
+        images: a few, uint8 (B, 3, H, W).
     """
     channels = pair.teacher.shape[0]
     kept = factor_channels(channels, config.k)
@@ -169,6 +169,8 @@ def _data(data: Dataset, config: Config) -> Iterator[Finding]:
     for note in data.notes:
         if "no training images" in note:
             yield Finding("warning", f"--data: {note}", "add images, or take the class out of --class-map")
+    for what, hint in data.lost:
+        yield Finding("warning", f"--data: {what}", hint)
     if config.batch_size > len(data.train):
         what = f"--batch-size {config.batch_size} for {len(data.train)} training images: one step a pass"
         yield Finding("warning", what, f"--batch-size {max(2, len(data.train) // 10)}")
@@ -182,7 +184,7 @@ def _data(data: Dataset, config: Config) -> Iterator[Finding]:
     if 0 < grey < 1:
         what = f"--data: {grey:.0%} of the training images are grey, the others in colour"
         yield Finding("warning", what, "see that the grey ones belong there, and in every class")
-    if data.img_size <= SMALL:
+    if data.frame.small:
         same = _hashes(data.train) & _hashes(data.validation)
         if same:
             what = f"--data: {len(same):,} images are in training and in validation: top-1 will be too high"
@@ -317,7 +319,7 @@ def _networks(pair: Pair) -> list[Sequence[str]]:
     return [
         ("name", *(network.name for network in networks)),
         ("parameters", *(f"{count_parameters(network.module):,}" for network in networks)),
-        ("images", *(f"{network.size}x{network.size}" for network in networks)),
+        ("images", *(written(network.size) for network in networks)),
         ("mean", *(_plain(network.mean) for network in networks)),
         ("std", *(_plain(network.std) for network in networks)),
         ("layer", *(side.layer for side in sides)),
@@ -330,8 +332,7 @@ def _networks(pair: Pair) -> list[Sequence[str]]:
 def _layers(pair: Pair) -> list[Sequence[str]]:
     rows: list[Sequence[str]] = []
     for side in (pair.teacher, pair.student):
-        size = side.network.size
-        for layer, shape in maps(side.network.module, torch.zeros(2, 3, size, size))[-4:]:
+        for layer, shape in maps(side.network.module, torch.zeros(2, 3, *side.network.size))[-4:]:
             rows.append((side.role, layer, "x".join(map(str, shape)) + (" *" if layer == side.layer else "")))
     return rows
 

@@ -22,11 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from factor_transfer.config import plain
+from factor_transfer.data import Dataset
 from factor_transfer.errors import RunError
 from factor_transfer.files import write_atomic
 from factor_transfer.models import Network
 from factor_transfer.runtimes import properties
-from factor_transfer.views import CROP_PCT, SMALL
+from factor_transfer.sizes import AnySize, as_size, brief
 
 TOLERANCE = 1e-4
 """Largest difference of a logit between the trained student and its export, relative to the largest logit."""
@@ -44,21 +45,21 @@ Metadata = Mapping[str, Any]
 """What a file says of itself: architecture, model_args, img_size, mean, std, classes, resize."""
 
 
-def metadata_of(network: Network, img_size: int, classes: Sequence[str]) -> dict[str, Any]:
-    """What an export says of itself, so that no other file is needed to use it."""
-    arguments, small = {**network.model_args}, img_size <= SMALL
+def metadata_of(network: Network, data: Dataset) -> dict[str, Any]:
+    """What an export of a network that was trained on `data` says of itself: no other file is needed to use it.
+
+    `img_size` is one number for a square, else height and width. `bit_depth` is of grey images of more than 8 bits.
+    """
+    arguments = {**network.model_args}
     return {
         "architecture": arguments.pop("architecture", network.name),
         "model_args": plain(arguments),
-        "img_size": img_size,
+        "img_size": brief(network.size),
         "mean": list(network.mean),
         "std": list(network.std),
-        "classes": list(classes),
-        "resize": {
-            "interpolation": "bilinear" if small else "bicubic",
-            "crop_pct": 1.0 if small else CROP_PCT,
-            "crop_mode": "squash" if small else "center",
-        },
+        "classes": list(data.classes),
+        "resize": data.frame.described(),
+        "bit_depth": data.bit_depth,
     }
 
 
@@ -163,9 +164,8 @@ def export_timm(module: nn.Module, folder: Path, metadata: Metadata) -> None:
     """Write the folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads."""
     import timm
 
-    size = metadata["img_size"]
     shown = {
-        "input_size": (3, size, size),
+        "input_size": (3, *as_size(metadata["img_size"])),
         "mean": tuple(metadata["mean"]),
         "std": tuple(metadata["std"]),
         "interpolation": metadata["resize"]["interpolation"],
@@ -176,7 +176,7 @@ def export_timm(module: nn.Module, folder: Path, metadata: Metadata) -> None:
     timm.models.save_for_hf(
         plain_copy(module),
         folder,
-        model_config={"label_names": list(metadata["classes"])},
+        model_config={"label_names": list(metadata["classes"]), "bit_depth": metadata["bit_depth"]},
         model_args=arguments or None,
         safe_serialization=True,
         data_config=shown,
@@ -184,13 +184,15 @@ def export_timm(module: nn.Module, folder: Path, metadata: Metadata) -> None:
     (folder / "model.safetensors").chmod(READABLE)
 
 
-def latency_ms(modules: Sequence[nn.Module], sizes: Sequence[int], rounds: int = 7, repeats: int = 5) -> list[float]:
-    """Median milliseconds of one image, of its `size` x `size` pixels, through each module, on the CPU, in float32.
+def latency_ms(
+    modules: Sequence[nn.Module], sizes: Sequence[AnySize], rounds: int = 7, repeats: int = 5
+) -> list[float]:
+    """Median milliseconds of one image, of its size, through each module, on the CPU, in float32.
 
     The modules take turns, so that a disturbance of the machine meets all of them. In each of its turns a module first
     runs unmeasured: others have emptied the processor's caches, and in use no other network runs between two images.
     """
-    images = [torch.zeros(1, 3, size, size) for size in sizes]
+    images = [torch.zeros(1, 3, *as_size(size)) for size in sizes]
     copies = [plain_copy(module) for module in modules]
     times: list[list[float]] = [[] for _ in copies]
     with torch.no_grad():

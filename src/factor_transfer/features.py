@@ -26,6 +26,9 @@ SMALL = 64
 PREFIXES = (0, 1, 2, 4, 5)
 """Class, distillation and register tokens that are looked for where a network does not say how many it has."""
 
+SQUARE = (1, 1)
+"""Height and width of images, where only their aspect matters."""
+
 POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 """What comes after the last map, even where (as in VGG) its output has more than one place."""
 
@@ -92,13 +95,13 @@ class Tapped(nn.Module):
             raise _Reached
 
     def _as_map(self, layer: str, kept: Mapping[str, Any], images: Tensor) -> Tensor:
-        feature = as_map(kept[layer], self.module) if layer in kept else None
+        feature = as_map(kept[layer], self.module, images.shape[-2:]) if layer in kept else None
         if feature is None:
             found = f"{_described(kept[layer])}, which is no feature map" if layer in kept else None
             raise ModelError(
                 f"{self.flag} {layer}",
                 found=found or "not used when the network runs",
-                valid="a layer that gives (B, C, H, W), or (B, N, C) tokens of a square image: "
+                valid="a layer that gives (B, C, H, W), or (B, N, C) tokens, of the images' aspect: "
                 + listed([f"{name} {'x'.join(map(str, shape))}" for name, shape in maps(self.module, images[:2])]),
                 hint=f"leave {self.flag} out: the last feature map is found by itself",
             )
@@ -143,12 +146,13 @@ def find_layer(module: nn.Module, images: Tensor) -> str:
     >>> find_layer(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)), torch.zeros(2, 3, 6, 6))
     '1'
     """
-    side, known = images.shape[-1], hasattr(module, "forward_features")
+    side, known = min(images.shape[-2:]), hasattr(module, "forward_features")
     layer, pooled = (None, True) if side <= SMALL and not known else _last_layer(module, images)
     if pooled and not known:
         # The last map of small images may have one place, as if it were pooled: larger ones tell them apart.
         with suppress(Exception):  # whatever a network raises that is made for one size
-            layer, _ = _last_layer(module, F.interpolate(images, max(4 * min(side, SMALL), 2 * side)))
+            larger = max(4 * min(side, SMALL), 2 * side)
+            layer, _ = _last_layer(module, F.interpolate(images, [each * larger // side for each in images.shape[-2:]]))
     if layer is None and side <= SMALL and not known:
         layer, _ = _last_layer(module, images)
     if layer is None:
@@ -166,16 +170,18 @@ def _last_layer(module: nn.Module, images: Tensor) -> tuple[str | None, bool]:
     with torch.set_grad_enabled(not own):  # whose graph tells what the output depends on
         images = images.detach().requires_grad_(not own)
         flow, output = _flow(module, images)
-    last = tensor_in(output, module) if own else None
-    same = [tensor for _, tensor in flow if last is not None and _shape(tensor, module) == _shape(last, module)]
+    size = images.shape[-2:]
+    last = tensor_in(output, module, size) if own else None
+    shape = partial(_shape, module=module, size=size)
+    same = [tensor for _, tensor in flow if last is not None and shape(tensor) == shape(last)]
     fitting = [tensor for tensor in same if tensor is last] or same or _of_the_trunk(module, flow, output, images)
-    pooled = bool(flow) and _shape(flow[-1][1], module)[1:] == (1, 1)
+    pooled = bool(flow) and shape(flow[-1][1])[1:] == (1, 1)
     return _named(flow, fitting[-1]) if fitting else None, pooled
 
 
 def _of_the_trunk(module: nn.Module, flow: Flow, output: Any, images: Tensor) -> list[Tensor]:
     """Of the maps with more than one place before the head the last that is no branch; all, where each is one."""
-    maps = [(name, tensor) for name, tensor in flow if _shape(tensor, module)[1:] != (1, 1)]
+    maps = [(name, tensor) for name, tensor in flow if _shape(tensor, module, images.shape[-2:])[1:] != (1, 1)]
     head = conv_head(module)
     found = maps[: next((place for place, (name, _) in enumerate(maps) if name == head), None)] or maps
     ends = [tensor for _, tensor in tensors(output)]
@@ -192,10 +198,11 @@ def maps(module: nn.Module, images: Tensor) -> list[tuple[str, tuple[int, int, i
     [('1', (8, 6, 6)), ('3', (16, 2, 2))]
     """
     flow, _ = _flow(module, images)
-    last = {_shape(output, module)[1:]: output for _, output in flow}
+    shape = partial(_shape, module=module, size=images.shape[-2:])
+    last = {shape(output)[1:]: output for _, output in flow}
     order = [id(output) for _, output in flow]
     found = sorted(last.values(), key=lambda output: order.index(id(output)))
-    return [(_named(flow, output), _shape(output, module)) for output in found]
+    return [(_named(flow, output), shape(output)) for output in found]
 
 
 @torch.no_grad()
@@ -212,9 +219,10 @@ def find_groups(module: nn.Module, images: Tensor) -> list[tuple[str, tuple[int,
     [('2', (8, 6, 6)), ('4', (16, 2, 2))]
     """
     flow, _ = _flow(module, images)
+    shape_of = partial(_shape, module=module, size=images.shape[-2:])
     by_size: dict[tuple[int, int], list[tuple[str, Tensor]]] = {}
     for name, output in flow:
-        by_size.setdefault(_shape(output, module)[1:], []).append((name, output))
+        by_size.setdefault(shape_of(output)[1:], []).append((name, output))
     found = []
     for size, named in by_size.items():
         parts = [(name, getattr(module.get_submodule(name), "weight", None)) for name, _ in named]
@@ -222,7 +230,7 @@ def find_groups(module: nn.Module, images: Tensor) -> list[tuple[str, tuple[int,
         groups = [each for each in named if sum(name.startswith(f"{each[0]}.") for name in weighted) > 1]
         _, output = groups[-1] if groups else min(reversed(named), key=lambda each: each[0].count("."))
         if size != (1, 1) and weighted:  # maps that no weights make are attention's own
-            found.append((_named(flow, output), _shape(output, module), bool(groups)))
+            found.append((_named(flow, output), shape_of(output), bool(groups)))
     found.sort(key=lambda each: each[1][1:], reverse=True)
     if not found:
         return []
@@ -236,14 +244,14 @@ def find_groups(module: nn.Module, images: Tensor) -> list[tuple[str, tuple[int,
 
 @torch.no_grad()
 def feature_map(tapped: Tapped, images: Tensor) -> Tensor:
-    """The tapped map (B, C, H, W) of normalised images (B, 3, S, S), the network in eval mode meanwhile."""
+    """The tapped map (B, C, H, W) of normalised images (B, 3, H, W), the network in eval mode meanwhile."""
     with in_eval_mode(tapped):
         feature: Tensor = tapped(images)[1]
     return feature
 
 
 def feature_shape(tapped: Tapped, images: Tensor) -> tuple[int, int, int]:
-    """(C, H, W) of the tapped map for `images` (B, 3, S, S)."""
+    """(C, H, W) of the tapped map for `images` (B, 3, H, W)."""
     channels, height, width = feature_map(tapped, images).shape[1:]
     return channels, height, width
 
@@ -259,51 +267,82 @@ def align(feature: Tensor, size: tuple[int, int]) -> Tensor:
     return feature if tuple(feature.shape[-2:]) == tuple(size) else F.adaptive_avg_pool2d(feature, size)
 
 
-def as_map(output: Any, module: nn.Module) -> Tensor | None:
+def as_map(output: Any, module: nn.Module, size: Sequence[int] = SQUARE) -> Tensor | None:
     """What a submodule of `module` gave, as a map (B, C, H, W); None where it is no feature map.
 
-    The first map in a tuple or dict (what follows is beside it), the last in a list (of its like). Channels-last maps
-    are known by their equal height and width, or by timm's `output_fmt`; class and register tokens by timm's
-    `num_prefix_tokens`, or by what is left over from a square.
+    The first map in a tuple or dict (what follows is beside it), the last in a list (of its like). A map has the aspect
+    of the images, which tells channels-last ones, beside timm's `output_fmt`; class and register tokens are known by
+    timm's `num_prefix_tokens`, or are what is left over from that aspect.
+
+    Args:
+        output: of a submodule.
+        module: the network.
+        size: height and width of its images.
 
     >>> as_map((torch.zeros(2, 1 + 49, 32), None), nn.Identity()).shape
     torch.Size([2, 32, 7, 7])
+    >>> as_map(torch.zeros(2, 1 + 8, 32), nn.Identity(), (64, 32)).shape
+    torch.Size([2, 32, 4, 2])
     """
-    tensor = tensor_in(output, module)
+    tensor = tensor_in(output, module, size)
     if tensor is None or tensor.ndim == 4:
-        last = tensor is not None and (
-            str(getattr(module, "output_fmt", "NCHW")) == "NHWC"
-            if tensor.shape[1] == tensor.shape[2] == tensor.shape[3] or tensor.shape[2:] == (1, 1)
-            else tensor.shape[1] == tensor.shape[2] != tensor.shape[3]
+        return (
+            tensor.permute(0, 3, 1, 2) if tensor is not None and _channels_come_last(tensor, module, size) else tensor
         )
-        return tensor.permute(0, 3, 1, 2) if tensor is not None and last else tensor
-    tokens = tensor[:, _prefix(tensor.shape[1], module) :]  # (B, N, C)
-    side = math.isqrt(tokens.shape[1])
-    return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, side, side)  # (B, C, side, side)
+    prefix = _prefix(tensor.shape[1], module, size)
+    grid = _grid(tensor.shape[1] - prefix, size)
+    return tensor[:, prefix:].transpose(1, 2).reshape(len(tensor), -1, *(grid or ()))  # (B, N, C) -> (B, C, H, W)
 
 
-def tensor_in(output: Any, module: nn.Module) -> Tensor | None:
+def tensor_in(output: Any, module: nn.Module, size: Sequence[int] = SQUARE) -> Tensor | None:
     """The tensor in an output that `as_map` makes a map of."""
     if isinstance(output, Mapping):
         output = tuple(output.values())
     if isinstance(output, (tuple, list)):
-        found = [tensor for tensor in (tensor_in(value, module) for value in output) if tensor is not None]
+        found = [tensor for tensor in (tensor_in(value, module, size) for value in output) if tensor is not None]
         return found[-1 if isinstance(output, list) else 0] if found else None
     if not isinstance(output, Tensor) or not output.is_floating_point():
         return None
     shape = output.shape
-    square = output.ndim == 4 and shape[2] in (shape[1], shape[3])  # as the images are
-    return output if square or (output.ndim == 3 and _prefix(shape[1], module) >= 0) else None
+    fits = output.ndim == 4 and (_like(shape[2:], size) or _like(shape[1:3], size))
+    return output if fits or (output.ndim == 3 and _prefix(shape[1], module, size) >= 0) else None
 
 
-def _prefix(tokens: int, module: nn.Module) -> int:
-    """How many of so many tokens stand before those of a square image; -1 where they are none."""
+def _channels_come_last(tensor: Tensor, module: nn.Module, size: Sequence[int]) -> bool:
+    """Whether a map is (B, H, W, C)."""
+    shape = tensor.shape
+    first, last = _like(shape[2:], size), _like(shape[1:3], size)
+    if shape[2:] == (1, 1) or (first and last and (shape[1] == shape[3] or size[0] != size[1])):  # no aspect tells
+        return str(getattr(module, "output_fmt", "NCHW")) == "NHWC"
+    return last and not first
+
+
+def _like(shape: Sequence[int], size: Sequence[int]) -> bool:
+    """Whether a map's height and width are those of images, divided and rounded."""
+    (height, width), (rows, columns) = size, shape
+    if height == width:
+        return rows == columns
+    return abs(rows * width - columns * height) <= max(height, width)
+
+
+def _grid(places: int, size: Sequence[int]) -> tuple[int, int] | None:
+    """Rows and columns of so many tokens of images; None where there are no such.
+
+    >>> _grid(49, (224, 224)), _grid(8, (32, 16)), _grid(7, (32, 16))
+    ((7, 7), (4, 2), None)
+    """
+    if places < 2:
+        return None
+    rows = round(math.sqrt(places * size[0] / size[1]))
+    near_by = [each for each in range(max(rows - 1, 1), rows + 2) if places % each == 0]
+    fitting = [(each, places // each) for each in near_by if _like((each, places // each), size)]
+    return min(fitting, key=lambda grid: abs(grid[0] * size[1] - grid[1] * size[0]), default=None)
+
+
+def _prefix(tokens: int, module: nn.Module, size: Sequence[int]) -> int:
+    """How many of so many tokens stand before those of an image; -1 where they are none."""
     told: list[Any] = [part.num_prefix_tokens for part in module.modules() if hasattr(part, "num_prefix_tokens")]
-    for prefix in (*told[:1], *PREFIXES):
-        side = math.isqrt(max(tokens - prefix, 0))
-        if side > 1 and side * side == tokens - prefix:
-            return int(prefix)
-    return -1
+    return next((int(each) for each in (*told[:1], *PREFIXES) if _grid(tokens - each, size)), -1)
 
 
 Flow = list[tuple[str, Tensor]]
@@ -316,13 +355,14 @@ def _flow(module: nn.Module, images: Tensor) -> tuple[Flow, Any]:
     features: Any = getattr(module, "forward_features", None)
     with in_eval_mode(module), _watching_all(module, seen):
         output = module(images) if features is None else features(images)
-    flow = [(name, tensor_in(given, module)) for name, given in seen]
+    size = images.shape[-2:]
+    flow = [(name, tensor_in(given, module, size)) for name, given in seen]
     kept = [(name, tensor) for name, tensor in flow if tensor is not None and len(tensor) == len(images)]
     return kept, output
 
 
-def _shape(output: Tensor, module: nn.Module) -> tuple[int, int, int]:
-    found = as_map(output, module)
+def _shape(output: Tensor, module: nn.Module, size: Sequence[int]) -> tuple[int, int, int]:
+    found = as_map(output, module, size)
     assert found is not None
     _, channels, height, width = found.shape
     return channels, height, width

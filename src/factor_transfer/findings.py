@@ -85,9 +85,7 @@ def findings(folder: Path, modules: Modules | None = None, engine: Engine | None
 
 def _read_back(folder: Path, config: Config, summary: Mapping[str, Any], modules: Modules) -> Nets:
     """All networks of a run that can be had."""
-    nets, size = Nets(), summary["data"]["img_size"]
-    example = torch.zeros(2, 3, size, size)
-    shapes = {}
+    nets, shapes = Nets(), {}
     for role in ROLES:
         if role not in summary:
             continue
@@ -99,7 +97,7 @@ def _read_back(folder: Path, config: Config, summary: Mapping[str, Any], modules
         nets.networks[role] = network
         nets.answering += [role] if answers(config, role, network) else []
         nets.tapped[role] = Tapped(network.module.eval(), summary[role]["layer"])
-        shapes[role] = feature_shape(nets.tapped[role], example)
+        shapes[role] = feature_shape(nets.tapped[role], torch.zeros(2, 3, *network.size))
     if not {"teacher", "student"} <= shapes.keys():
         return nets
     if not config.beta or config.paraphraser == "none":

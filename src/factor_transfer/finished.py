@@ -13,6 +13,7 @@ from factor_transfer.errors import ConfigError, RunError
 from factor_transfer.files import state_fingerprint
 from factor_transfer.models import Network, Role, load_network
 from factor_transfer.runs import saved_config, saved_summary
+from factor_transfer.sizes import as_size
 from factor_transfer.weights import load_weights
 
 ROLES = ("teacher", "baseline", "student")
@@ -97,7 +98,7 @@ def open_images(shown: DataConfig, summary: dict[str, Any], others: bool = False
     if others:  # numbered as the run numbers them
         settings |= {"class_map": None, "train_images": None, "validate_on": "validation"}
     known = summary["data"]["classes"] if others else None
-    images = open_data(DataConfig(**settings), lambda: int(summary["data"]["img_size"]), known=known)
+    images = open_data(DataConfig(**settings), lambda: as_size(summary["data"]["img_size"]), known=known)
     if list(images.classes) != summary["data"]["classes"]:
         raise ConfigError(
             f"--data {images.name}",

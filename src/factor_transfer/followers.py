@@ -48,7 +48,7 @@ def follower(module: nn.Module, layer: str, images: Tensor) -> str | None:
     mode = _Followers()
 
     def keep(output: Any) -> None:
-        mode.tensor = tensor_in(output, module)
+        mode.tensor = tensor_in(output, module, images.shape[-2:])
 
     with in_eval_mode(module), watching(module.get_submodule(layer), keep), mode:
         module(images)

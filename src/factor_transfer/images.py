@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from factor_transfer.errors import DataError, listed
+from factor_transfer.frames import Frame
+from factor_transfer.rgb import Decoded, decoded
 from factor_transfer.trees import Range, image_formats
 
 
@@ -46,43 +48,40 @@ class Images(ABC):
     def open(self, index: int) -> Image.Image:
         """Image `index` as its file holds it, perhaps not yet decoded."""
 
-    def rgb(self, index: int) -> Image.Image:
-        """Image `index`, decoded, in RGB.
+    def rgb(self, index: int, bits: int | None = None) -> Image.Image:
+        """Image `index`, decoded, in RGB; `bits` as in `rgb.decoded`.
 
         Raises:
             Unreadable: it cannot be decoded. (It is never replaced by another one.)
         """
+        return self.decoded(index, bits).image
+
+    def decoded(self, index: int, bits: int | None = None) -> Decoded:
+        """Image `index`, decoded, in RGB, and what was met on the way.
+
+        Raises:
+            Unreadable: it cannot be decoded.
+        """
         try:
-            return to_rgb(self.open(index))
+            return decoded(self.open(index), bits)
         except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
             reason = re.sub(r" <_io\S+ object at \w+>", "", str(error)) or type(error).__name__
             raise self.unreadable(index, reason) from error
 
+    def framed(self, index: int, image: Image.Image, frame: Frame) -> Tensor:
+        """Image `index`, decoded, as evaluation shows it: uint8 (3, H, W).
+
+        Raises:
+            Unreadable: nothing is left of it at that size.
+        """
+        try:
+            return frame.show(image)
+        except ValueError as error:
+            raise self.unreadable(index, str(error)) from error
+
     def unreadable(self, index: int, reason: str) -> Unreadable:
         """The finding that image `index` cannot be decoded."""
         return Unreadable(f"{self.where}/{self.names[index]}", reason)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode and convert: 16 bits are scaled to 8, transparency is dropped, an animation gives its first frame.
-
-    Raises:
-        ValueError: pixels of a kind that has no sensible RGB value.
-
-    >>> to_rgb(Image.fromarray(np.full((1, 1), 0x8000, np.uint16))).getpixel((0, 0))
-    (128, 128, 128)
-    """
-    image.load()
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise ValueError("32-bit integer pixels")
-        image = Image.fromarray((values >> 8).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("floating-point pixels")
-    if "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
 
 
 def named(corrupt: Sequence[Unreadable]) -> str:

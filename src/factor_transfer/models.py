@@ -27,6 +27,7 @@ from factor_transfer.config import Rgb
 from factor_transfer.errors import FactorTransferError, ModelError, listed, near
 from factor_transfer.outputs import choose, given_by, tensors, unwrap
 from factor_transfer.seeds import part_seed, seeded
+from factor_transfer.sizes import AnySize, Size, as_size, brief, written
 from factor_transfer.weightfiles import check_config, check_folder, identify
 from factor_transfer.weights import check_finite, head_places, load_but_head
 
@@ -45,7 +46,7 @@ DEFAULT_SIZE = 224
 class InputNorm(nn.Module):
     """uint8 pixels (B, 3, H, W) -> floats normalised by a network's own channel means and deviations (for 0..1).
 
-    Images of another side than `size` are resized to it (bilinear, with antialiasing).
+    Images of another size than `size` are resized to it (bilinear, with antialiasing).
 
     >>> InputNorm((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))(torch.zeros(1, 3, 1, 1, dtype=torch.uint8)).flatten().tolist()
     [-1.0, -1.0, -1.0]
@@ -54,16 +55,16 @@ class InputNorm(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, mean: Rgb, std: Rgb, size: int | None = None) -> None:
+    def __init__(self, mean: Rgb, std: Rgb, size: AnySize | None = None) -> None:
         super().__init__()
-        self.size = size
+        self.size = None if size is None else as_size(size)
         mean_, std_ = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
         self.register_buffer("scale", 1 / (255 * std_), persistent=False)
         self.register_buffer("shift", -mean_ / std_, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 3, size, size)."""
-        if self.size not in {None, images.shape[-1]}:
+        """(B, 3, H, W) -> (B, 3, *size)."""
+        if self.size is not None and self.size != tuple(images.shape[-2:]):
             images = F.interpolate(images.float(), self.size, mode="bilinear", antialias=True)
         return torch.addcmul(self.shift, images.to(self.scale.dtype), self.scale)
 
@@ -74,8 +75,8 @@ class Network:
 
     module: nn.Module
     name: str
-    size: int
-    """Side of its images, in pixels."""
+    size: Size
+    """Height and width of its images, in pixels."""
     mean: Rgb
     std: Rgb
     pretrained: bool
@@ -114,7 +115,7 @@ def load_network(
     *,
     role: Role,
     num_classes: int,
-    img_size: int,
+    img_size: AnySize,
     args: Mapping[str, Any] | None = None,
     weights: str | None = None,
     output: str | None = None,
@@ -122,7 +123,7 @@ def load_network(
     mean: Rgb | None = None,
     std: Rgb | None = None,
 ) -> Network:
-    """A network that takes (B, 3, img_size, img_size) and gives logits (B, num_classes), or a teacher of features.
+    """A network that takes (B, 3, *img_size) and gives logits (B, num_classes), or a teacher of features.
 
     The module gives one tensor, whatever its own output is: see `outputs`.
 
@@ -131,7 +132,7 @@ def load_network(
             it is).
         role: whose flags the messages name.
         num_classes: classes of the data; a head of another size is replaced, and `new_head` says so. 0: no head.
-        img_size: height and width of its input, in pixels.
+        img_size: height and width of its input, in pixels; or one number for a square.
         args: constructor arguments.
         weights: a safetensors or torch file, or `pretrained` for timm's own.
         output: which of its outputs the logits are, by name; default: the one that can only be them.
@@ -180,7 +181,7 @@ def load_network(
     network = Network(
         module,
         name,
-        img_size,
+        as_size(img_size),
         mean or tuple(own.get("mean", IMAGENET_DEFAULT_MEAN)),
         std or tuple(own.get("std", IMAGENET_DEFAULT_STD)),
         pretrained,
@@ -233,15 +234,15 @@ def name_of(given: str | nn.Module) -> str:
     return given if isinstance(given, str) else type(given).__name__
 
 
-def own_size(given: str | nn.Module, role: Role = "student") -> int:
-    """Side of the square images that a network was made for, in pixels."""
+def own_size(given: str | nn.Module, role: Role = "student") -> int | Size:
+    """Size of the images that a network was made for, in pixels: one number for a square, else height and width."""
     if isinstance(given, nn.Module):
         own = getattr(given, "pretrained_cfg", None) or {}
     elif parse_name(given, role)[0] in {"torchvision", "callable"}:
         own = {}
     else:
         own = _resolved(given, role, {})["pretrained_cfg"]
-    return int((own.get("input_size") or (3, DEFAULT_SIZE, DEFAULT_SIZE))[-1])
+    return brief(tuple(map(int, (own.get("input_size") or (3, DEFAULT_SIZE, DEFAULT_SIZE))[-2:])))
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -263,7 +264,7 @@ def _resolved(name: str, role: Role, args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _create(
-    name: str, role: Role, num_classes: int, img_size: int, args: dict[str, Any], pretrained: bool
+    name: str, role: Role, num_classes: int, img_size: AnySize, args: dict[str, Any], pretrained: bool
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network, and the arguments that rebuild it with `timm.create_model` (or torchvision's `get_model`)."""
     create: Callable[..., nn.Module]
@@ -305,7 +306,7 @@ def _unwrapped(network: Network, role: Role, num_classes: int, wanted: str | Non
     except Exception as error:  # whatever a foreign network raises on a size that it cannot take
         raise ModelError(
             f"--{role} {network.name}",
-            found=f"it fails on images of {network.size}x{network.size} pixels: {_first_line(error)}",
+            found=f"it fails on images of {written(network.size)} pixels: {_first_line(error)}",
             hint="give a size that it can take with --img-size" + (" or --teacher-size" if role == "teacher" else ""),
         ) from error
     plain = all(each is None or isinstance(each, Tensor) for each in (output, training))

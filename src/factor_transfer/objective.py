@@ -283,7 +283,7 @@ Found = list[tuple[str, tuple[int, int, int]]]
 
 
 def _example(side: Side) -> Tensor:
-    return torch.zeros(2, 3, side.network.size, side.network.size)
+    return torch.zeros(2, 3, *side.network.size)
 
 
 def _found(side: Side) -> Found:

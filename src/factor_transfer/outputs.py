@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from factor_transfer.errors import ModelError, listed
 from factor_transfer.seeds import seeded
+from factor_transfer.sizes import Size
 
 LOGITS = "logits"
 """What logits are called where they have a name."""
@@ -155,14 +156,14 @@ class Unwrap:
 
 
 @torch.no_grad()
-def given_by(module: nn.Module, size: int, count: int, *, foreign: bool) -> tuple[Any, Any]:
-    """What a network gives for `count` images of `size` x `size`, in eval mode and in training mode.
+def given_by(module: nn.Module, size: Size, count: int, *, foreign: bool) -> tuple[Any, Any]:
+    """What a network gives for `count` images of `size`, in eval mode and in training mode.
 
     A copy gives it. What training mode gives is None where the network fails in it, and where it is not `foreign`:
     timm's networks give one tensor in both modes.
     """
     copy = deepcopy(module).cpu().float().eval()
-    images = torch.zeros(count, 3, size, size)
+    images = torch.zeros(count, 3, *size)
     output = copy(images)
     if not foreign:
         return output, None

@@ -25,6 +25,7 @@ from factor_transfer.pairs import Modules
 from factor_transfer.plots import Point, bars, dumbbell, heat, lines, scatter
 from factor_transfer.report import LABELS, STAGES, label, verdict
 from factor_transfer.runs import Run, saved_summary
+from factor_transfer.sizes import written
 
 KINDS = {"teacher": "teacher", "baseline": "alone", "student": "student"}
 """The style of a role."""
@@ -94,6 +95,7 @@ def report_values(folder: Path, found: Mapping[str, Any]) -> dict[str, Any]:
         "cosine": found.get("cosine"),
         "similarity": found.get("similarity"),
         "classes": classes,
+        "size": written(summary["data"]["img_size"]),
         "per_class": per_class,
         "answering": [network for role, network in zip(roles, networks, strict=True) if role in answering],
         "class_low": _lowest(per_class),

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from factor_transfer.arguments import names_in
 from factor_transfer.config import Config, flag
-from factor_transfer.console import say
+from factor_transfer.console import say, warn
+from factor_transfer.content import STRETCHED
 from factor_transfer.errors import TrainingError
 from factor_transfer.features import Tapped, feature_map, feature_shape, find_layer
+from factor_transfer.frames import SMALL, Frame
 from factor_transfer.models import Network, Role, load_network, own_size
-from factor_transfer.views import SMALL
+from factor_transfer.sizes import AnySize, Size, as_size, written
 
 NEAR_CHANCE = 0.1
 """A teacher that covers less than this share of the way from chance to perfection teaches nothing."""
@@ -77,7 +79,7 @@ class Health:
 
 
 def feature_health(side: Side, images: Tensor) -> Health:
-    """Whether a network's features are alive, for two uint8 images (B, 3, S, S) or more."""
+    """Whether a network's features are alive, for two uint8 images (B, 3, H, W) or more."""
     place = next((parameter.device for parameter in side.network.module.parameters()), images.device)
     feature = feature_map(side.tapped(), side.network.norm.to(place)(images.to(place))).float()
     spread = feature.std(0).amax((1, 2))  # (C,)
@@ -85,7 +87,7 @@ def feature_health(side: Side, images: Tensor) -> Health:
 
 
 def check_alive(side: Side, images: Tensor) -> Health:
-    """Look at the teacher's feature map of a few images, uint8 (B, 3, S, S).
+    """Look at the teacher's feature map of a few images, uint8 (B, 3, H, W).
 
     Raises:
         TrainingError: it is not finite, or the same for all of them.
@@ -144,28 +146,28 @@ def check_knows(
     )
 
 
-def teacher_size(config: Config, img_size: int, module: nn.Module | None = None) -> int:
-    """Side of the images that the teacher sees where the student's is `img_size`, in pixels."""
-    if config.teacher_size is not None or config.img_size is not None or img_size <= SMALL:
-        return config.teacher_size or img_size
-    return own_size(config.teacher if module is None else module, "teacher")
+def teacher_size(config: Config, img_size: AnySize, module: nn.Module | None = None) -> Size:
+    """Height and width of the images that the teacher sees where the student's are `img_size`, in pixels."""
+    if config.teacher_size is not None or config.img_size is not None or max(as_size(img_size)) <= SMALL:
+        return as_size(config.teacher_size or img_size)
+    return as_size(own_size(config.teacher if module is None else module, "teacher"))
 
 
-def load_side(role: Role, config: Config, num_classes: int, img_size: int, module: nn.Module | None = None) -> Side:
+def load_side(role: Role, config: Config, num_classes: int, img_size: AnySize, module: nn.Module | None = None) -> Side:
     """A network as the settings name it, tapped. --data-seed owns the teacher's fresh weights, --seed the student's.
 
     Args:
         role: teacher or student.
         config: all settings.
         num_classes: classes of the data.
-        img_size: side of the images, in pixels.
+        img_size: height and width of the images, in pixels.
         module: the network itself, where it is given as a module.
 
     Raises:
         ModelError: an unknown network or layer, or weights that do not fit it.
     """
     own, teacher = vars(config), role == "teacher"
-    size = teacher_size(config, img_size, module) if teacher else img_size
+    size = teacher_size(config, img_size, module) if teacher else as_size(img_size)
     network = load_network(
         own[role] if module is None else module,
         role=role,
@@ -180,9 +182,12 @@ def load_side(role: Role, config: Config, num_classes: int, img_size: int, modul
     )
     for note in network.notes:
         say(f"{role}: {note}")
-    if size != img_size:
-        say(f"{role}: sees the images at {size}x{size}")
-    example = torch.zeros(2, 3, size, size)
+    if size != as_size(img_size):
+        say(f"{role}: sees the images at {written(size)}")
+    if Frame.of(size).stretch(as_size(img_size)) > STRETCHED:
+        squashed = f"{written(img_size)} images are squashed to {written(size)}"
+        warn(f"{role}: {squashed}, another aspect (--{role}-size takes height and width)")
+    example = torch.zeros(2, 3, *size)
     shapes = [
         (layer, feature_shape(Tapped(network.module, layer, flag=flag(f"{role}_layer")), example))
         for layer in names_in(own[f"{role}_layer"]) or [find_layer(network.module, example)]

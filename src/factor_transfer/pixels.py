@@ -1,13 +1,13 @@
 """Small images, decoded once: into a memory-mapped store that later runs and other processes share.
 
-A store is found by what it was made of: a hash over every file's name and bytes, the size of the images, and the
-decoder. So a copied folder finds it, and a changed image does not. It is written under another name, synced and then
-renamed: it is whole or absent. Its pixels are hashed again whenever it is opened.
+A store is found by what it was made of: a hash over every file's name and bytes, the size of the images and how they
+are brought to it, and the decoder. So a copied folder finds it, and a changed image does not. It is written under
+another name, synced and then renamed: it is whole or absent. Its pixels are hashed again whenever it is opened.
 
-CACHE/pixels/FINGERPRINT.u8      uint8 (N, S, S, 3)
-                         .json   its hash, and the images that could not be decoded
+CACHE/pixels/FINGERPRINT.u8      uint8 (N, H, W, 3)
+                         .json   its hash, the images that could not be decoded, and what was met in the others
 
-Shapes: N images of S x S pixels.
+Shapes: N images of H x W pixels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,10 +26,13 @@ import numpy as np
 import PIL
 
 from factor_transfer.console import pass_bar, say, warn
+from factor_transfer.content import Content, from_file, to_file
 from factor_transfer.errors import RunError
 from factor_transfer.files import fingerprint, read_json, write_json
+from factor_transfer.frames import Frame
 from factor_transfer.images import Files, Images, Unreadable
-from factor_transfer.views import VERSION, center
+from factor_transfer.sizes import Size
+from factor_transfer.views import VERSION
 
 BLOCK = 128
 """Images a thread reads or decodes at a time."""
@@ -41,37 +44,45 @@ T = TypeVar("T")
 class Pixels:
     """All images of one part of a dataset."""
 
-    array: np.ndarray  # (N, S, S, 3) uint8; of an unreadable image, zeros
+    array: np.ndarray  # (N, H, W, 3) uint8; of an unreadable image, zeros
     unreadable: dict[int, Unreadable]
+    content: Content
     digest: str
     """SHA-256 of `array`."""
 
 
-def decode_once(images: Images, size: int, folder: Path) -> Pixels:
-    """All images at `size`, from the store in `folder` where it has them, else decoded now and stored there.
+def decode_once(images: Images, frame: Frame, folder: Path, bits: int | None = None) -> Pixels:
+    """All images in `frame`, from the store in `folder` where it has them, else decoded now and stored there.
 
     Images that lie in memory or in another library's files are decoded into memory each time, and so are all where
     the folder cannot be written to.
 
     Args:
         images: small images.
-        size: side S in pixels.
+        frame: their size H x W, and how they are brought to it.
         folder: where stores are kept.
+        bits: see `rgb.decoded`.
     """
     if not isinstance(images, Files):
-        return _in_memory(images, size)
-    what = {"version": VERSION, "decoder": PIL.__version__, "size": size, "images": _contents(images)}
+        return _in_memory(images, frame, bits)
+    what = {
+        "version": VERSION,
+        "decoder": PIL.__version__,
+        "frame": asdict(frame),
+        "bits": bits,
+        "images": _contents(images),
+    }
     path = folder / f"{fingerprint(what)[:32]}.u8"
-    found = _opened(path, images, size)
+    found = _opened(path, images, frame.size)
     if found is not None:
         return found
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(path.with_suffix(".lock")):
-            return _opened(path, images, size) or _kept(path, _in_memory(images, size))
+            return _opened(path, images, frame.size) or _kept(path, _in_memory(images, frame, bits))
     except OSError as error:
         _warn_not_kept(error, path)
-    return _in_memory(images, size)
+    return _in_memory(images, frame, bits)
 
 
 def blocks(label: str, count: int, work: Callable[[range], T]) -> Iterator[T]:
@@ -83,21 +94,29 @@ def blocks(label: str, count: int, work: Callable[[range], T]) -> Iterator[T]:
             yield found
 
 
-def unreadable(images: Images, array: np.ndarray | None = None) -> dict[int, Unreadable]:
-    """Decode all images, into `array` (N, S, S, 3) where given; returns those that cannot be decoded."""
+def read_all(
+    images: Images, bits: int | None, frame: Frame | None = None, array: np.ndarray | None = None
+) -> tuple[dict[int, Unreadable], Content]:
+    """Decode all images, into `array` (N, H, W, 3) where given: the unreadable ones, and what the others hold."""
 
-    def work(rows: range) -> dict[int, Unreadable]:
-        bad = {}
+    def work(rows: range) -> tuple[dict[int, Unreadable], Content]:
+        bad, content = {}, Content()
         for row in rows:
             try:
-                image = images.rgb(row)
-                if array is not None:
-                    array[row] = center(image, array.shape[1]).permute(1, 2, 0).numpy()
+                found = images.decoded(row, bits)
+                if array is not None and frame is not None:
+                    array[row] = images.framed(row, found.image, frame).permute(1, 2, 0).numpy()
+                content.add(images.names[row], found)
             except Unreadable as error:
                 bad[row] = error
-        return bad
+        return bad, content
 
-    return {row: error for found in blocks("reading images", len(images), work) for row, error in found.items()}
+    unreadable: dict[int, Unreadable] = {}
+    content = Content()
+    for bad, more in blocks("reading images", len(images), work):
+        unreadable |= bad
+        content.add_all(more)
+    return unreadable, content
 
 
 def cores() -> int:
@@ -105,9 +124,10 @@ def cores() -> int:
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def _in_memory(images: Images, size: int) -> Pixels:
-    array = np.zeros((len(images), size, size, 3), np.uint8)
-    return Pixels(array, unreadable(images, array), _digest(array))
+def _in_memory(images: Images, frame: Frame, bits: int | None) -> Pixels:
+    array = np.zeros((len(images), *frame.size, 3), np.uint8)
+    unreadable, content = read_all(images, bits, frame, array)
+    return Pixels(array, unreadable, content, _digest(array))
 
 
 def _contents(images: Files) -> str:
@@ -136,7 +156,8 @@ def _kept(path: Path, pixels: Pixels) -> Pixels:
             os.fsync(file.fileno())
         temporary.replace(path)
         reasons = {str(row): error.reason for row, error in pixels.unreadable.items()}
-        write_json(path.with_suffix(".json"), {"sha256": pixels.digest, "unreadable": reasons})
+        found = {"sha256": pixels.digest, "unreadable": reasons, "content": to_file(pixels.content)}
+        write_json(path.with_suffix(".json"), found)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         _warn_not_kept(error, path)
@@ -145,14 +166,14 @@ def _kept(path: Path, pixels: Pixels) -> Pixels:
     return pixels
 
 
-def _opened(path: Path, images: Images, size: int) -> Pixels | None:
+def _opened(path: Path, images: Images, size: Size) -> Pixels | None:
     """The store at `path`; None if there is none, or if it is not what was written."""
     try:
         meta: Any = read_json(path.with_suffix(".json"))
-        array = np.memmap(path, np.uint8, "r", shape=(len(images), size, size, 3))
+        array = np.memmap(path, np.uint8, "r", shape=(len(images), *size, 3))
         bad = {int(row): images.unreadable(int(row), reason) for row, reason in meta["unreadable"].items()}
         if path.stat().st_size == array.nbytes and _digest(array) == meta["sha256"]:
-            return Pixels(array, bad, meta["sha256"])
+            return Pixels(array, bad, from_file(meta["content"]), meta["sha256"])
     except (FileNotFoundError, PermissionError):
         return None
     except (OSError, RunError, ValueError, KeyError, TypeError, AttributeError):

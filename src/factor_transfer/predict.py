@@ -18,11 +18,13 @@ from PIL import Image
 from factor_transfer.checks import check_arguments
 from factor_transfer.config import MOST_THREADS
 from factor_transfer.console import say, warn
-from factor_transfer.errors import DataError, RunError
-from factor_transfer.images import natural, to_rgb
+from factor_transfer.content import DARK, Content, dark
+from factor_transfer.errors import DataError, RunError, listed
+from factor_transfer.frames import Frame
+from factor_transfer.images import natural
+from factor_transfer.rgb import DEEP, decoded
 from factor_transfer.runtimes import Runtime, kind_of, load
 from factor_transfer.trees import counted, folder_tree, image_formats
-from factor_transfer.views import center
 
 BATCH = 32
 
@@ -57,8 +59,8 @@ def predict_images(
     """
     check_arguments(predict_images, top=top, threads=threads)
     runtime = open_student(student, threads)
-    classes, size = runtime.metadata["classes"], runtime.metadata["img_size"]
-    answers, unread = [], 0
+    classes, frame, bits = runtime.metadata["classes"], Frame.read(runtime.metadata), runtime.metadata.get("bit_depth")
+    answers, unread, content, darkest = [], 0, Content(), list[tuple[int, str]]()
     batch: list[tuple[str, bytes]] = []
 
     def answer() -> None:
@@ -74,16 +76,25 @@ def predict_images(
     for name, source in find_images(images):
         try:
             with Image.open(source, formats=image_formats()) as opened:
-                pixels = center(to_rgb(opened), size).permute(1, 2, 0).numpy().tobytes()
+                found = decoded(opened, bits)
+            pixels = frame.show(found.image).permute(1, 2, 0).numpy().tobytes()
         except Exception as error:  # decoders raise anything
             unread += 1
             warn(f"{name} is no image that PIL can decode ({error})")
             continue
+        content.add(name, found)
+        if found.largest is not None and found.largest.bit_length() <= DARK and bits in {None, DEEP}:
+            darkest.append((found.largest, name))
         batch.append((name, pixels))
         if len(batch) == BATCH:
             answer()
     if batch:
         answer()
+    for _, what in content.told():
+        warn(what)
+    if darkest:
+        names = listed([name for _, name in darkest])
+        warn(f"{len(darkest):,} of {content.looked:,} images are {dark(max(darkest)[0])} ({names})")
     if as_json:
         print(json.dumps(answers, ensure_ascii=False, indent=1))  # noqa: T201
     return 2 if unread else 0

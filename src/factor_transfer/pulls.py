@@ -41,10 +41,11 @@ def pulls(task: DistillationTask, batch: Batch) -> dict[str, Pull]:
     with seeded(0), ExitStack() as stack:
         for layer in tapped.layers:
             stack.enter_context(watching(tapped.module.get_submodule(layer), partial(raw.__setitem__, layer)))
-        output, maps = tapped.maps(trainee.norm(images))
+        inputs = trainee.norm(images)
+        output, maps = tapped.maps(inputs)
         student = StudentOutputs(output, maps[tapped.layer], maps)
         losses = {name: term(student, outputs, labels) for name, term in trainee.terms.items()}
-    found = {layer: tensor_in(each, tapped.module) for layer, each in raw.items()}
+    found = {layer: tensor_in(each, tapped.module, inputs.shape[-2:]) for layer, each in raw.items()}
     read = {layer: tensor for layer, tensor in found.items() if tensor is not None}
     return {name: Pull(loss.item(), _norms(loss, read)) for name, loss in losses.items()}
 

@@ -10,6 +10,7 @@ from factor_transfer.console import say, table, warn
 from factor_transfer.health import DEAD
 from factor_transfer.methods import ALONE
 from factor_transfer.runs import saved_summary
+from factor_transfer.sizes import Size, written
 
 POOR_RECONSTRUCTION = 0.8
 """A paraphraser whose error is more than this share of a mean predictor's has learned little."""
@@ -83,14 +84,14 @@ def show_diagnosis(tables: Sequence[Any], findings: Sequence[Any]) -> None:
     )
 
 
-def show_suggestions(found: Sequence[Any], size: int) -> None:
+def show_suggestions(found: Sequence[Any], size: Size) -> None:
     """Print the students that fit, and the commands that distil into them."""
     rows = [
         (each.name, f"{each.parameters:,}", f"{each.size_mb:.2f}", f"{each.latency_ms:.2f}",
          "  ".join(f"{name}={value}" for name, value in each.args.items()))
         for each in found
     ]  # fmt: skip
-    table(f"students for {size}x{size} pixels", ("", "parameters", "MB", "ms / image", "arguments"), rows)
+    table(f"students for {written(size)} pixels", ("", "parameters", "MB", "ms / image", "arguments"), rows)
     for each in found:
         say(each.command)
 

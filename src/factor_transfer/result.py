@@ -11,6 +11,7 @@ from factor_transfer.files import state_fingerprint, write_json
 from factor_transfer.methods import method_of
 from factor_transfer.models import Network, count_parameters
 from factor_transfer.pairs import Pair, Side
+from factor_transfer.sizes import brief
 from factor_transfer.stages import Job
 
 
@@ -49,7 +50,7 @@ def finish(job: Job, pair: Pair, student: Side, baseline: Side | None) -> None:
 def _export(job: Job, network: Network) -> dict[str, Any]:
     """How far student.pt2 is from the student; or why there is none: hours of training are not lost to that."""
     try:
-        images, about = job.sample(EXPORT_IMAGES), metadata_of(network, job.data.img_size, job.data.classes)
+        images, about = job.sample(EXPORT_IMAGES), metadata_of(network, job.data)
         path = job.run.path("student.pt2")
         return {"pt2_difference": export_pt2(network.module, network.norm(images), path, about)}
     except Exception as error:  # torch.export raises whatever it meets in foreign code
@@ -69,7 +70,7 @@ def _described(job: Job, role: str, side: Side) -> dict[str, Any]:
         "parameters": count_parameters(network.module),
         "size_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         "layer": side.layer,
-        "img_size": network.size,
+        "img_size": brief(network.size),
         "mean": list(network.mean),
         "std": list(network.std),
         "model_args": plain(network.model_args),

@@ -4,7 +4,7 @@ As a script (`python runtimes.py REQUEST`, a JSON object) this file is the fresh
 and timed. It imports nothing of the package, and only the library that the kind needs; pixels go in, and logits come
 out, as bytes, so that not even numpy is asked for where torch is enough.
 
-Shapes: B images, S pixels a side, N classes.
+Shapes: B images of H x W pixels, N classes.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ KINDS = {"pt2": "torch", "onnx": "onnxruntime", "onnx-int8": "onnxruntime", "saf
 
 
 class Runtime(Protocol):
-    """A loaded student. `metadata` has `img_size`, `mean`, `std` and `classes`."""
+    """A loaded student. `metadata` has `img_size`, `resize`, `mean`, `std` and `classes`."""
 
     metadata: dict[str, Any]
 
     def prepare(self, pixels: bytes, count: int) -> Any:
-        """uint8 pixels (B, S, S, 3) -> normalised float32 (B, 3, S, S), as the library has them."""
+        """uint8 pixels (B, H, W, 3) -> normalised float32 (B, 3, H, W), as the library has them."""
 
     def forward(self, images: Any) -> Any:
         """-> logits (B, N), as the library has them."""
 
     def logits(self, pixels: bytes, count: int) -> bytes:
-        """uint8 pixels (B, S, S, 3) -> float32 logits (B, N), row by row."""
+        """uint8 pixels (B, H, W, 3) -> float32 logits (B, N), row by row."""
 
 
 class TorchRuntime:
@@ -51,8 +51,8 @@ class TorchRuntime:
         """See `Runtime`."""
         import torch
 
-        size = self.metadata["img_size"]
-        images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(count, size, size, 3).permute(0, 3, 1, 2)
+        shape = (count, *sides(self.metadata), 3)
+        images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(shape).permute(0, 3, 1, 2)
         mean, std = (torch.tensor(self.metadata[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
         return ((images.float() / 255 - mean) / std).contiguous()
 
@@ -84,8 +84,7 @@ class OnnxRuntime:
         """See `Runtime`."""
         import numpy as np
 
-        size = self.metadata["img_size"]
-        images = np.frombuffer(pixels, np.uint8).reshape(count, size, size, 3).transpose(0, 3, 1, 2)
+        images = np.frombuffer(pixels, np.uint8).reshape(count, *sides(self.metadata), 3).transpose(0, 3, 1, 2)
         mean, std = (np.array(self.metadata[name], np.float32).reshape(3, 1, 1) for name in ("mean", "std"))
         return np.ascontiguousarray((images / np.float32(255) - mean) / std)
 
@@ -114,6 +113,22 @@ def read_properties(found: dict[str, str]) -> dict[str, Any]:
         return {name: json.loads(value) for name, value in found.items() if name != "format"}
     except ValueError:
         return {}
+
+
+def sides(metadata: dict[str, Any]) -> tuple[int, int]:
+    """Height and width of the images, in pixels: a file holds one number for a square.
+
+    >>> sides({"img_size": 32}), sides({"img_size": [256, 128]})
+    ((32, 32), (256, 128))
+    """
+    size = metadata["img_size"]
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _bytes(metadata: dict[str, Any]) -> int:
+    """Of the pixels of an image."""
+    height, width = sides(metadata)
+    return 3 * height * width
 
 
 def kind_of(path: Path) -> str:
@@ -183,10 +198,12 @@ def _folder_metadata(path: Path) -> dict[str, Any]:
     own = config["pretrained_cfg"]
     return {
         "architecture": config["architecture"],
-        "img_size": own["input_size"][-1],
+        "img_size": own["input_size"][-2:],
         "mean": own["mean"],
         "std": own["std"],
         "classes": config.get("label_names") or own.get("label_names"),
+        "bit_depth": config.get("bit_depth"),
+        "resize": {name: own[name] for name in ("interpolation", "crop_pct", "crop_mode") if name in own},
     }
 
 
@@ -202,7 +219,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     if request["task"] == "tensors":
         return {"digest": _digest(Path(request["path"]))}
     runtime = load(Path(request["path"]), threads=request["threads"])
-    size, batch = 3 * runtime.metadata["img_size"] ** 2, request["batch"]
+    size, batch = _bytes(runtime.metadata), request["batch"]
     with open(request["pixels"], "rb") as pixels, open(request["logits"], "wb") as logits:  # noqa: PTH123
         while block := pixels.read(batch * size):
             logits.write(runtime.logits(block, len(block) // size))
@@ -233,8 +250,10 @@ def _latency(
     loaded = {name: load(Path(path), threads) for name, path in paths.items()}
     found = []
     for batch in batches:
-        size = 3 * next(iter(loaded.values())).metadata["img_size"] ** 2
-        inputs = {name: runtime.prepare(os.urandom(size) * batch, batch) for name, runtime in loaded.items()}
+        inputs = {
+            name: runtime.prepare(os.urandom(_bytes(runtime.metadata)) * batch, batch)
+            for name, runtime in loaded.items()
+        }
         taken: dict[str, list[float]] = {name: [] for name in loaded}
         started = time.perf_counter()
         for turn in range(turns + 3):  # the first three warm up

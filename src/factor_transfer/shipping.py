@@ -190,11 +190,10 @@ class _Export:
         with torch.no_grad():
             return torch.cat([self.module(images) for images, _ in self._shown(self.student, self.data.validation)])
 
-    @cached_property
-    def example(self) -> torch.Tensor:
-        """Normalised images to trace with."""
+    def example(self, network: Network) -> torch.Tensor:
+        """Normalised images to trace a network with, of the size that it sees."""
         images: torch.Tensor
-        images, _ = next(self._shown(self.student, self.data.validation))
+        images, _ = next(self._shown(network, self.data.validation))
         return images
 
     @cached_property
@@ -208,6 +207,7 @@ class _Export:
             "largest_logit": float(self.logits.abs().max()),
             "tolerance": TOLERANCE,
             "int8_loss": self.choices.int8_loss,
+            "resize": self.data.frame.described(),
         }
 
     @cached_property
@@ -224,10 +224,10 @@ class _Export:
 
     def metadata(self, network: Network | None = None) -> dict[str, Any]:
         """What a file says of itself."""
-        return metadata_of(network or self.student, self.data.img_size, self.data.classes)
+        return metadata_of(network or self.student, self.data)
 
     def _shown(self, network: Network, split: Split, chosen: np.ndarray | None = None) -> Iterator[Any]:
-        """Normalised images and uint8 pixels (B, S, S, 3), as evaluation shows them."""
+        """Normalised images and uint8 pixels (B, H, W, 3), as evaluation shows them."""
         rows = self.chosen if chosen is None else chosen
         chunks = np.array_split(rows, -(-len(rows) // self.config.batch_size))
         for batch in split.batches(chunks, view=None):
@@ -268,14 +268,14 @@ class _Export:
 
     def write(self, form: str, network: Network, path: Path, work: Path) -> None:
         """Write one format of a network."""
-        metadata, module = self.metadata(network), network.module
+        metadata, module, example = self.metadata(network), network.module, self.example(network)
         if form == "pt2":
-            export_pt2(module, self.example, path, metadata)
+            export_pt2(module, example, path, metadata)
         elif form == "onnx":
-            export_onnx(module, self.example, path, metadata)
+            export_onnx(module, example, path, metadata)
         elif form == "onnx-int8":
             source = work / "float.onnx"
-            export_onnx(module, self.example, source, metadata)
+            export_onnx(module, example, source, metadata)
             count = min(CALIBRATION, len(self.data.train))
             rows = np.unique(np.linspace(0, len(self.data.train) - 1, count).astype(int))
             shown = self._shown(network, self.data.train, rows)

@@ -3,7 +3,7 @@
 Any chunk of sample indices becomes a batch, augmented as `views` says. So order, batch size, workers and processes are
 the caller's choice and change no pixel.
 
-Shapes: B images, H = W = S pixels, N images in all.
+Shapes: B images of H x W pixels, N images in all.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from torch.utils.data import DataLoader
 
 from factor_transfer.config import DataConfig
 from factor_transfer.errors import DataError
+from factor_transfer.frames import Frame
 from factor_transfer.images import Images, Unreadable, corrupted
 from factor_transfer.pixels import cores
-from factor_transfer.views import SMALL, Transform, center, crop_and_flip, own_view, random_resized_crop
+from factor_transfer.views import Transform, crop_and_flip, own_view, random_resized_crop
 
 
 class Batch(NamedTuple):
     """Images with their labels."""
 
-    image: Tensor  # (B, 3, S, S) uint8, channels-last
+    image: Tensor  # (B, 3, H, W) uint8, channels-last
     label: Tensor  # (B,) int64
     index: Tensor  # type: ignore[assignment]  # (B,) int64, sample index within its split; hides tuple.index
 
@@ -38,12 +39,14 @@ class Batch(NamedTuple):
 class Shown:
     """How a dataset's images are shown: whatever decides a pixel besides the file."""
 
-    size: int
+    frame: Frame
     padding: int
     hflip: float
     scale: tuple[float, float]
     color_jitter: float
     seed: int
+    bits: int | None = None
+    """How many bits of grey samples of more than 8 are in use; see `rgb.decoded`."""
 
 
 class Split(ABC):
@@ -76,8 +79,8 @@ class Split(ABC):
         """
 
     def _batch(self, images: np.ndarray, chunk: np.ndarray) -> Batch:
-        """A batch of `images`, uint8 (B, S, S, 3)."""
-        image = torch.from_numpy(images).permute(0, 3, 1, 2)  # (B, 3, S, S)
+        """A batch of `images`, uint8 (B, H, W, 3)."""
+        image = torch.from_numpy(images).permute(0, 3, 1, 2)  # (B, 3, H, W)
         return Batch(image, torch.from_numpy(self.labels[chunk]), torch.from_numpy(chunk))
 
     def _crop(self, batch: Batch, chunk: np.ndarray, view: int) -> Batch:
@@ -87,7 +90,7 @@ class Split(ABC):
 
 
 class PixelSplit(Split):
-    """Small images, decoded once into `pixels`, uint8 (N, S, S, 3)."""
+    """Small images, decoded once into `pixels`, uint8 (N, H, W, 3)."""
 
     def __init__(self, pixels: np.ndarray, rows: np.ndarray, labels: np.ndarray, shown: Shown) -> None:
         super().__init__(rows, labels, shown)
@@ -150,26 +153,24 @@ class FileSplit(Split):
         Raises:
             Unreadable: an image cannot be decoded.
         """
-        pixels = np.empty((len(chunk), self._shown.size, self._shown.size, 3), np.uint8)
+        pixels = np.empty((len(chunk), *self._shown.frame.size, 3), np.uint8)
         for place, index in enumerate(chunk.tolist()):
             pixels[place] = self._pixel(self._rows[index], index, view).permute(1, 2, 0).numpy()
         batch = self._batch(pixels, chunk)
-        whole = view is not None and self._transform is None and self._shown.size <= SMALL
+        whole = view is not None and self._transform is None and self._shown.frame.small
         return self._crop(batch, chunk, cast(int, view)) if whole else batch
 
     def _pixel(self, row: int, index: int, view: int | None) -> Tensor:
-        """Image `index`, uint8 (3, S, S); small ones are cropped later, as a batch."""
-        shown, image = self._shown, self._images.rgb(row)
+        """Image `index`, uint8 (3, H, W); small ones are cropped later, as a batch."""
+        shown, frame, image = self._shown, self._shown.frame, self._images.rgb(row, self._shown.bits)
         if view is not None and self._transform is not None:
             try:
-                return own_view(self._transform, image, shown.size, shown.seed, index, view)
+                return own_view(self._transform, image, frame.size, shown.seed, index, view)
             except Exception as error:  # code of the user's
                 raise self._images.unreadable(row, f"--transform: {error or type(error).__name__}") from error
-        if view is None or shown.size <= SMALL:
-            return center(image, shown.size)
-        return random_resized_crop(
-            image, shown.size, shown.scale, shown.hflip, shown.color_jitter, shown.seed, index, view
-        )
+        if view is None or frame.small:
+            return self._images.framed(row, image, frame)
+        return random_resized_crop(image, frame, shown.scale, shown.hflip, shown.color_jitter, shown.seed, index, view)
 
 
 class Sample(Split):

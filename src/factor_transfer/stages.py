@@ -20,7 +20,7 @@ from factor_transfer.config import Config, plain
 from factor_transfer.console import say, warn
 from factor_transfer.data import open_data
 from factor_transfer.engine import Engine
-from factor_transfer.errors import ConfigError, ModelError, TrainingError
+from factor_transfer.errors import ConfigError, ModelError, RunError, TrainingError
 from factor_transfer.evaluation import evaluate, evaluate_paraphraser
 from factor_transfer.features import Tapped
 from factor_transfer.files import cache_folder, state_fingerprint
@@ -32,10 +32,11 @@ from factor_transfer.pairs import Modules, Pair, Side, check_alive, check_knows,
 from factor_transfer.report import say_paraphraser
 from factor_transfer.runs import Run
 from factor_transfer.schedule import Plan
+from factor_transfer.sizes import written
 from factor_transfer.tasks import DistillationTask, ParaphraserTask, TeacherSide
 from factor_transfer.terms import FactorTransfer, Labels, Reader, SoftTargets, Term, numbered
 from factor_transfer.train import Trainer, training_chunks
-from factor_transfer.views import Transform
+from factor_transfer.views import VERSION, Transform
 from factor_transfer.weights import load_weights, paraphraser_metadata
 
 SAMPLE = 64
@@ -61,9 +62,11 @@ class Job:
         self.data = open_data(config, lambda: own_size(modules.get("student", config.student)), transform)
         for note in self.data.notes:
             say(f"data: {note}")
+        for lost in self.data.lost:
+            warn(f"data: {lost.what} ({lost.hint})")
         counts = f"{len(self.data.train):,} training and {len(self.data.validation):,} validation images"
-        size = self.data.img_size
-        say(f"data: {self.data.name}, {counts} of {size}x{size}, {len(self.data.classes)} classes")
+        size = written(self.data.img_size)
+        say(f"data: {self.data.name}, {counts} of {size}, {len(self.data.classes)} classes")
         self.held: dict[str, str] = {}
         """Fingerprints that the run is held to, by name."""
 
@@ -79,6 +82,14 @@ class Job:
 
     def hold_data(self) -> None:
         """Hold the run to its images, and to how they are shown."""
+        before = self.engine.told(self.run.pins())
+        if "data" in before and before.get("pixels", "1") != str(VERSION):  # early versions did not note it
+            raise RunError(
+                f"{self.run.folder}",
+                found="a run of a version of this program that decodes images otherwise (see CHANGELOG.md)",
+                hint="continue it with that version, or give another --out, or --overwrite",
+            )
+        self.hold("pixels", str(VERSION), "images are decoded otherwise than when the run began")
         changed = "--data holds other images than when the run began, or shows them otherwise"
         self.hold("data", self.data.fingerprint, changed)
 

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from factor_transfer.config import FIELDS, SuggestConfig, flag, plain
-from factor_transfer.console import say
+from factor_transfer.console import say, warn
 from factor_transfer.data import open_data
 from factor_transfer.engine import keep_memory
 from factor_transfer.errors import ConfigError
 from factor_transfer.export import latency_ms
 from factor_transfer.models import DEFAULT_SIZE, Network, count_parameters, load_network
 from factor_transfer.page import repeat_command
-from factor_transfer.views import SMALL
+from factor_transfer.sizes import Size, written
 
 TURNS = 3
 """Processes that time a network, one after another."""
@@ -77,8 +77,8 @@ class Suggestion:
     """What distils into it."""
 
 
-def suggest(config: SuggestConfig) -> tuple[list[Suggestion], int]:
-    """Students within the limits, the largest first, and the side of the images they were measured at.
+def suggest(config: SuggestConfig) -> tuple[list[Suggestion], Size]:
+    """Students within the limits, the largest first, and the size of the images they were measured at.
 
     Raises:
         ConfigError: there is no limit, or nothing is within the limits.
@@ -91,10 +91,12 @@ def suggest(config: SuggestConfig) -> tuple[list[Suggestion], int]:
     data = open_data(config, default_size=lambda: DEFAULT_SIZE)
     for note in data.notes:
         say(f"data: {note}")
-    size, classes = data.img_size, len(data.classes)
-    candidates = FOR_SMALL if size <= SMALL else FOR_LARGE
+    for lost in data.lost:
+        warn(f"data: {lost.what} ({lost.hint})")
+    size, classes = data.frame.size, len(data.classes)
+    candidates = FOR_SMALL if data.frame.small else FOR_LARGE
     networks = [load_network(n, role="student", num_classes=classes, img_size=size, args=a) for n, a in candidates]
-    say(f"suggest: {len(networks)} networks on this machine, {torch.get_num_threads()} threads, {size}x{size} pixels")
+    say(f"suggest: {len(networks)} networks on this machine, {torch.get_num_threads()} threads, {written(size)} pixels")
     small = [place for place, network in enumerate(networks) if _within(_measures(network), limits)]
     times = _latencies([candidates[place] for place in small], classes, size)  # only of what is small enough
     found = [
@@ -117,7 +119,7 @@ def suggest(config: SuggestConfig) -> tuple[list[Suggestion], int]:
     return sorted(fitting, key=lambda each: -each.parameters), size
 
 
-def _latencies(candidates: Sequence[Candidate], classes: int, size: int) -> list[float]:
+def _latencies(candidates: Sequence[Candidate], classes: int, size: Size) -> list[float]:
     """Median milliseconds of one image through each, in processes of their own, as in use.
 
     In one process with all of them, each would find the heap in the pieces that the others left. They take turns, so
@@ -131,7 +133,7 @@ def _latencies(candidates: Sequence[Candidate], classes: int, size: int) -> list
     return [statistics.median(times) for times in zip(*turns, strict=True)]
 
 
-def _latency(candidate: Candidate, classes: int, size: int, threads: int) -> float:
+def _latency(candidate: Candidate, classes: int, size: Size, threads: int) -> float:
     torch.set_num_threads(threads)
     keep_memory()  # whether glibc gives any back depends on what chances to lie behind it
     name, args = candidate

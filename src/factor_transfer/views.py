@@ -4,7 +4,7 @@ Nothing is drawn from a generator that others share: every random number is the 
 the same bits in any order, for any batch size and any number of workers or processes, today and after an interruption.
 Images are uint8 throughout; each network normalises them for itself.
 
-Shapes: B images, C = 3 channels, H x W pixels, S = side of a square image.
+Shapes: B images, C = 3 channels, H x W pixels.
 """
 
 from __future__ import annotations
@@ -20,19 +20,18 @@ from torch import Tensor
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
+from factor_transfer.frames import Frame, as_pixels
 from factor_transfer.seeds import part_seed, seeded
+from factor_transfer.sizes import AnySize, as_size
 
-VERSION = 1
-"""Raise it when a view changes: fingerprints hold it, so that no cache outlives the function that made it."""
+VERSION = 2
+"""Raise it when a pixel changes: fingerprints hold it, so that no cache outlives the function that made it.
 
-SMALL = 96
-"""Up to this side images are resized whole, padded and cropped; above it, cropped at random and resized."""
+2: images are turned as their EXIF orientation says, and values above the bits in use are refused.
+"""
 
 Transform = Callable[[Image.Image], Any]
 """A user's own augmentation: from an RGB image to an image or to uint8 pixels (3, H, W)."""
-
-CROP_PCT = 0.875
-"""timm's convention for evaluating large images: the centre's share of the resized side."""
 
 
 def hashed(seed: int, index: np.ndarray) -> np.ndarray:
@@ -149,7 +148,7 @@ def crop_and_flip(pixels: Tensor, index: np.ndarray, view: int, seed: int, paddi
 
 def random_resized_crop(
     image: Image.Image,
-    size: int,
+    frame: Frame,
     scale: Sequence[float],
     hflip: float,
     color_jitter: float,
@@ -159,9 +158,12 @@ def random_resized_crop(
 ) -> Tensor:
     """torchvision's RandomResizedCrop, flip and ColorJitter (brightness, contrast, saturation) of a large image.
 
+    The aspect of the crop varies as torchvision's does, from 3/4 to 4/3 of the one that is shown undistorted: the
+    frame's own; or where evaluation squashes images, the image's. Where it adds borders, they are added here too.
+
     Args:
         image: RGB.
-        size: side of the result.
+        frame: size of the result, H x W, and how evaluation fits an image into it.
         scale: smallest and largest share of the area that is kept.
         hflip: probability of a horizontal flip.
         color_jitter: strength; 0 leaves the colours alone.
@@ -170,34 +172,38 @@ def random_resized_crop(
         view: which view of it.
 
     Returns:
-        uint8 (3, size, size).
+        uint8 (3, H, W).
 
-    >>> random_resized_crop(Image.new("RGB", (300, 200)), 224, (0.35, 1.0), 0.5, 0.4, seed=0, index=0, view=0).shape
-    torch.Size([3, 224, 224])
+    >>> photo, frame = Image.new("RGB", (300, 200)), Frame.of((224, 112))
+    >>> random_resized_crop(photo, frame, (0.35, 1.0), 0.5, 0.4, seed=0, index=0, view=0).shape
+    torch.Size([3, 224, 112])
     """
+    if frame.mode == "border":
+        image = frame.bordered(image)
+    aspect = image.width / image.height if frame.mode == "squash" else frame.size[1] / frame.size[0]
     with seeded(part_seed(seed, "view", view, "large", index)):
-        box = RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])
-        shown = F.resized_crop(image, *box, size=[size, size], interpolation=InterpolationMode.BICUBIC)
+        box = RandomResizedCrop.get_params(image, list(scale), [aspect * 3 / 4, aspect * 4 / 3])
+        shown = F.resized_crop(image, *box, size=list(frame.size), interpolation=InterpolationMode.BICUBIC)
         if float(torch.rand(())) < hflip:
             shown = F.hflip(shown)
         if color_jitter:
             shown = ColorJitter(color_jitter, color_jitter, color_jitter)(shown)
-    return _pixels(shown)
+    return as_pixels(shown)
 
 
-def own_view(transform: Transform, image: Image.Image, size: int, seed: int, index: int, view: int) -> Tensor:
+def own_view(transform: Transform, image: Image.Image, size: AnySize, seed: int, index: int, view: int) -> Tensor:
     """The user's own augmentation of an image, replayed by seeding torch, numpy and `random` for this view.
 
     Args:
-        transform: from an RGB image to an image or a uint8 tensor (3, size, size).
+        transform: from an RGB image to an image or a uint8 tensor (3, H, W).
         image: RGB.
-        size: side of the result.
+        size: of the result, H x W.
         seed: the data seed.
         index: the sample's index in its split.
         view: which view of it.
 
     Returns:
-        uint8 (3, size, size).
+        uint8 (3, H, W).
 
     Raises:
         ValueError: `transform` gives something else.
@@ -210,39 +216,14 @@ def own_view(transform: Transform, image: Image.Image, size: int, seed: int, ind
     with seeded(part_seed(seed, "view", view, "own", index)):
         made = transform(image)
     if isinstance(made, Image.Image):
-        made = _pixels(made.convert("RGB"))
-    if not isinstance(made, Tensor) or made.dtype != torch.uint8 or tuple(made.shape) != (3, size, size):
+        made = as_pixels(made.convert("RGB"))
+    wanted = (3, *as_size(size))
+    if not isinstance(made, Tensor) or made.dtype != torch.uint8 or tuple(made.shape) != wanted:
         found = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
-        raise ValueError(f"it gave {found}, not an image or uint8 pixels of (3, {size}, {size})")
+        raise ValueError(f"it gave {found}, not an image or uint8 pixels of {wanted}")
     return made
-
-
-def center(image: Image.Image, size: int) -> Tensor:
-    """An image as evaluation shows it.
-
-    Up to 96 pixels it is resized whole (bilinear); above that timm's convention holds: the shorter side becomes
-    size / 0.875 (bicubic), and the centre is cut out.
-
-    Args:
-        image: RGB.
-        size: side of the result.
-
-    Returns:
-        uint8 (3, size, size).
-
-    >>> center(Image.new("RGB", (300, 200)), 224).shape
-    torch.Size([3, 224, 224])
-    """
-    if size > SMALL:
-        shorter = F.resize(image, [int(size / CROP_PCT)], interpolation=InterpolationMode.BICUBIC)
-        return _pixels(F.center_crop(shorter, [size, size]))
-    return _pixels(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def _uniform(seed: int, view: int, which: str, index: np.ndarray) -> np.ndarray:
     """A float64 in [0, 1) for each sample, for the purpose `which`."""
     return (hashed(part_seed(seed, "view", view, which), index) >> 11) * 2.0**-53
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (H, W, C) -> (C, H, W), channels-last
