@@ -117,6 +117,7 @@ def test_report__shows_every_kind_of_run(run: Path, says: Says) -> None:
     assert ("of the teacher&#39;s accuracy kept" in text) is (kind in LABELLED and kind != "headless teacher")
     assert ("Validation top-1" in text) is (kind in LABELLED)
     assert ("They give different answers" in text) is (kind in HEADS and kind != "headless teacher")
+    assert ("Sorted by" in text) is (kind in LABELLED), "right answers need labels"
     assert ("mean cosine" in text) is (kind not in {"labels alone", "features by attention", "raw map"})
     assert not re.search(r"\bnan\b", text, re.IGNORECASE)
 
