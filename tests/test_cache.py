@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import signal
 import subprocess
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from factor_transfer import distill
-from factor_transfer.cache import CachedTeacher, FactorCache, choose_views, say_what_changed
+from factor_transfer.cache import (
+    HALF_ROWS,
+    PROBES,
+    ROWS,
+    CachedTeacher,
+    FactorCache,
+    choose_views,
+    foreign_row,
+    say_what_changed,
+)
+from factor_transfer.errors import RunError
 from factor_transfer.frozen import FrozenTeacher
 from factor_transfer.runs import Run
 from processes import Command
@@ -281,3 +293,157 @@ def test_distill__a_cached_run_ends_with_the_same_bits_from_an_empty_and_a_full_
     ).read_bytes()
     summary = json.loads((tmp_path / "one" / "summary.json").read_text())
     assert summary["student"]["views"] == 2
+
+
+# -- what no row may outlive
+
+
+def fresh_of(scale: float, noise: float = 0.0) -> Any:
+    """A live teacher that gives the right rows, times `scale`."""
+
+    def fresh(index: np.ndarray, view: int) -> dict[str, Tensor]:
+        made = {name: scale * output.float() for name, output in right(index, view).items()}
+        return {name: output + noise * output.std() * torch.randn(output.shape) for name, output in made.items()}
+
+    return fresh
+
+
+@pytest.mark.parametrize(
+    ("scale", "noise", "tolerance", "foreign"),
+    [
+        (1, 0, ROWS, False),
+        (1, 1e-3, ROWS, False),
+        (1, 0.01, HALF_ROWS, False),
+        (1.03, 0, ROWS, True),
+        (1.1, 0, HALF_ROWS, True),
+        (float("nan"), 0, ROWS, True),
+    ],
+)
+def test_foreign_row__finds_what_another_teacher_made_and_forgives_rounding(
+    tmp_path: Path, scale: float, noise: float, tolerance: float, foreign: bool
+) -> None:
+    cache = FactorCache(tmp_path, IDENTITY, SHAPES, N, V)
+    assert foreign_row(cache, fresh_of(2), ROWS) is None, "there are no rows"
+    fill(cache)
+    found = foreign_row(cache, fresh_of(scale, noise), tolerance)
+    assert (found is not None) is foreign
+    assert found is None or "of training image" in found
+
+
+def test_foreign_row__draws_others_each_time_whatever_is_seeded(tmp_path: Path) -> None:
+    shapes = {"factor": (1, 1, 1)}
+    cache = FactorCache(tmp_path, IDENTITY, shapes, 1000, 1)
+    cache.write(np.arange(1000), 0, {"factor": torch.ones(1000, 1, 1, 1)})
+    drawn = []
+    for _ in range(2):
+        np.random.seed(0)
+        foreign_row(cache, lambda index, _: drawn.append(index) or {"factor": torch.ones(len(index), 1, 1, 1)}, ROWS)  # type: ignore[func-returns-value]
+    assert len(drawn[0]) == len(set(drawn[0])) == PROBES
+    assert set(drawn[0]) != set(drawn[1])
+
+
+class Small(nn.Module):
+    """A teacher of features; what its environment says is part of no fingerprint."""
+
+    def __init__(self, act: nn.Module, power: float = 1.0) -> None:
+        super().__init__()
+        self.conv, self.act, self.power = nn.Conv2d(3, 8, 3, 2, 1), act, power
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            nn.init.normal_(self.conv.weight)
+            nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.act(self.conv(x) * float(os.environ.get("SMALL_SCALE", "1")))
+        return found
+
+
+def taught(folder: Path, name: str, teacher: nn.Module, **changed: Any) -> list[Path]:
+    """The caches after a short run with this teacher."""
+    given_ = {name: value for name, value in JOB.items() if not name.startswith("teacher")}
+    settings_ = {**given_, "epochs": 2, "paraphraser": "none", "train_images": 40, **changed}
+    distill(teacher, "cifar_resnet20_b", "digits", out=str(folder / name), cache_dir=str(folder / "cache"), **settings_)
+    return sorted((folder / "cache").glob("*/meta.json"))
+
+
+def test_distill__a_teacher_of_other_code_or_attributes_has_another_cache(tmp_path: Path) -> None:
+    assert len(taught(tmp_path, "relu", Small(nn.ReLU()))) == 1
+    assert len(taught(tmp_path, "again", Small(nn.ReLU()), seed=1)) == 1
+    assert len(taught(tmp_path, "gelu", Small(nn.GELU()))) == 2
+    assert len(taught(tmp_path, "power", Small(nn.ReLU(), power=2.0))) == 3
+
+
+def test_distill__other_decoders_or_libraries_have_another_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taught(tmp_path, "one", Small(nn.ReLU()))
+    monkeypatch.setattr("factor_transfer.stages.decoders", lambda: {"libjpeg_turbo": "9"})
+    assert len(taught(tmp_path, "other", Small(nn.ReLU()))) == 2
+
+
+TERM = """
+    from factor_transfer.terms import Reader, Term
+
+    POWER = 1.0
+
+    class Root(Reader):
+        shape = (8, 2, 2)
+        def __init__(self, layer, power):
+            super().__init__(layer, (2, 2))
+            self.power = power
+        def forward(self, feature):
+            return super().forward(feature).abs() ** self.power
+
+    class Roots(Term):
+        name = "roots"
+        needs = frozenset({"roots"})
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+        def readers(self):
+            return {"roots": Root(self.layer, POWER)}
+        def forward(self, student, teacher, labels):
+            return student.logits.mean() * teacher["roots"].mean()
+
+    def roots(pair):
+        return Roots(pair.teacher.layer)
+"""
+
+
+def test_distill__a_reader_with_another_attribute_has_another_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_roots.py").write_text(textwrap.dedent(TERM))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert len(taught(tmp_path, "one", Small(nn.ReLU()), term="own_roots:roots")) == 1
+    monkeypatch.setattr("own_roots.POWER", 0.5)
+    assert len(taught(tmp_path, "other", Small(nn.ReLU()), term="own_roots:roots")) == 2
+
+
+def test_distill__a_cache_whose_rows_the_teacher_does_not_make_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What changed is part of no fingerprint."""
+    taught(tmp_path, "one", Small(nn.ReLU()))
+    monkeypatch.setenv("SMALL_SCALE", "1.1")
+    with pytest.raises(RunError, match="(?s)--cache-dir: the factor cache .*of training image.*delete that folder"):
+        taught(tmp_path, "other", Small(nn.ReLU()))
+    assert len(taught(tmp_path, "live", Small(nn.ReLU()), views=0)) == 1
+
+
+@pytest.mark.parametrize("reserves", ["posix", "refused", "absent"])
+def test_cache__files_are_reserved_on_every_system(
+    tmp_path: Path, reserves: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not here")
+
+    if reserves == "absent":
+        monkeypatch.delattr(os, "posix_fallocate")
+    elif reserves == "refused":
+        monkeypatch.setattr(os, "posix_fallocate", refuses)
+    cache = FactorCache(tmp_path, IDENTITY, SHAPES, N, V)
+    fill(cache)
+    for path in cache.folder.glob("view-*"):
+        assert path.stat().st_blocks * 512 >= path.stat().st_size > 0, "a hole would meet a full disk later"
+    assert check(FactorCache(tmp_path, IDENTITY, SHAPES, N, V)) == N * V, "what is there stays"

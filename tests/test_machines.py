@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from factor_transfer.cli import main
+
 HERE = Path(__file__).parent
 
 
@@ -67,3 +69,36 @@ def test_two_machines__what_differs_is_refused_by_both(name: str, said: dict[str
         assert each.startswith("error: ")
         for words in REFUSED[name]:
             assert words in each
+
+
+@pytest.mark.parametrize("command", [["--help"], ["distill", "--data", "digits"]])
+def test_main__a_system_that_is_not_supported_is_refused_with_a_word(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr("platform.system", lambda: "Windows")
+    monkeypatch.setattr(sys, "argv", ["factor-transfer", *command])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: Windows\n")
+    assert "valid: Linux or macOS" in said
+    assert "WSL 2" in said
+
+
+def test_import__without_what_windows_lacks_refuses_and_does_not_crash() -> None:
+    code = """
+import sys, logging, multiprocessing, pathlib, tempfile, numpy, PIL.Image, rich.progress, torch, torchvision
+sys.platform = "win32"
+for name in ("fcntl", "resource"):
+    sys.modules[name] = None
+from factor_transfer import Paraphraser, FactorTransferError
+import factor_transfer.files, factor_transfer.pixels
+try:
+    from factor_transfer import distill
+except FactorTransferError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "a system that factor-transfer does not support" in done.stdout

@@ -12,15 +12,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
+from factor_transfer import digests
+from factor_transfer import images as images_module
 from factor_transfer.config import DataConfig
 from factor_transfer.frames import Frame
 from factor_transfer.images import Files, Images
-from factor_transfer.pixels import decode_once
+from factor_transfer.pixels import PROBES, decode_once
 from factor_transfer.sources import open_source
 
 SIZE = Frame.of(16)
@@ -39,8 +42,13 @@ def right(images: Images) -> np.ndarray:
 
 
 def decoding_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    def decoded(*_: object) -> None:
-        raise AssertionError("an image was decoded")
+    """But for the few images that are compared."""
+    real, left = Images.decoded, iter(range(PROBES))
+
+    def decoded(self: Images, row: int, bits: int | None = None) -> Any:
+        if next(left, None) is None:
+            raise AssertionError("an image was decoded")
+        return real(self, row, bits)
 
     monkeypatch.setattr(Images, "decoded", decoded)
 
@@ -115,6 +123,27 @@ def test_decode_once__a_damaged_store_is_made_anew(
     for time_ in range(2):
         assert np.array_equal(decode_once(files, SIZE, tmp_path).array, right(files))
         assert ("is damaged" in capsys.readouterr().err) == (time_ == 0 and damage != "no json")
+
+
+@pytest.mark.parametrize("what", ["codec", "code"])
+def test_decode_once__another_decoder_makes_another_store(
+    files: Images, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its version tells, and where that does not, a few images."""
+    decode_once(files, SIZE, tmp_path)
+    if what == "codec":
+        monkeypatch.setattr(digests.features, "version", lambda name: "3.0" if name == "libjpeg_turbo" else "1")
+    real = images_module.decoded
+
+    def inverted(*given: Any) -> Any:
+        found = real(*given)
+        return found._replace(image=ImageOps.invert(found.image))
+
+    monkeypatch.setattr(images_module, "decoded", inverted)
+    capsys.readouterr()
+    assert np.array_equal(decode_once(files, SIZE, tmp_path).array, right(files))
+    assert ("made by another decoder" in capsys.readouterr().err) is (what == "code")
+    assert len(list(tmp_path.glob("*.u8"))) == (2 if what == "codec" else 1)
 
 
 def test_decode_once__unreadable_images_are_remembered(

@@ -64,6 +64,17 @@ def test_open_run__a_setting_that_an_early_version_did_not_have_was_at_its_defau
         begin(tmp_path / "run", epochs=3, k=1.0)
 
 
+def test_open_run__an_unfinished_run_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run", config(), environment()) as run:
+        run.record("teacher", {"top1": 50.0})
+        write_json(run.path("fingerprints.json"), {"data": "aa", "teacher": "bb"})
+    with pytest.raises(RunError, match="(?s)an unfinished run of an earlier version.*--overwrite"):
+        begin(tmp_path / "run")
+    summary: dict[str, Any] = {"student": {}, "teacher": {}, "data": {}, "settings": {}}
+    write_json(tmp_path / "run" / "summary.json", summary)
+    begin(tmp_path / "run")
+
+
 def test_open_run__overwrite_begins_anew(tmp_path: Path) -> None:
     begin(tmp_path / "run", epochs=3)
     (tmp_path / "run" / "stages").mkdir()

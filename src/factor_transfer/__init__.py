@@ -38,6 +38,10 @@ __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 (names, computed)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "distill":
+        from factor_transfer.machines import check_supported
+
+        check_supported()
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 

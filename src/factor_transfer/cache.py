@@ -3,8 +3,9 @@
 A view is replayable (see `views`), so its factor is too; and so is whatever else of the teacher's the terms read. It is
 used only if it is provably the right one:
 
-* the folder's name is a fingerprint of all that a factor depends on (teacher, layer, paraphraser, images, views,
-  precision); with any other value the cache is another one;
+* the folder's name is a fingerprint of all that a factor depends on (teacher with its code, layer, paraphraser, bytes
+  of the images, views, versions of libraries and decoders, precision); with any other value the cache is another one;
+* when it is opened, rows drawn at random are compared with what the teacher gives for them now;
 * each row carries a checksum over its bytes, sample and view, written after the row. A row that was half written at a
   crash, lies at another's place or has lost a bit fails it, and is computed again.
 
@@ -23,7 +24,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,30 @@ import torch
 from torch import Tensor, nn
 
 from factor_transfer.console import say, warn
-from factor_transfer.files import fingerprint, read_json, write_json
+from factor_transfer.files import fingerprint, read_json, reserve, write_json
 from factor_transfer.frozen import FrozenTeacher
 
-VERSION = 2
+VERSION = 3
 """Raise it when the layout of a row or a file changes, or how the teacher computes."""
 
 PRESENT = 1 << 32
 """Set in the checksum of every row that was written, so that it is never the 0 of an empty place."""
 
+PROBES, PROBED_VIEWS = 32, 4
+"""Rows that are compared with the live teacher whenever a cache is opened, and of how many views."""
+
+ROWS, HALF_ROWS = 5e-3, 6e-2
+"""How far a row may be from the live teacher's, relatively (L2): in float32, and in bf16.
+
+Of ResNet-56 on an AVX2 machine, 32 images, the largest: in float32 3e-4, all of it fp16's, with another instruction
+set, layout, batch or without folding; in bf16 9e-3 with another instruction set and 2.3e-2 without folding.
+"""
+
 AUTO_VIEWS = 8
 """Most views that `auto` takes; more bring little and cost disk."""
+
+SMALLEST = 2.0**-25
+"""What rounding to fp16 does to the smallest values."""
 
 SHARE = 0.5
 """Most of the free disk, and of the memory, that `auto` fills."""
@@ -118,6 +132,10 @@ class FactorCache:
         """Samples that have a row in `view`."""
         return int(np.count_nonzero(self._files[view][1]))
 
+    def written(self, view: int) -> np.ndarray:
+        """Indices of the samples that have a row in `view`: int64."""
+        return np.flatnonzero(self._files[view][1])
+
     def _open(self, view: int) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
         """Rows (N, bytes) and checksums (N,) as memory maps, and the handles that write them.
 
@@ -125,7 +143,7 @@ class FactorCache:
         """
         for name, size in ((f"view-{view:03}.f16", self.row_bytes), (f"view-{view:03}.crc", 8)):
             self._handles.append(os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o644))
-            os.posix_fallocate(self._handles[-1], 0, self.samples * size)
+            reserve(self._handles[-1], self.samples * size)
         rows, sums = (
             np.memmap(self.folder / f"view-{view:03}.{kind}", dtype, "r", shape=shape)
             for kind, dtype, shape in (
@@ -184,6 +202,41 @@ class CachedTeacher(nn.Module):
             warn(f"the factor cache cannot be written ({error.strerror}); the teacher goes on live")
 
 
+def foreign_row(
+    cache: FactorCache, fresh: Callable[[np.ndarray, int], Mapping[str, Tensor]], tolerance: float
+) -> str | None:
+    """What is wrong with the first of a few rows that is not what the teacher makes now; None where all are.
+
+    The rows are drawn at random, others each time: what no fingerprint knows is met sooner or later.
+
+    Args:
+        cache: some of its rows are written.
+        fresh: the live teacher's outputs for sample indices (B,) and a view.
+        tolerance: largest relative distance (L2) of one output of one row.
+    """
+    chance = np.random.default_rng()
+    there = [view for view in range(cache.views) if cache.filled(view)]
+    views = chance.permutation(there)[:PROBED_VIEWS].tolist()
+    for view in views:
+        rows = chance.permutation(cache.written(view))[: PROBES // len(views)]
+        index = np.array([row for row in rows.tolist() if cache.read(np.array([row]), view) is not None])
+        found = cache.read(index, view) if len(index) else None
+        if found is None:
+            continue
+        made = fresh(index, view)
+        for name, theirs in found.items():
+            ours, stored = (each.detach().float().cpu().flatten(1) for each in (made[name], theirs))
+            least = np.sqrt(stored.shape[1]) * SMALLEST
+            off = (ours - stored).norm(dim=1) / (ours.norm(dim=1) + least / tolerance)  # (B,)
+            worst = int(off.argmax())
+            if not off[worst] <= tolerance:
+                return (
+                    f"{name} of training image {index[worst]}, view {view}, that is {off[worst]:.1e} from the "
+                    f"teacher's, relatively ({tolerance:g} is allowed)"
+                )
+    return None
+
+
 def choose_views(row_bytes: int, samples: int, epochs: int, folder: Path) -> int:
     """`--views auto`: as many views as fit into half of the free disk and half of the memory, and pay.
 
@@ -193,10 +246,17 @@ def choose_views(row_bytes: int, samples: int, epochs: int, folder: Path) -> int
     0
     """
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    room = SHARE * min(shutil.disk_usage(existing).free, memory)
+    room = SHARE * min(shutil.disk_usage(existing).free, _memory())
     views = min(AUTO_VIEWS, epochs // 2, int(room // (row_bytes * samples)))
     return views if views >= 2 else 0
+
+
+def _memory() -> float:
+    """Bytes of this machine; without end where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return math.inf
 
 
 def say_what_changed(cache: FactorCache) -> None:

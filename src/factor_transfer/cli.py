@@ -16,6 +16,7 @@ from factor_transfer import __version__
 from factor_transfer.arguments import is_callable_name
 from factor_transfer.config import Config, SuggestConfig, flag
 from factor_transfer.errors import ConfigError, FactorTransferError, Interrupted
+from factor_transfer.machines import check_supported
 from factor_transfer.plan import CompareConfig
 from factor_transfer.settings import RECIPE, read_settings, recipe, recipes
 
@@ -333,6 +334,7 @@ def list_recipes() -> None:
 def main() -> None:
     """Run the command line; exit code 2 for a mistake in what was given, 130 or 143 for an interruption."""
     try:
+        check_supported()
         app(exit_on_error=False)
     except CycloptsError:
         sys.exit(2)  # cyclopts has printed it

@@ -111,9 +111,15 @@ def comparison_values(folders: Sequence[Path]) -> dict[str, Any]:
         "differing": [flag(key) for key in differing],
         "groups": _groups(summaries),
         "plots": plots,
-        "data_differs": len({summary["fingerprints"].get("data") for summary in summaries}) > 1,
+        "data_differs": _data_differs([summary["fingerprints"] for summary in summaries]),
         "networks": sorted({f"{each['teacher']['name']} to {each['student']['name']}" for each in summaries}),
     }
+
+
+def _data_differs(pins: Sequence[Mapping[str, str]]) -> bool:
+    """Whether runs saw other images, as far as fingerprints of one version tell."""
+    versions = {each.get("version") for each in pins}
+    return any(len({each.get("data") for each in pins if each.get("version") == kind}) > 1 for kind in versions)
 
 
 def _groups(summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import cast
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,9 +19,11 @@ from factor_transfer.arguments import imported, is_callable_name
 from factor_transfer.classes import number_classes
 from factor_transfer.config import DataConfig
 from factor_transfer.content import HINTS, Content, Lost, aspects, look
+from factor_transfer.digests import digests
 from factor_transfer.errors import ConfigError, DataError, listed
 from factor_transfer.files import cache_folder, fingerprint
 from factor_transfer.frames import SMALL, Frame
+from factor_transfer.identity import code_fingerprint
 from factor_transfer.images import Images, Unreadable, corrupted, named, natural
 from factor_transfer.layouts import UNLABELLED
 from factor_transfer.pixels import Pixels, decode_once, read_all
@@ -50,19 +54,30 @@ class Dataset:
     """What the user should know about how the data was understood."""
     held_out: bool
     """The validation images are a share of the training set."""
-    fingerprint: str
-    """Changes with any image, label, class order, split or augmentation."""
+    described: Callable[[], dict[str, Any]] = field(repr=False)
+    """What `fingerprint` is of; to make it, the bytes of all images are hashed where they are not remembered."""
     labelled: bool = True
     """False: a flat folder, whose images have no classes."""
     lost: tuple[Lost, ...] = ()
     """What of the files the networks do not see."""
     bit_depth: int = DEEP
     """Bits in use in grey images of more than 8 that do not say."""
+    transform: Transform | None = None
+    """The user's own augmentation."""
 
     @property
     def img_size(self) -> int | Size:
         """One number for a square, else height and width, in pixels."""
         return brief(self.frame.size)
+
+    def transform_code(self) -> str | None:
+        """A hash of the user's own augmentation, with the versions of the libraries that it uses."""
+        return code_fingerprint(self.transform) if self.transform is not None else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with any byte of an image, label, class order, split or augmentation."""
+        return fingerprint(self.described())
 
 
 def open_data(
@@ -121,15 +136,19 @@ def open_data(
     chosen = _share(loaded[0], ~aside, config, notes)
     train = loaded[0].split(shown, config, chosen, transform)
     validation = loaded[0].split(shown, config, aside) if apart else loaded[1].split(shown, config)
-    described = {
-        "views": VERSION,
-        "shown": asdict(shown),
-        "classes": classes,
-        "share": config.validation_share if apart else None,
-        "images": [part.digest() for part in loaded],
-        "transform": _shown_by(train, config) if isinstance(train, FileSplit) and transform else None,
-    }
-    digest = fingerprint(described | ({"train": config.train_images} if config.train_images else {}))
+    acts = _shown_by(train, config) if isinstance(train, FileSplit) and transform else None
+
+    def described() -> dict[str, Any]:
+        return {
+            "views": VERSION,
+            "shown": asdict(shown),
+            "classes": classes,
+            "share": config.validation_share if apart else None,
+            "train": config.train_images,
+            "images": [part.digest(cache_folder(config.cache_dir) / "digests") for part in loaded],
+            "transform": [acts, code_fingerprint(transform, versions=False)] if transform else None,
+        }
+
     labelled = UNLABELLED not in source.train.labels
     return Dataset(
         name=config.data,
@@ -139,10 +158,11 @@ def open_data(
         frame=frame,
         notes=tuple(notes),
         held_out=apart and known is None,
-        fingerprint=digest,
+        described=described,
         labelled=labelled,
         bit_depth=config.bit_depth or DEEP,
         lost=(*lost, *aspects(seen.sizes, frame)),
+        transform=transform,
     )
 
 
@@ -235,14 +255,10 @@ class _Loaded:
     pixels: Pixels | None  # of all; None: decoded when shown
     content: Content | None  # of all; None: not all were read
 
-    def digest(self) -> str:
-        """Covers pixels where they are known, else names and sizes of files; and labels."""
+    def digest(self, folder: Path) -> str:
+        """Covers the bytes of every image, which are readable, and the labels; `folder` remembers the bytes' hashes."""
         found = hashlib.sha256(self.labels.tobytes() + self.rows.tobytes())
-        if self.pixels is not None:
-            found.update(self.pixels.digest.encode())
-        else:
-            for row in self.rows:
-                found.update(f"{self.images.names[row]}\0{self.images.sizes[row]}\n".encode(errors="surrogateescape"))
+        found.update(b"".join(digests(self.images, folder)))
         return found.hexdigest()
 
     def split(

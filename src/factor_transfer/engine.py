@@ -7,6 +7,7 @@ import ctypes
 import os
 import resource
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -143,7 +144,8 @@ class Engine:
 
     def memory(self) -> str:
         """The most memory that this process has taken so far, and that of its GPU, in words."""
-        taken = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB of memory"
+        unit = 1e9 if sys.platform == "darwin" else 1e6  # bytes there, kilobytes on Linux
+        taken = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GB of memory"
         if self.device.type == "cuda":
             taken += f", {torch.cuda.max_memory_allocated(self.device) / 1e9:.1f} GB of the GPU's"
         return taken

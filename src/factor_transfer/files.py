@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
 import json
 import os
 import secrets
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from factor_transfer.errors import RunError
 
+if sys.platform != "win32":  # which `machines.check_supported` refuses with a word
+    import fcntl
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+ZEROS = 1 << 20
+"""Bytes that are written at a time where the system cannot reserve them."""
+
+CANNOT_RESERVE = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.ENODEV}
+"""What `posix_fallocate` says on file systems that do not know it."""
 
 
 def cache_folder(given: str | None) -> Path:
@@ -97,6 +107,38 @@ def locked(path: Path) -> Iterator[None]:
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
+
+
+@contextmanager
+def waiting_lock(file: IO[str]) -> Iterator[None]:
+    """Hold the lock of an open file, after waiting for the process that has it."""
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def reserve(handle: int, size: int) -> None:
+    """Give an open file its size, all of it on disk, so that no later write into it meets a full disk.
+
+    Where the system cannot reserve (macOS, some file systems) zeros are written behind what is there: slower, and as
+    safe. A hole, as `ftruncate` makes, would not do: a full disk under a memory map kills the process.
+
+    Raises:
+        OSError: the disk is too full.
+    """
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(handle, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in CANNOT_RESERVE:
+                raise
+    place = os.fstat(handle).st_size
+    while place < size:
+        place += os.pwrite(handle, bytes(min(ZEROS, size - place)), place)
+    os.fsync(handle)
 
 
 def sha256_file(path: Path) -> str:

@@ -48,6 +48,10 @@ class Images(ABC):
     def open(self, index: int) -> Image.Image:
         """Image `index` as its file holds it, perhaps not yet decoded."""
 
+    @abstractmethod
+    def raw(self, index: int) -> bytes:
+        """What the data's fingerprint is of: the bytes of image `index`'s file, or where it has none its pixels."""
+
     def rgb(self, index: int, bits: int | None = None) -> Image.Image:
         """Image `index`, decoded, in RGB; `bits` as in `rgb.decoded`.
 
@@ -118,6 +122,13 @@ class Files(Images):
             raise ValueError("no bytes")
         return Image.open(io.BytesIO(data), formats=image_formats())
 
+    def raw(self, index: int) -> bytes:
+        """See `Images`; of a file that cannot be read, why."""
+        try:
+            return self.ranges[index].read()
+        except OSError as error:
+            return f"errno {error.errno}".encode()
+
 
 @dataclass(frozen=True)
 class Indexed(Images):
@@ -132,3 +143,12 @@ class Indexed(Images):
             return found
         with found:  # whole, since PIL would read it after it is closed
             return Image.open(io.BytesIO(found.read()), formats=image_formats())
+
+    def raw(self, index: int) -> bytes:
+        """The file's bytes, or mode, size and pixels."""
+        found = self.dataset[index][0]
+        if isinstance(found, Image.Image):
+            return f"{found.mode} {found.size}".encode() + found.tobytes()
+        with found:
+            data: bytes = found.read()
+        return data

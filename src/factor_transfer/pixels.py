@@ -1,8 +1,9 @@
 """Small images, decoded once: into a memory-mapped store that later runs and other processes share.
 
 A store is found by what it was made of: a hash over every file's name and bytes, the size of the images and how they
-are brought to it, and the decoder. So a copied folder finds it, and a changed image does not. It is written under
-another name, synced and then renamed: it is whole or absent. Its pixels are hashed again whenever it is opened.
+are brought to it, and the decoders. So a copied folder finds it, and a changed image does not. It is written under
+another name, synced and then renamed: it is whole or absent. Its pixels are hashed again whenever it is opened, and a
+few images are decoded again.
 
 CACHE/pixels/FINGERPRINT.u8      uint8 (N, H, W, 3)
                          .json   its hash, the images that could not be decoded, and what was met in the others
@@ -12,10 +13,9 @@ Shapes: N images of H x W pixels.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -23,19 +23,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import PIL
 
 from factor_transfer.console import pass_bar, say, warn
 from factor_transfer.content import Content, from_file, to_file
+from factor_transfer.digests import decoders, digests
 from factor_transfer.errors import RunError
-from factor_transfer.files import fingerprint, read_json, write_json
+from factor_transfer.files import fingerprint, read_json, waiting_lock, write_json
 from factor_transfer.frames import Frame
 from factor_transfer.images import Files, Images, Unreadable
-from factor_transfer.sizes import Size
 from factor_transfer.views import VERSION
 
 BLOCK = 128
 """Images a thread reads or decodes at a time."""
+
+PROBES = 4
+"""Images of a store that are decoded anew whenever it is opened, and compared."""
 
 T = TypeVar("T")
 
@@ -65,21 +67,22 @@ def decode_once(images: Images, frame: Frame, folder: Path, bits: int | None = N
     """
     if not isinstance(images, Files):
         return _in_memory(images, frame, bits)
+    names = [name.encode(errors="surrogateescape").hex() for name in images.names]
     what = {
         "version": VERSION,
-        "decoder": PIL.__version__,
+        "decoders": decoders(),
         "frame": asdict(frame),
         "bits": bits,
-        "images": _contents(images),
+        "images": [names, [digest.hex() for digest in digests(images, folder.parent / "digests")]],
     }
     path = folder / f"{fingerprint(what)[:32]}.u8"
-    found = _opened(path, images, frame.size)
+    found = _opened(path, images, frame, bits)
     if found is not None:
         return found
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(path.with_suffix(".lock")):
-            return _opened(path, images, frame.size) or _kept(path, _in_memory(images, frame, bits))
+            return _opened(path, images, frame, bits) or _kept(path, _in_memory(images, frame, bits))
     except OSError as error:
         _warn_not_kept(error, path)
     return _in_memory(images, frame, bits)
@@ -130,22 +133,6 @@ def _in_memory(images: Images, frame: Frame, bits: int | None) -> Pixels:
     return Pixels(array, unreadable, content, _digest(array))
 
 
-def _contents(images: Files) -> str:
-    """SHA-256 over names and bytes of all files."""
-
-    def work(rows: range) -> bytes:
-        found = hashlib.sha256()
-        for row in rows:
-            try:
-                data = images.ranges[row].read()
-            except OSError as error:
-                data = repr(error).encode()
-            found.update(f"{images.names[row]}\0{len(data)}\0".encode(errors="surrogateescape") + data)
-        return found.digest()
-
-    return hashlib.sha256(b"".join(blocks("looking at images", len(images), work))).hexdigest()
-
-
 def _kept(path: Path, pixels: Pixels) -> Pixels:
     """Publish decoded images as a store; where the disk is too full they stay in memory."""
     temporary = path.with_suffix(".tmp")
@@ -166,22 +153,37 @@ def _kept(path: Path, pixels: Pixels) -> Pixels:
     return pixels
 
 
-def _opened(path: Path, images: Images, size: Size) -> Pixels | None:
+def _opened(path: Path, images: Images, frame: Frame, bits: int | None) -> Pixels | None:
     """The store at `path`; None if there is none, or if it is not what was written."""
     try:
         meta: Any = read_json(path.with_suffix(".json"))
-        array = np.memmap(path, np.uint8, "r", shape=(len(images), *size, 3))
+        array = np.memmap(path, np.uint8, "r", shape=(len(images), *frame.size, 3))
         bad = {int(row): images.unreadable(int(row), reason) for row, reason in meta["unreadable"].items()}
-        if path.stat().st_size == array.nbytes and _digest(array) == meta["sha256"]:
+        whole = path.stat().st_size == array.nbytes and _digest(array) == meta["sha256"]
+        if whole and _as_decoded(array, images, bad, frame, bits):
             return Pixels(array, bad, from_file(meta["content"]), meta["sha256"])
     except (FileNotFoundError, PermissionError):
         return None
     except (OSError, RunError, ValueError, KeyError, TypeError, AttributeError):
         pass
-    warn(f"{path} is damaged; the images are decoded again")
+    warn(f"{path} is damaged, or was made by another decoder; the images are decoded again")
     with suppress(OSError):
         path.with_suffix(".json").unlink()
     return None
+
+
+def _as_decoded(
+    array: np.ndarray, images: Images, bad: Mapping[int, Unreadable], frame: Frame, bits: int | None
+) -> bool:
+    """Whether a few images, drawn at random each time, are still decoded to the pixels (N, H, W, 3) of a store."""
+    rows = [row for row in np.random.default_rng().integers(len(images), size=PROBES).tolist() if row not in bad]
+    again = np.zeros((len(rows), *array.shape[1:]), np.uint8)
+    try:
+        for place, row in enumerate(rows):
+            again[place] = images.framed(row, images.rgb(row, bits), frame).permute(1, 2, 0).numpy()
+    except Unreadable:
+        return False
+    return np.array_equal(again, array[rows])
 
 
 def _warn_not_kept(error: OSError, path: Path) -> None:
@@ -196,6 +198,5 @@ def _digest(array: np.ndarray) -> str:
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Hold a lock file, after waiting for the process that has it: one decodes, the others read what it made."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with path.open("a") as file, waiting_lock(file):
         yield

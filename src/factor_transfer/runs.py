@@ -43,6 +43,9 @@ FREE = free(Config)
 DEFAULTS = {each.name: plain(each.default) for each in fields(Config) if each.default is not MISSING}
 """What a run of an early version, which had fewer settings, was made with."""
 
+IDENTITY = "2"
+"""Raise it when a fingerprint of `Run.pin` is made otherwise, so that it cannot be compared with earlier ones."""
+
 KEPT = 2
 """Checkpoints kept of the stage under way: if the newest is damaged, the other is used."""
 
@@ -291,7 +294,7 @@ def saved_summary(folder: Path) -> dict[str, Any]:
 
 def environment(**more: Any) -> dict[str, Any]:
     """Versions and machine: what a run's bits depend on besides its settings."""
-    packages = ("factor-transfer", "torch", "torchvision", "timm", "accelerate", "numpy")
+    packages = ("factor-transfer", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow")
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
@@ -324,6 +327,15 @@ def _continue_or_begin(run: Run, config: Config, now: Mapping[str, Any]) -> None
         write_json(run.path("config.json"), config.to_dict())
     if not run.path("environment.json").exists():
         write_json(run.path("environment.json"), dict(now))
+    if not run.path("fingerprints.json").exists():
+        write_json(run.path("fingerprints.json"), {"version": IDENTITY})
+    if run.summary is None and run.pins().get("version") != IDENTITY:
+        raise RunError(
+            f"--out {run.folder}",
+            found="an unfinished run of an earlier version, whose fingerprints of images and networks say less",
+            valid="a run of this version",
+            hint="continue it with the version that began it, or give another --out, or --overwrite",
+        )
     there, here = DEFAULTS | _mapping(run.path("config.json")), config.to_dict()
     other = [name for name in here if name not in FREE and there.get(name) != here[name]]
     if other:

@@ -89,6 +89,10 @@ class _Arrays(Images):
     def open(self, index: int) -> Image.Image:
         return Image.fromarray(self.pixels[index])
 
+    def raw(self, index: int) -> bytes:
+        data: bytes = self.pixels[index].tobytes()
+        return data
+
 
 def _digits() -> Source:
     from sklearn.datasets import load_digits

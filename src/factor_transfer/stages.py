@@ -14,17 +14,27 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor, nn
 
-from factor_transfer.cache import CachedTeacher, FactorCache, choose_views, say_what_changed
+from factor_transfer.cache import (
+    HALF_ROWS,
+    ROWS,
+    CachedTeacher,
+    FactorCache,
+    choose_views,
+    foreign_row,
+    say_what_changed,
+)
 from factor_transfer.compiled import Compiled, check_compiler, check_exports
 from factor_transfer.config import Config, plain
 from factor_transfer.console import say, warn
 from factor_transfer.data import open_data
+from factor_transfer.digests import decoders
 from factor_transfer.engine import Engine
 from factor_transfer.errors import ConfigError, ModelError, RunError, TrainingError
 from factor_transfer.evaluation import evaluate, evaluate_paraphraser
 from factor_transfer.features import Tapped
 from factor_transfer.files import cache_folder, state_fingerprint
 from factor_transfer.frozen import Folding, FrozenTeacher, folded
+from factor_transfer.identity import code_fingerprint
 from factor_transfer.method import Paraphraser, Straight
 from factor_transfer.models import Network, Role, count_parameters, own_size
 from factor_transfer.objective import Objective, fresh_paraphrasers, given_paraphrasers, new_paraphraser, trained_up_to
@@ -69,6 +79,8 @@ class Job:
         say(f"data: {self.data.name}, {counts} of {size}, {len(self.data.classes)} classes")
         self.held: dict[str, str] = {}
         """Fingerprints that the run is held to, by name."""
+        self.code = ""
+        """Of the teacher's code, with the versions of libraries."""
 
     # -- what all processes, and all continuations, have in common
 
@@ -111,6 +123,11 @@ class Job:
             for side in (pair.teacher, pair.student):
                 tapped = deepcopy(side.tapped()).train(side is pair.student)
                 check_exports(tapped, side.network.norm(self.sample(2)))
+        for side in (pair.teacher, pair.student):
+            # Now, since some networks write to their attributes when they run.
+            code, changed = code_fingerprint(side.network.module, versions=False), "is built by other code than when"
+            self.hold(f"{side.role} code", code, f"--{side.role} {changed} the run began, or with other attributes")
+        self.code = code_fingerprint(pair.teacher.network.module)
         first = state_fingerprint(pair.student.network.module.state_dict())
         self.hold("student", first, "--student has other first weights than when the run began")
         for each in pair.each():
@@ -327,29 +344,12 @@ class Job:
         self, live: FrozenTeacher, pair: Pair, paraphrasers: Sequence[Paraphraser | Straight]
     ) -> FrozenTeacher | CachedTeacher:
         """The live teacher behind the factor cache; alone where a term's output, or its folder, cannot take it."""
-        network, outputs = pair.teacher.network, self.objective.outputs
+        outputs = self.objective.outputs
         shapes = {name: shape for name, shape in outputs.items() if shape is not None}
         if shapes.keys() != outputs.keys():
             warn(f"no factor cache: {', '.join(outputs.keys() - shapes.keys())} is too large; the teacher stays live")
             return live
-        identity = {
-            "architecture": [network.name, type(network.module).__name__, plain(network.model_args)],
-            "teacher": state_fingerprint(network.module.state_dict()),
-            "teacher layer": pair.teacher.layer,
-            "teacher normalisation": [network.mean, network.std, network.size],
-            "paraphraser": state_fingerprint(paraphrasers[0].state_dict()) if paraphrasers else None,
-            "images": self.data.fingerprint,
-            "precision": self.engine.describe()["precision"],
-        }
-        readers = self.objective.readers(paraphrasers)
-        if self.config.torchcompile:
-            identity["compiled"] = True
-        if network.output is not None:
-            identity["teacher output"] = network.output
-        if readers:
-            identity["other layers"] = {
-                name: [reader.layer, state_fingerprint(reader.state_dict())] for name, reader in readers.items()
-            }
+        identity = self._identity(pair, paraphrasers)
         cache, problem = None, None
         folder, count = cache_folder(self.config.cache_dir), len(self.data.train)
         with self.engine.unhurried():  # some file systems write out all that is reserved
@@ -364,7 +364,56 @@ class Job:
             warn(f"no factor cache ({problems[0]}); the teacher stays live")
             return live
         say_what_changed(cache)
+        self._check_rows(cache, live)
         return CachedTeacher(live, cache)
+
+    def _identity(self, pair: Pair, paraphrasers: Sequence[Paraphraser | Straight]) -> dict[str, Any]:
+        """All that the teacher's outputs depend on."""
+        network, readers = pair.teacher.network, self.objective.readers(paraphrasers)
+        identity: dict[str, Any] = {
+            "architecture": [network.name, type(network.module).__name__, plain(network.model_args)],
+            "teacher's code": self.code,
+            "teacher": state_fingerprint(network.module.state_dict()),
+            "teacher layer": pair.teacher.layer,
+            "teacher normalisation": [network.mean, network.std, network.size],
+            "paraphraser": _weights_and_code(paraphrasers[0]) if paraphrasers else None,
+            "images": self.data.fingerprint,
+            "transform's code": self.data.transform_code(),
+            "decoders": decoders(),
+            "precision": self.engine.describe()["precision"],
+        }
+        if self.config.torchcompile:
+            identity["compiled"] = True
+        if readers:
+            identity["other layers"] = {
+                name: [reader.layer, *_weights_and_code(reader)] for name, reader in readers.items()
+            }
+        return identity
+
+    def _check_rows(self, cache: FactorCache, live: FrozenTeacher) -> None:
+        """Compare rows of the cache, drawn at random each time, with what the teacher gives for them now.
+
+        Raises:
+            RunError: they differ, in any process.
+        """
+
+        def fresh(index: np.ndarray, view: int) -> Mapping[str, Tensor]:
+            (batch,) = self.data.train.batches([index], view=view)
+            with self.engine.autocast():
+                outputs: Mapping[str, Tensor] = live(batch.image.to(self.engine.device), batch.index, view)
+            return outputs
+
+        problem = foreign_row(cache, fresh, HALF_ROWS if self.engine.bf16 else ROWS)
+        problems = [each for each in self.engine.all_of(problem) if each is not None]
+        if problems:
+            cache.close()
+            raise RunError(
+                f"--cache-dir: the factor cache {cache.folder}",
+                found=problems[0],
+                valid="what --teacher gives now for the same images: something that is part of no fingerprint changed",
+                hint="delete that folder, or give another --cache-dir or --views 0; where nothing changed, the teacher "
+                "gives other outputs at each call",
+            )
 
     def baseline(self) -> Side:
         """The same student alone: same initial weights, order, views and schedule, labels only."""
@@ -469,6 +518,10 @@ class Job:
             tapped = self._compiled.setdefault(tapped.layer, Compiled(tapped, self._part(), trains=False))
         side = TeacherSide(tapped, pair.teacher.network.norm, pair.size, paraphraser, readers)
         return self.engine.place(FrozenTeacher(side))
+
+
+def _weights_and_code(module: nn.Module) -> list[str]:
+    return [state_fingerprint(module.state_dict()), code_fingerprint(module)]
 
 
 def _train_head(terms: Sequence[Term]) -> bool:

@@ -1,0 +1,170 @@
+"""What computes something else has another hash, and what computes the same has the same one in another process."""
+
+from __future__ import annotations
+
+import functools
+import random
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from factor_transfer import identity
+from factor_transfer.identity import code_fingerprint
+from factor_transfer.terms import Reader
+
+SCALE = 2.0
+
+
+def helper(x: Any) -> Any:
+    return x * SCALE
+
+
+class Net(nn.Module):
+    slope = 0.1
+
+    def __init__(self, act: nn.Module | None = None, **more: Any) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 4, 3), act or nn.ReLU()
+        vars(self).update(more)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Through a function of this module."""
+        found: Tensor = self.act(self.conv(helper(x))) * self.slope
+        return found
+
+
+class Root(Reader):
+    def __init__(self, power: float) -> None:
+        super().__init__("layer", (2, 2))
+        self.power = power
+
+
+class Rarely:
+    def __init__(self, p: float, inner: Any = None) -> None:
+        self.p, self.inner = p, inner
+
+    def __call__(self, image: Any) -> Any:
+        return self.inner(image) if random.random() < self.p else image
+
+
+def looped(net: Net) -> Net:
+    vars(net)["me"] = [net]
+    return net
+
+
+SAME = {
+    "network": Net,
+    "timm": lambda: timm.create_model("resnet18", num_classes=5),
+    "loop": lambda: looped(Net()),
+    "transform": lambda: v2.Compose([v2.RandomErasing(0.02), v2.ColorJitter(0.1)]),
+    "closure": lambda: functools.partial(lambda power, image: image**power, 2),
+    "chain": lambda: functools.reduce(lambda inner, _: Rarely(0.1, inner), range(5000), None),
+    "weights": lambda: Net().double().train(random.random() < 0.5),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_code_fingerprint__is_the_same_of_the_same(name: str) -> None:
+    assert code_fingerprint(SAME[name]()) == code_fingerprint(SAME[name]())
+
+
+def patched(name: str, value: Any) -> Any:
+    """A network under which a global of this module is another one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), name, value)
+        return code_fingerprint(Net())
+
+
+def hooked() -> nn.Module:
+    net = Net()
+    net.conv.register_forward_hook(lambda _, __, output: output + 1)
+    return net
+
+
+def buffered(value: float) -> nn.Module:
+    net = Net()
+    net.register_buffer("shift", torch.tensor(value), persistent=False)
+    return net
+
+
+class Other(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        """As `Net`, but for the helper."""
+        found: Tensor = self.act(self.conv(x)) * self.slope
+        return found
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Net(nn.ReLU()), Net(nn.GELU())),
+        (Net(nn.LeakyReLU(0.1)), Net(nn.LeakyReLU(0.2))),
+        (Net(power=1), Net(power=2)),
+        (Net(act=nn.Identity(), forward=lambda x: x), Net(act=nn.Identity(), forward=lambda x: x + 1)),
+        (Net(), Other()),
+        (Net(), hooked()),
+        (buffered(1), buffered(2)),
+        (Root(1.0), Root(0.5)),
+        (Rarely(0.02), Rarely(0.03)),
+        (Rarely(0.02, Rarely(0.5)), Rarely(0.02, Rarely(0.6))),
+        (v2.Compose([v2.RandomErasing(0.02)]), v2.Compose([v2.RandomErasing(0.03)])),
+        (functools.partial(helper, 1), functools.partial(helper, 2)),
+        (timm.create_model("resnet18", act_layer="relu"), timm.create_model("resnet18", act_layer="gelu")),
+        (v2.Lambda(lambda x: x), v2.Lambda(lambda x: x + 1)),
+    ],
+)  # fmt: skip
+def test_code_fingerprint__tells_apart_what_computes_otherwise(one: Any, other: Any) -> None:
+    assert code_fingerprint(one) != code_fingerprint(other)
+    assert code_fingerprint(one, versions=False) != code_fingerprint(other, versions=False)
+
+
+def test_code_fingerprint__follows_functions_and_globals() -> None:
+    plain = code_fingerprint(Net())
+    assert patched("helper", lambda x: x) != plain
+    assert patched("SCALE", 3.0) != plain
+    assert patched("SCALE", 2.0) == plain
+
+
+def test_code_fingerprint__versions_of_libraries_count_unless_told_not_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = [code_fingerprint(Net(), versions=versions) for versions in (True, False)]
+    real = identity._package
+    monkeypatch.setattr(identity, "_package", lambda top: "9" if real(top) else None)
+    assert code_fingerprint(Net()) != both[0]
+    assert code_fingerprint(Net(), versions=False) == both[1]
+
+
+NET = """
+    import torch
+    from torch import nn
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kinds = {"b", "a", "c"}
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        def forward(self, x):
+            return self.body(x)
+"""
+
+
+@pytest.mark.parametrize(
+    ("edit", "same"),
+    [(("", ""), True), (("return", "# a word\n            return"), True), (("(x)", "(x) + 1"), False)],
+)
+def test_code_fingerprint__of_another_process_heeds_code_and_not_comments(
+    tmp_path: Path, edit: tuple[str, str], same: bool
+) -> None:
+    def of(text: str) -> str:
+        (tmp_path / "nets.py").write_text(textwrap.dedent(text))
+        code = "import nets; from factor_transfer.identity import code_fingerprint; print(code_fingerprint(nets.Net()))"
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    assert (of(NET.replace(*edit)) == of(NET)) is same
