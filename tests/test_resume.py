@@ -60,12 +60,7 @@ def test_free__names_every_setting_that_is_tried_here() -> None:
     assert free(Config) - of_other_data == OTHERS.keys()
 
 
-FAILS = pytest.mark.xfail(reason="the fingerprint of images that are not kept covers their names and sizes alone")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=FAILS if name == "pixel_cache_gb" else ()) for name in sorted(OTHERS)]
-)
+@pytest.mark.parametrize("name", sorted(OTHERS))
 def test_distill__is_continued_to_the_same_bits_with_another(
     name: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

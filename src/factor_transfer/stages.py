@@ -103,7 +103,9 @@ class Job:
             )
         self.hold("pixels", str(VERSION), "images are decoded otherwise than when the run began")
         changed = "--data holds other images than when the run began, or shows them otherwise"
-        self.hold("data", self.data.fingerprint, changed)
+        with self.engine.unhurried():  # to hash many images takes long, the first time
+            fingerprint = self.data.fingerprint
+        self.hold("data", fingerprint, changed)
 
     def recorded(self, stage: str) -> dict[str, Any] | None:
         """What a finished stage found, as the first process sees it; None if it is not finished."""
