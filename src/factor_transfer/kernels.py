@@ -1,8 +1,9 @@
 """Kernels of torch that write past their memory on some CPUs, and what is computed in their place.
 
-Known: the gradient of the weights of a convolution of one pixel (1x1) with a stride, of fewer than 8 input channels,
-channels-last, in oneDNN's kernels for AVX2. `benchmarks/kernels.py` searches for such shapes; `results/kernels.json`
-tells which were tried, and with which versions.
+Known: the gradient of the weights of a convolution of one pixel (1x1) with a stride, channels-last, of fewer input
+channels than oneDNN's kernel takes at once: 8 with AVX2, 16 with AVX-512. It kills the process, or gives wrong values
+without a word. The cause is known to oneDNN (its issue 6035: the offset into a workspace). `benchmarks/kernels.py`
+searches for such shapes, and `results/kernels.json` tells which were tried, and with which versions.
 
 The gradient is taken over from torch at its dispatcher, so it makes no difference who calls the convolution, in which
 layout, or whether the backward pass computes a part of the forward pass anew. All CPUs are treated alike: which kernels
@@ -25,8 +26,8 @@ from factor_transfer.console import say
 
 BACKWARD = torch.ops.aten.convolution_backward.default
 
-BLOCK = 8
-"""Input channels that an AVX2 kernel takes at once; with fewer it writes what it has no room for."""
+BLOCK = 16
+"""Input channels that the widest of these kernels takes at once."""
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Of a convolution's input, weight and bias."""
@@ -115,7 +116,7 @@ def _tell(weight: Tensor, stride: list[int]) -> None:
     sides = "x".join("1" for _ in stride)
     say(
         f"a {sides} convolution with stride {max(stride)} of {weight.shape[1]} channels: torch's kernel for the "
-        "gradient of its weights corrupts memory on CPUs with AVX2; it is computed with stride 1 from every "
+        "gradient of its weights corrupts memory on some CPUs; it is computed with stride 1 from every "
         f"{_nth(max(stride))} pixel instead"
     )
 
