@@ -22,6 +22,7 @@ from factor_transfer.finished import ROLES, answers, open_images, rebuild
 from factor_transfer.orders import check_orders
 from factor_transfer.page import write_report
 from factor_transfer.pairs import Modules
+from factor_transfer.rehearsal import rehearse
 from factor_transfer.result import finish
 from factor_transfer.runs import environment, open_run, saved_config, saved_summary
 from factor_transfer.stages import Job
@@ -136,6 +137,8 @@ def _work(job: Job) -> None:
     pair = job.pair()
     for finding in quick(job.config, pair, job.sample(2)):
         warn(f"{finding.what} (next: {finding.hint})")
+    if not job.engine.told(job.run.begun):
+        rehearse(job, pair)
     check_orders(pair, job.data, job.config, job.run, job.engine)
     job.teacher(pair.teacher)
     paraphrasers = job.paraphrasers(pair)

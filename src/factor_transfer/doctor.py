@@ -41,6 +41,7 @@ from factor_transfer.objective import fresh_paraphrasers
 from factor_transfer.orders import misordered
 from factor_transfer.pairs import Modules, Pair, Side, check_alive, check_knows
 from factor_transfer.pulls import pulls
+from factor_transfer.rehearsal import rehearse
 from factor_transfer.runs import Run
 from factor_transfer.sizes import written
 from factor_transfer.splits import Batch, Sample, Split
@@ -151,8 +152,7 @@ def _look(config: Config, modules: Modules, found: Diagnosis, nowhere: Run) -> N
         found.findings.append(Finding("warning", "the student is no smaller than the teacher", "a smaller --student"))
     found.findings += quick(config, pair, images)
     network = pair.teacher.network
-    if network.headless if config.teacher_epochs else not network.pretrained:
-        job.teacher(pair.teacher)  # which says that it cannot teach
+    rehearse(job, pair)
     levels: dict[Role, Level] = {"teacher": "error", "student": "warning"}  # a student's head will be trained
     orders = {side.role: misordered(side, job.data, config, nowhere, engine) for side in (pair.teacher, pair.student)}
     found.findings += [_finding(levels[role], error) for role, error in orders.items() if error is not None]

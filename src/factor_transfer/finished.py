@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from factor_transfer.files import state_fingerprint
 from factor_transfer.models import Network, Role, load_network
 from factor_transfer.runs import saved_config, saved_summary
 from factor_transfer.sizes import as_size
+from factor_transfer.torchvisions import TORCHVISION
 from factor_transfer.weights import load_weights
 
 ROLES = ("teacher", "baseline", "student")
@@ -44,17 +46,8 @@ def rebuild(folder: Path, role: str, module: nn.Module | None = None) -> Network
             hint=f"in Python: from factor_transfer.finished import rebuild; rebuild(folder, {role!r}, module)",
         )
     trained_here = side == "student" or config.teacher_epochs > 0
-    network = load_network(
-        own[side] if module is None else module,
-        role=side,
-        num_classes=len(summary["data"]["classes"]),
-        img_size=there.get("img_size", summary["data"]["img_size"]),
-        args=own[f"{side}_args"],
-        weights=None if trained_here else own[f"{side}_weights"],
-        output=own[f"{side}_output"],
-        mean=tuple(there["mean"]),
-        std=tuple(there["std"]),
-    )
+    there = {"img_size": summary["data"]["img_size"], **there}
+    network = build_again(config, side, there, len(summary["data"]["classes"]), module, trained=trained_here)
     if trained_here:
         file = folder / f"{role}.safetensors"
         load_weights(network.module, file, str(file))
@@ -80,6 +73,37 @@ def answers(config: Config, role: str, network: Network) -> bool:
     if role == "teacher":
         return network.knows_classes or bool(config.teacher_epochs)
     return bool(config.label_weight or config.kd_weight)
+
+
+def build_again(
+    config: Config, side: Role, there: Mapping[str, Any], classes: int, module: nn.Module | None, *, trained: bool
+) -> Network:
+    """A network of a run, as its settings and what was recorded of it build it.
+
+    Args:
+        config: the run's settings.
+        side: teacher or student.
+        there: its `img_size`, `mean`, `std` and `model_args`.
+        classes: of the data.
+        module: the network itself, where it was given as a module.
+        trained: it was trained in the run, so that its first weights do not matter.
+    """
+    own = vars(config)
+    args = dict(own[f"{side}_args"] or {})
+    if trained and module is None and own[side].startswith(TORCHVISION):
+        recorded = {**there["model_args"]}  # with what torchvision's weights set, which are not fetched again
+        args = {name: recorded[name] for name in recorded.keys() - {"architecture", "num_classes"}} | args
+    return load_network(
+        own[side] if module is None else module,
+        role=side,
+        num_classes=classes,
+        img_size=as_size(there["img_size"]),
+        args=args,
+        weights=None if trained else own[f"{side}_weights"],
+        output=own[f"{side}_output"],
+        mean=tuple(there["mean"]),
+        std=tuple(there["std"]),
+    )
 
 
 def open_images(shown: DataConfig, summary: dict[str, Any], others: bool = False) -> Dataset:

@@ -28,13 +28,11 @@ from factor_transfer.errors import FactorTransferError, ModelError, listed, near
 from factor_transfer.outputs import choose, given_by, tensors, unwrap
 from factor_transfer.seeds import part_seed, seeded
 from factor_transfer.sizes import AnySize, Size, as_size, brief, written
+from factor_transfer.torchvisions import TORCHVISION, TORCHVISION_CLASSES, build
 from factor_transfer.weightfiles import check_config, check_folder, identify
-from factor_transfer.weights import check_finite, head_places, load_but_head
+from factor_transfer.weights import check_finite, load_but_head
 
 Role = Literal["teacher", "student"]
-
-TORCHVISION, TORCHVISION_CLASSES = "torchvision/", 1000
-"""How names of torchvision's begin, and the classes of its weights."""
 
 LOCAL = "local-dir:"
 """How names of timm's folders begin."""
@@ -267,22 +265,20 @@ def _create(
     name: str, role: Role, num_classes: int, img_size: AnySize, args: dict[str, Any], pretrained: bool
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network, and the arguments that rebuild it with `timm.create_model` (or torchvision's `get_model`)."""
-    create: Callable[..., nn.Module]
-    if name.startswith(TORCHVISION):
-        made = {"model_name": name, "num_classes": num_classes, **args}
-        create = _create_torchvision
-    elif is_callable_name(name):
-        made = {"model_name": name, **args}
-        create = _call
-    else:
+    made = {"model_name": name, **args}
+    if not (name.startswith(TORCHVISION) or is_callable_name(name)):
         made = _resolved(name, role, {"num_classes": num_classes, "img_size": img_size, **args})
-        create = timm.create_model
     try:
-        module = create(**made, pretrained=pretrained)
-        own_classes = (made.get("pretrained_cfg") or {}).get("num_classes") if create is timm.create_model else None
-        if pretrained and own_classes not in {None, num_classes}:
-            # For another head timm loads all of the weights loosely; with their own head it is strict.
-            create(**{**made, "num_classes": own_classes}, pretrained=True)
+        if name.startswith(TORCHVISION):
+            module, more = build(name, num_classes, args, pretrained=pretrained)
+            made |= more
+        else:
+            create: Callable[..., nn.Module] = _call if is_callable_name(name) else timm.create_model
+            module = create(**made, pretrained=pretrained)
+            own_classes = (made.get("pretrained_cfg") or {}).get("num_classes")
+            if pretrained and own_classes not in {None, num_classes}:
+                # For another head timm loads all of the weights loosely; with their own head it is strict.
+                create(**{**made, "num_classes": own_classes}, pretrained=True)
     except TypeError as error:
         raise ModelError(
             f"--{role} {name} with {args}",
@@ -330,19 +326,6 @@ def _unwrapped(network: Network, role: Role, num_classes: int, wanted: str | Non
         valid=f"logits ({count}, {num_classes}): the data has {num_classes} classes, and every label needs its place",
         hint=f"give a network with {num_classes} outputs, or data with the network's classes",
     )
-
-
-def _create_torchvision(model_name: str, num_classes: int, pretrained: bool, **args: Any) -> nn.Module:
-    """torchvision's network; a head for other classes than its weights' is drawn anew."""
-    plain = model_name.removeprefix(TORCHVISION)
-    if not pretrained:
-        return torchvision.models.get_model(plain, weights=None, num_classes=num_classes, **args)  # type: ignore[no-any-return]
-    module: nn.Module = torchvision.models.get_model(plain, weights="DEFAULT", **args)
-    if num_classes != TORCHVISION_CLASSES:
-        (place,) = head_places(module)
-        old: Any = module.get_submodule(place)
-        module.set_submodule(place, nn.Linear(old.in_features, num_classes))
-    return module
 
 
 def _call(model_name: str, pretrained: bool, **args: Any) -> nn.Module:

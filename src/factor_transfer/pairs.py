@@ -14,7 +14,7 @@ from factor_transfer.arguments import names_in
 from factor_transfer.config import Config, flag
 from factor_transfer.console import say, warn
 from factor_transfer.content import STRETCHED
-from factor_transfer.errors import TrainingError
+from factor_transfer.errors import ConfigError, ModelError, TrainingError
 from factor_transfer.features import Tapped, feature_map, feature_shape, find_layer
 from factor_transfer.frames import SMALL, Frame
 from factor_transfer.models import Network, Role, load_network, own_size
@@ -101,6 +101,30 @@ def check_alive(side: Side, images: Tensor) -> Health:
             hint="check the teacher's weights and normalisation, or name another --teacher-layer",
         )
     return health
+
+
+def check_can_teach(teacher: Network, config: Config, labelled: bool) -> None:
+    """That a teacher can do what the settings ask of it, on images that are `labelled` or not.
+
+    Raises:
+        ModelError: it has no trained weights, or cannot be trained on these images.
+        ConfigError: it has no head that --kd-weight could ask.
+    """
+    if config.teacher_epochs and (teacher.headless or not labelled):
+        raise ModelError(
+            f"--teacher-epochs {config.teacher_epochs}",
+            found="a teacher that gives no logits for these classes" if labelled else "no labels",
+            valid="0 passes: its features are used as they are",
+        )
+    if not (config.teacher_epochs or teacher.pretrained):
+        raise ModelError(
+            f"--teacher {config.teacher}",
+            found="no trained weights",
+            valid="a trained network; its head does not matter",
+            hint="give --teacher-weights FILE (or `pretrained`), or train it here with --teacher-epochs 20",
+        )
+    if config.kd_weight and not (config.teacher_epochs or teacher.knows_classes):
+        raise ConfigError(f"--kd-weight {config.kd_weight:g}", found="a teacher without a head for these classes")
 
 
 def check_knows(

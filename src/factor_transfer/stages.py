@@ -29,7 +29,7 @@ from factor_transfer.console import say, warn
 from factor_transfer.data import open_data
 from factor_transfer.digests import decoders
 from factor_transfer.engine import Engine
-from factor_transfer.errors import ConfigError, ModelError, RunError, TrainingError
+from factor_transfer.errors import RunError, TrainingError
 from factor_transfer.evaluation import evaluate, evaluate_paraphraser
 from factor_transfer.features import Tapped
 from factor_transfer.files import cache_folder, state_fingerprint
@@ -38,7 +38,7 @@ from factor_transfer.identity import code_fingerprint
 from factor_transfer.method import Paraphraser, Straight
 from factor_transfer.models import Network, Role, count_parameters, own_size
 from factor_transfer.objective import Objective, fresh_paraphrasers, given_paraphrasers, new_paraphraser, trained_up_to
-from factor_transfer.pairs import Modules, Pair, Side, check_alive, check_knows, load_side
+from factor_transfer.pairs import Modules, Pair, Side, check_alive, check_can_teach, check_knows, load_side
 from factor_transfer.report import say_paraphraser
 from factor_transfer.runs import Run
 from factor_transfer.schedule import Plan
@@ -172,27 +172,13 @@ class Job:
         """The teacher, as loaded, or trained or fine-tuned here; evaluated before anything else."""
         config, run = self.config, self.run
         self._teacher = side
-        if config.teacher_epochs and (side.network.headless or not self.data.labelled):
-            raise ModelError(
-                f"--teacher-epochs {config.teacher_epochs}",
-                found="a teacher that gives no logits for these classes" if self.data.labelled else "no labels",
-                valid="0 passes: its features are used as they are",
-            )
+        check_can_teach(side.network, config, self.data.labelled)
         if config.teacher_epochs:
             self._train_teacher(side)
-        elif not side.network.pretrained:
-            raise ModelError(
-                f"--teacher {config.teacher}",
-                found="no trained weights",
-                valid="a trained network; its head does not matter",
-                hint="give --teacher-weights FILE (or `pretrained`), or train it here with --teacher-epochs 20",
-            )
         fingerprint = state_fingerprint(side.network.module.state_dict())
         self.hold("teacher", fingerprint, "--teacher has other weights than when the run began")
         for each in side.each():
             check_alive(each, self.sample(SAMPLE))
-        if config.kd_weight and not (config.teacher_epochs or side.network.knows_classes):
-            raise ConfigError(f"--kd-weight {config.kd_weight:g}", found="a teacher without a head for these classes")
         knows = self.data.labelled and (bool(config.teacher_epochs) or side.network.knows_classes)
         found = self.recorded("teacher")
         if found is None or (knows and "top1" not in found):

@@ -96,15 +96,9 @@ class Trainer:
     ) -> None:
         self.task, self.plan, self.engine, self.config, self.run = task, plan, engine, config, run
         self.train, self.validation = train, validation
-        sizes = [len(chunk) for chunk in training_chunks(np.arange(len(train)), config.batch_size)]
-        if engine.processes > 1 and min(sizes) < 2 * engine.processes:
-            raise ConfigError(
-                f"--batch-size {config.batch_size}",
-                found=f"a batch of {min(sizes)} images for {engine.processes} processes",
-                valid="two images for each process in every batch: batch norm cannot train on one",
-                hint=f"give --batch-size {4 * engine.processes} or more, or start fewer processes",
-            )
-        self.steps = len(sizes)
+        chunks = training_chunks(np.arange(len(train)), config.batch_size)
+        check_shares(chunks, engine.processes, config.batch_size)
+        self.steps = len(chunks)
         engine.place(task)
         self.module: nn.Module = task.get_trainable_module()
         if plan.average:
@@ -365,6 +359,22 @@ class Trainer:
         if images:
             means = self.progress.means()
             bar(images, {name: means[name] for name in ("loss", "train_top1") if name in means})
+
+
+def check_shares(chunks: Sequence[np.ndarray], processes: int, batch_size: int) -> None:
+    """That every process has images of every batch.
+
+    Raises:
+        ConfigError: it has fewer than two of one.
+    """
+    least = min(map(len, chunks))
+    if processes > 1 and least < 2 * processes:
+        raise ConfigError(
+            f"--batch-size {batch_size}",
+            found=f"a batch of {least} images for {processes} processes",
+            valid="two images for each process in every batch: batch norm cannot train on one",
+            hint=f"give --batch-size {4 * processes} or more, or start fewer processes",
+        )
 
 
 def training_chunks(indices: np.ndarray, size: int) -> list[np.ndarray]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from factor_transfer.errors import ModelError, listed
 from factor_transfer.health import not_finite
 from factor_transfer.method import Paraphraser, factor_channels, load_reference_paraphraser
+from factor_transfer.trunk import conv_head
 from factor_transfer.unwrap import COUNTER, take
 from factor_transfer.weightfiles import identify, read_tensors, split_key
 
@@ -142,7 +143,7 @@ def load_but_head(module: nn.Module, weights: str, given: str) -> tuple[bool, st
 
 
 def head_places(module: nn.Module) -> list[str]:
-    """Names of the last layer: timm's classifier, or where there is none the last linear layer.
+    """Names of the last layer: timm's classifier, or else the last linear layer, or else a last 1x1 convolution.
 
     >>> head_places(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
     ['2']
@@ -151,7 +152,8 @@ def head_places(module: nn.Module) -> list[str]:
     classifier = find() if find is not None else None
     parts = [(name, part) for name, part in module.named_modules() if name]
     if classifier is None:
-        return [name for name, part in parts if isinstance(part, nn.Linear)][-1:]
+        linear = [name for name, part in parts if isinstance(part, nn.Linear)]
+        return linear[-1:] or list(filter(None, [conv_head(module)]))
     return [name for name, part in parts if part is classifier]
 
 
