@@ -24,7 +24,7 @@ from factor_transfer.export import export_pt2
 from factor_transfer.files import read_json, state_fingerprint
 from factor_transfer.method import Paraphraser
 from factor_transfer.models import Network, load_network
-from factor_transfer.weightfiles import split_key
+from factor_transfer.weightfiles import identify, split_key
 from factor_transfer.weights import load_paraphraser, load_weights, paraphraser_metadata
 
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 4, 8)}
@@ -453,3 +453,13 @@ def test_load_weights__of_a_run_stay_strict(tmp_path: Path) -> None:
     save_file(fresh(classes=7).state_dict(), tmp_path / "student.safetensors")
     with pytest.raises(ModelError, match="of wrong shape"):
         load_weights(fresh(), tmp_path / "student.safetensors", "student")
+
+
+def test_load_network__reads_safetensors_whose_length_looks_like_a_pickle(tmp_path: Path) -> None:
+    file = tmp_path / "w.safetensors"
+    for pad in range(0, 640, 8):
+        save_file({"a": torch.ones(1)}, file, {"pad": "x" * pad})
+        if file.read_bytes()[:2] == b"\x80\x02":
+            break
+    assert file.read_bytes()[:2] == b"\x80\x02"
+    assert identify(file, "w").reader == "safetensors"
