@@ -173,3 +173,12 @@ def test_comparison__gives_mean_and_spread_over_seeds(run: Path, page: Page, tmp
     check(page, file)
     with pytest.raises(RunError, match="no run"):
         runs_in([tmp_path])
+
+
+def test_runs_in__says_which_runs_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, files in (("a", ("config.json", "summary.json")), ("b", ("config.json",)), ("notes", ())):
+        (tmp_path / name).mkdir()
+        for file in files:
+            write_json(tmp_path / name / file, {})
+    assert runs_in([tmp_path]) == [tmp_path / "a"]
+    assert f"in {tmp_path}, not finished and left out: b" in capsys.readouterr().err

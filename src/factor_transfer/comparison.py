@@ -10,7 +10,8 @@ from typing import Any
 
 from factor_transfer.checks import named
 from factor_transfer.config import Config, flag
-from factor_transfer.errors import RunError
+from factor_transfer.console import say
+from factor_transfer.errors import RunError, listed
 from factor_transfer.files import write_atomic
 from factor_transfer.page import rendered
 from factor_transfer.plots import Point, lines, scatter
@@ -38,6 +39,9 @@ def runs_in(given: Sequence[Path]) -> list[Path]:
             found.append(folder)
         else:
             found += inside
+            unfinished = sorted(path.parent.name for path in folder.glob("*/config.json") if path.parent not in inside)
+            if unfinished:
+                say(f"in {folder}, not finished and left out: {listed(unfinished)}")
     if not found:
         raise RunError("no runs", valid="run folders, or a folder of them")
     return found
