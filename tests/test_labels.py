@@ -15,7 +15,7 @@ from factor_transfer import distill
 from factor_transfer.config import Config, DataConfig
 from factor_transfer.distillation import evaluate_run
 from factor_transfer.doctor import diagnose
-from factor_transfer.errors import ConfigError, DataError, ModelError
+from factor_transfer.errors import ConfigError, DataError, ModelError, RunError
 
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 4, 8)}
 JOB: dict[str, Any] = {"student_args": SMALL, "epochs": 2, "paraphraser_epochs": 1, "batch_size": 8, "threads": 1,
@@ -47,7 +47,7 @@ def test_distill__from_images_without_labels_gives_features(
     assert "top1" not in result.summary["student"]
     assert result.student(torch.zeros(2, 3, 16, 16)).shape == (2, 8)  # pooled features
     assert torch.export.load(tmp_path / "run" / "student.pt2").module()(torch.zeros(2, 3, 16, 16)).shape == (2, 8)
-    with pytest.raises(ConfigError, match="images without labels"):
+    with pytest.raises(RunError, match="no network with a trained head"):
         evaluate_run(tmp_path / "run")
 
 

@@ -171,6 +171,8 @@ def evaluate_run(folder: Path, data: DataConfig | None = None, device: str = "au
     """
     config, summary = saved_config(folder), saved_summary(folder)
     shown = data or config
+    if not summary["data"]["classes"]:
+        raise _headless(folder)
     images = open_images(shown, summary, others=data is not None)
     if not images.labelled:
         raise ConfigError(
@@ -189,8 +191,17 @@ def evaluate_run(folder: Path, data: DataConfig | None = None, device: str = "au
                 network.classifier, images.validation, engine, batch_size=config.batch_size, precise=True
             )
     if not found:
-        raise RunError(str(folder), found="no network with a trained head: they give features", valid="a run with one")
+        raise _headless(folder)
     return found
+
+
+def _headless(folder: Path) -> RunError:
+    return RunError(
+        str(folder),
+        found="no network with a trained head: they give features",
+        valid="a run with one",
+        hint="measure features by a classifier of your own on them",
+    )
 
 
 def default_out(config: Config) -> str:
