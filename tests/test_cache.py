@@ -377,7 +377,7 @@ def test_distill__other_decoders_or_libraries_have_another_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taught(tmp_path, "one", Small(nn.ReLU()))
-    monkeypatch.setattr("factor_transfer.stages.decoders", lambda: {"libjpeg_turbo": "9"})
+    monkeypatch.setattr("factor_transfer.teacher_cache.decoders", lambda: {"libjpeg_turbo": "9"})
     assert len(taught(tmp_path, "other", Small(nn.ReLU()))) == 2
 
 

@@ -14,20 +14,11 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor, nn
 
-from factor_transfer.cache import (
-    HALF_ROWS,
-    ROWS,
-    CachedTeacher,
-    FactorCache,
-    choose_views,
-    foreign_row,
-    say_what_changed,
-)
+from factor_transfer.cache import CachedTeacher, choose_views
 from factor_transfer.compiled import Compiled, check_compiler, check_exports
-from factor_transfer.config import Config, plain
+from factor_transfer.config import Config
 from factor_transfer.console import say, warn
 from factor_transfer.data import open_data
-from factor_transfer.digests import decoders
 from factor_transfer.engine import Engine
 from factor_transfer.errors import RunError, TrainingError
 from factor_transfer.evaluation import evaluate, evaluate_paraphraser
@@ -44,6 +35,7 @@ from factor_transfer.runs import Run
 from factor_transfer.schedule import Plan
 from factor_transfer.sizes import written
 from factor_transfer.tasks import DistillationTask, ParaphraserTask, TeacherSide
+from factor_transfer.teacher_cache import behind_cache, identity_of
 from factor_transfer.terms import FactorTransfer, Labels, Reader, SoftTargets, Term, numbered
 from factor_transfer.train import Trainer, training_chunks
 from factor_transfer.views import VERSION, Transform
@@ -305,7 +297,10 @@ class Job:
             say("student: nothing trains a head, so it is not measured: what it has learned are features")
         if self.objective.hint_epochs:
             self._hint(pair)
-        shown = self._cached(teacher, pair, paraphrasers) if self.views and self.objective.outputs else teacher
+        shown: FrozenTeacher | CachedTeacher = teacher
+        if self.views and self.objective.outputs:
+            identity = identity_of(pair, paraphrasers, self.objective, self.data, self.engine, self.code)
+            shown = behind_cache(teacher, identity, self.objective, self.data, self.engine, self.views)
         try:
             return self._student("student", pair.student, self.objective.terms, shown, found)
         finally:
@@ -327,81 +322,6 @@ class Job:
             training = self._train(guided, [term], teacher, plan, ends=True)
         self._check_unchanged("hint", teacher)
         self.run.record("hint", training)
-
-    def _cached(
-        self, live: FrozenTeacher, pair: Pair, paraphrasers: Sequence[Paraphraser | Straight]
-    ) -> FrozenTeacher | CachedTeacher:
-        """The live teacher behind the factor cache; alone where a term's output, or its folder, cannot take it."""
-        outputs = self.objective.outputs
-        shapes = {name: shape for name, shape in outputs.items() if shape is not None}
-        if shapes.keys() != outputs.keys():
-            warn(f"no factor cache: {', '.join(outputs.keys() - shapes.keys())} is too large; the teacher stays live")
-            return live
-        identity = self._identity(pair, paraphrasers)
-        cache, problem = None, None
-        folder, count = cache_folder(self.config.cache_dir), len(self.data.train)
-        with self.engine.unhurried():  # some file systems write out all that is reserved
-            try:
-                cache = FactorCache(folder, identity, shapes, count, self.views)
-            except OSError as error:
-                problem = f"{error.strerror}: {error.filename}"
-        problems = [each for each in self.engine.all_of(problem) if each is not None]
-        if cache is None or problems:  # in one process: then in none
-            if cache is not None:
-                cache.close()
-            warn(f"no factor cache ({problems[0]}); the teacher stays live")
-            return live
-        say_what_changed(cache)
-        self._check_rows(cache, live)
-        return CachedTeacher(live, cache)
-
-    def _identity(self, pair: Pair, paraphrasers: Sequence[Paraphraser | Straight]) -> dict[str, Any]:
-        """All that the teacher's outputs depend on."""
-        network, readers = pair.teacher.network, self.objective.readers(paraphrasers)
-        identity: dict[str, Any] = {
-            "architecture": [network.name, type(network.module).__name__, plain(network.model_args)],
-            "teacher's code": self.code,
-            "teacher": state_fingerprint(network.module.state_dict()),
-            "teacher layer": pair.teacher.layer,
-            "teacher normalisation": [network.mean, network.std, network.size],
-            "paraphraser": _weights_and_code(paraphrasers[0]) if paraphrasers else None,
-            "images": self.data.fingerprint,
-            "transform's code": self.data.transform_code(),
-            "decoders": decoders(),
-            "precision": self.engine.describe()["precision"],
-        }
-        if self.config.torchcompile:
-            identity["compiled"] = True
-        if readers:
-            identity["other layers"] = {
-                name: [reader.layer, *_weights_and_code(reader)] for name, reader in readers.items()
-            }
-        return identity
-
-    def _check_rows(self, cache: FactorCache, live: FrozenTeacher) -> None:
-        """Compare rows of the cache, drawn at random each time, with what the teacher gives for them now.
-
-        Raises:
-            RunError: they differ, in any process.
-        """
-
-        def fresh(index: np.ndarray, view: int) -> Mapping[str, Tensor]:
-            (batch,) = self.data.train.batches([index], view=view)
-            with self.engine.autocast():
-                outputs: Mapping[str, Tensor] = live(batch.image.to(self.engine.device), batch.index, view)
-            return outputs
-
-        problem = foreign_row(cache, fresh, HALF_ROWS if self.engine.bf16 else ROWS)
-        problems = [each for each in self.engine.all_of(problem) if each is not None]
-        if problems:
-            cache.close()
-            raise RunError(
-                f"--cache-dir: the factor cache {cache.folder}",
-                found=problems[0],
-                valid="what --teacher gives now for the same images: something that is part of no fingerprint changed",
-                hint="delete that folder, or give another --cache-dir or --views 0; where nothing changed, the teacher "
-                "gives other outputs at each call",
-            )
 
     def baseline(self) -> Side:
         """The same student alone: same initial weights, order, views and schedule, labels only."""
@@ -506,10 +426,6 @@ class Job:
             tapped = self._compiled.setdefault(tapped.layer, Compiled(tapped, self._part(), trains=False))
         side = TeacherSide(tapped, pair.teacher.network.norm, pair.size, paraphraser, readers)
         return self.engine.place(FrozenTeacher(side))
-
-
-def _weights_and_code(module: nn.Module) -> list[str]:
-    return [state_fingerprint(module.state_dict()), code_fingerprint(module)]
 
 
 def _train_head(terms: Sequence[Term]) -> bool:
