@@ -32,7 +32,7 @@ from factor_transfer.errors import FactorTransferError
 from factor_transfer.runs import Run
 from factor_transfer.train import Trainer
 
-RANK = int(os.environ["RANK"])
+RANK = int(os.environ.get("RANK", "0"))
 JOB: dict[str, Any] = {
     "teacher_args": {"layers": (1, 1, 1), "channels": (4, 4, 8)}, "paraphraser_epochs": 1, "train_images": 200,
     "student_args": {"layers": (1, 1, 1), "channels": (4, 4, 4)}, "epochs": 6, "batch_size": 64, "lr": 0.05,

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing import forkserver, get_context
+from multiprocessing import forkserver, get_context, set_start_method
 from pathlib import Path
 
 import pytest
@@ -80,6 +80,7 @@ def _work(
     """What the process does: what `python -m factor_transfer` or `python -c` would."""
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    set_start_method(None, force=True)  # torch's loader, too, starts its workers as it does by default
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)

@@ -51,11 +51,12 @@ def test_settings__every_field_takes_a_value_of_its_kind_or_names_its_flag(field
     except ConfigError as error:
         assert flag(name) in str(error)
         return
-    numbers = value if isinstance(value, (list, tuple)) else [value]
+    kept = getattr(made, name)
+    numbers = kept if isinstance(kept, (list, tuple)) else [kept]
     for number in numbers:
         if isinstance(number, (int, float)):
             assert np.isfinite(float(number))
-    if isinstance(value, bool):
+    if isinstance(kept, bool):
         assert get_type_hints(kind)[name] is bool
     if isinstance(made, DataConfig):
         made.to_dict() if isinstance(made, Config) else dataclasses.asdict(made)

@@ -100,8 +100,14 @@ def _check(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
         hint = hints[name]
         limits = [each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Number)]
         if not (_fits(value, hint) and all(_within(value, each) for each in limits)):
-            shown = value if isinstance(value, (int, float)) or (isinstance(value, str) and value) else repr(value)
+            plain = isinstance(value, (int, float)) or (isinstance(value, str) and value and _takes_words(hint))
+            shown = value if plain else repr(value)
             raise ConfigError(f"{flag(name)} {shown}", valid=_described(hint, " and ".join(map(_limits, limits))))
+
+
+def _takes_words(hint: Any) -> bool:
+    """Whether a text can be a value: where it cannot, a message quotes it, since '2' is no 2."""
+    return hint is str or get_origin(hint) is Literal or any(map(_takes_words, get_args(hint)))
 
 
 def _fits(value: Any, hint: Any) -> bool:
