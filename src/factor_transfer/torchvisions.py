@@ -57,7 +57,7 @@ def _bare(plain: str, num_classes: int, args: Mapping[str, Any]) -> nn.Module:
 
 def _set_by_weights(whole: nn.Module, plain: str, args: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments that weights set unasked, as GoogLeNet's `transform_input`."""
-    with torch.device("meta"):
+    with torch.random.fork_rng(devices=[]):  # on the CPU: RegNet computes its sizes with tensors
         bare = _bare(plain, TORCHVISION_CLASSES, args)
     names = set(inspect.signature(type(whole).__init__).parameters) & vars(whole).keys() & vars(bare).keys()
     return {name: vars(whole)[name] for name in sorted(names) if vars(whole)[name] != vars(bare)[name]}
