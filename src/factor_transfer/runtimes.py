@@ -178,7 +178,7 @@ def _rebuilt(path: Path, threads: int | None) -> Runtime:
         import torchvision
 
         module = torchvision.models.get_model(architecture.partition("/")[2], weights=None, **arguments)
-        module.load_state_dict(state)
+        _load(module, state)
     else:
         import timm
 
@@ -188,8 +188,17 @@ def _rebuilt(path: Path, threads: int | None) -> Runtime:
             module = timm.create_model(f"local-dir:{path}", pretrained=True)
         else:
             module = timm.create_model(architecture, **arguments)
-            module.load_state_dict(state)
+            _load(module, state)
     return TorchRuntime(module.eval(), metadata, threads)
+
+
+def _load(module: Any, state: dict[str, Any]) -> None:
+    """All tensors, under the versions that the module's own state names (MNASNet asks for one)."""
+    own = module.state_dict()
+    if own.keys() != state.keys():
+        raise ValueError(f"weights that do not fit: {sorted(own.keys() ^ state.keys())[:3]}")
+    own.update(state)
+    module.load_state_dict(own)
 
 
 def _folder_metadata(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 import torchvision.models
 from torch import nn
 
-from factor_transfer.weights import head_places
+from factor_transfer.weights import head_places, load_all
 
 TORCHVISION, TORCHVISION_CLASSES = "torchvision/", 1000
 """How names of torchvision's begin, and the classes of its weights."""
@@ -45,7 +45,7 @@ def build(
     fits = {key: value for key, value in there.items() if key in own and value.shape == own[key].shape}
     aux = [key for key in own if key.startswith(("aux", "Aux")) and key not in fits]
     drawn = {key: own[key] for key in own if key.rpartition(".")[0] in head or key in aux}
-    module.load_state_dict(fits | drawn)
+    load_all(module, fits | drawn)
     return module, {"num_classes": num_classes, **more}
 
 

@@ -184,8 +184,19 @@ def _load_state(module: nn.Module, state: Mapping[str, Tensor], given: str) -> N
             valid=f"all {len(own)} tensors of the network, and no other",
             hint="check that the weights are of this very network and of these constructor arguments",
         )
-    module.load_state_dict(state)
+    load_all(module, state)
     check_finite(module, given)
+
+
+def load_all(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load tensors for every name of a module's state.
+
+    Files hold tensors alone. A module's state also has the version of each part, without which MNASNet loads nothing.
+    """
+    own = module.state_dict()
+    assert own.keys() == state.keys()
+    own.update(state)
+    module.load_state_dict(own)
 
 
 def _is_float(tensor: Tensor) -> bool:
