@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo compare compare-at-weight compare-ablation compare-cifar10 compare-cifar10-50k compare-cifar10-why compare-cifar10-layers compare-cifar10-two test test-slow test-all test-avx2 fuzz lint types contracts docs check clean
 
-demo: .venv/installed  ## the whole job on the built-in digits, in about half a minute
+demo: .venv/installed  ## the whole job on the built-in digits, in about half a minute with AVX-512
 	$(BIN)/factor-transfer demo
 
 DIGITS = $(BIN)/factor-transfer compare --config recipe:demo --no-baseline --jobs 2 --threads 1 \
