@@ -6,7 +6,8 @@ Its batch norms are folded into the convolutions before them, which saves a pass
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,19 @@ class FrozenTeacher(nn.Module):
     def unchanged(self) -> bool:
         """Whether weights and buffers are those that it was frozen with."""
         return state_fingerprint(self.module.state_dict()) == self._before
+
+
+@contextmanager
+def untrained(weights: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Weights that are trained otherwise take no gradient inside the block, and so are left as they are."""
+    kept = list(weights)
+    for weight in kept:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in kept:
+            weight.requires_grad_(True)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from factor_transfer.arguments import imported, is_callable_name, names_in
 from factor_transfer.config import Config, flag
 from factor_transfer.errors import ConfigError
 from factor_transfer.features import Tapped, feature_map, find_groups
+from factor_transfer.frozen import untrained
 from factor_transfer.method import Paraphraser, Straight, Translator, factor_channels, factor_loss_bound, portable_beta
 from factor_transfer.methods import method_of
 from factor_transfer.pairs import Pair, Side
@@ -318,10 +319,5 @@ def trained_up_to(tapped: Tapped, images: Tensor) -> Iterator[None]:
     weights = [weight for weight in tapped.module.parameters() if weight.requires_grad]
     gradients = torch.autograd.grad(tapped(images)[1].sum(), weights, allow_unused=True)
     beyond = [weight for weight, gradient in zip(weights, gradients, strict=True) if gradient is None]
-    for weight in beyond:
-        weight.requires_grad_(False)
-    try:
+    with untrained(beyond):
         yield
-    finally:
-        for weight in beyond:
-            weight.requires_grad_(True)

@@ -24,6 +24,7 @@ from factor_transfer.engine import Engine, StopRequest, stop_signals
 from factor_transfer.errors import ConfigError, Interrupted, RunError, TrainingError
 from factor_transfer.evaluation import chunks_of, evaluate
 from factor_transfer.files import state_fingerprint
+from factor_transfer.frozen import untrained
 from factor_transfer.health import first_bad_layer, not_finite
 from factor_transfer.runs import Run
 from factor_transfer.schedule import Plan, optimizer_and_schedule
@@ -139,13 +140,8 @@ class Trainer:
         if self.engine.processes > 1 and self.progress.epoch < self.plan.epochs:
             reached = [any(each) for each in zip(*self.engine.all_of(self._reached(trained)), strict=True)]
         beyond = [weight for weight, there in zip(trained, reached, strict=True) if not there]
-        for weight in beyond:
-            weight.requires_grad_(False)
-        try:
+        with untrained(beyond):
             yield
-        finally:
-            for weight in beyond:
-                weight.requires_grad_(True)
 
     def _reached(self, weights: Sequence[Tensor]) -> list[bool]:
         """Which weights the loss of the next step depends on; nothing of the step stays."""
