@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from factor_transfer.errors import DataError, FactorTransferError, TrainingError
 from factor_transfer.files import read_json, write_json
 from factor_transfer.frames import Frame
 from factor_transfer.predict import open_student, predict_images
-from factor_transfer.rgb import decoded, to_rgb, upright_size
+from factor_transfer.rgb import decoded, needs_decoding, to_rgb, upright_size
 from factor_transfer.runtimes import sides
 from factor_transfer.shipping import Choices, export_run
 
@@ -170,11 +172,27 @@ def test_depth__what_a_file_declares_is_used() -> None:
 
 def test_depth__dark_16_bit_colour_is_found_too() -> None:
     """Of 16-bit colour PIL keeps the upper 8 bits."""
-    body = b"P6 2 2 65535\n" + np.full((2, 2, 3), 900, ">u2").tobytes()
-    content = Content()
-    content.add("a.ppm", decoded(Image.open(io.BytesIO(body))))
-    with pytest.raises(DataError, match="nearly black"):
-        content.check_depth("--data x", None)
+    ppm = b"P6 2 2 65535\n" + np.full((2, 2, 3), 900, ">u2").tobytes()
+    for name, body in (("a.ppm", ppm), ("a.png", deep_png(900))):
+        content = Content()
+        content.add(name, decoded(Image.open(io.BytesIO(body))))
+        with pytest.raises(DataError, match="nearly black"):
+            content.check_depth("--data x", None)
+
+
+def deep_png(value: int) -> bytes:
+    """A PNG of 2x2 pixels with three samples of 16 bits, which PIL does not write."""
+    rows = b"".join(b"\0" + np.full((2, 3), value, ">u2").tobytes() for _ in range(2))
+    parts = ((b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    chunks = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+              for kind, data in parts)  # fmt: skip
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def test_look__decodes_no_png_to_know_its_size() -> None:
+    image = Image.open(io.BytesIO(deep_png(900)))
+    assert upright_size(image) == (2, 2)
+    assert needs_decoding(image), "its layout is still known"
 
 
 @pytest.mark.parametrize(

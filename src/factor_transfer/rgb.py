@@ -69,8 +69,11 @@ def decoded(image: Image.Image, bits: int | None = None) -> Decoded:
     Raises:
         ValueError: pixels of a kind that has no sensible RGB value, or values above `bits`.
     """
-    kinds, (raw, most) = list(of_header(image)), _raw(image)
+    raw, most = _raw(image)  # before anything is decoded: PIL then forgets how the file has it
     declared = _declared_bits(image, most)
+    if image.format == "PNG":
+        image.load()  # its EXIF may stand behind the pixels
+    kinds = list(of_header(image))
     upright(image)
     largest = None
     if image.mode.startswith("I"):
@@ -101,6 +104,9 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _orientation(image: Image.Image) -> int:
+    """What EXIF says, without decoding pixels; of a PNG not yet loaded, what stands before them."""
+    if image.format == "PNG" and getattr(image, "tile", ()) and "exif" not in image.info:
+        return 1  # PIL would decode all of it, to look behind the pixels
     with suppress(Exception):  # as in `upright`
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     return 1
