@@ -105,7 +105,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 def _orientation(image: Image.Image) -> int:
     """What EXIF says, without decoding pixels; of a PNG not yet loaded, what stands before them."""
-    if image.format == "PNG" and getattr(image, "tile", ()) and "exif" not in image.info:
+    if image.format == "PNG" and getattr(image, "tile", None) and "exif" not in image.info:
         return 1  # PIL would decode all of it, to look behind the pixels
     with suppress(Exception):  # as in `upright`
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
