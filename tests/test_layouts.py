@@ -561,6 +561,19 @@ def test_shards__each_split_has_its_own_field(tmp_path: Path) -> None:
     assert data.train.labels.tolist() == data.validation.labels.tolist() == [0, 1, 0, 1]
 
 
+def test_shards__need_no_classes_where_labels_weigh_nothing(tmp_path: Path) -> None:
+    bare = [{"png": sample(n, 0)["png"]} for n in range(4)]
+    shard(tmp_path / "train-0.tar", [*bare, sample(4, 1)])
+    shard(tmp_path / "val-0.tar", [sample(n, n % 2) for n in range(2)])
+    assert "000: no class" in str(refused("wds/x", data_dir=str(tmp_path)).found)
+    data = opened("wds/x", data_dir=str(tmp_path), label_weight=0.0)
+    assert (data.labelled, data.classes, len(data.train), len(data.validation)) == (False, (), 5, 2)
+    assert "4 samples have no class: no labels are read" in data.notes
+    shard(tmp_path / "train-0.tar", [sample(n, n % 2) for n in range(4)])
+    whole = opened("wds/x", data_dir=str(tmp_path), label_weight=0.0)
+    assert (whole.labelled, whole.classes) == (True, ("0", "1"))
+
+
 # -- images that a finished run is measured on
 
 

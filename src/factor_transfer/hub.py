@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,12 +214,18 @@ def shards_dataset(name: str, config: DataConfig, given: str) -> Source:
         raise DataError(given, found=f"no shards named train in {root}", valid="NAME-train-0000.tar, or _info.json")
     roles = chosen(found, [*(split for split in shards if split not in found), *others], given, "name")
     notes: list[str] = [f"shards: {roles.told()}"]
-    train = _samples(root, shards[roles.train], fields.get(roles.train), given, notes)
-    validation = None
-    if roles.validation is not None:
-        validation = _samples(root, shards[roles.validation], fields.get(roles.validation), given, notes)
-    last = max(map(int, train.labels))
-    return Source(train, validation, tuple(map(str, range(last + 1))), tuple(notes))
+    needed = config.label_weight > 0
+    parts = [
+        _samples(root, shards[split], fields.get(split), given, notes, needed)
+        for split in (roles.train, roles.validation)
+        if split is not None
+    ]
+    without = sum(label == UNLABELLED for part in parts for label in part.labels)
+    if without:  # not needed: as if none had one
+        notes.append(f"{without} samples have no class: no labels are read")
+        parts = [replace(part, labels=[UNLABELLED] * len(part)) for part in parts]
+    order = None if without else tuple(map(str, range(max(map(int, parts[0].labels)) + 1)))
+    return Source(parts[0], parts[1] if len(parts) > 1 else None, order, tuple(notes))
 
 
 def _listed_shards(info: Path, given: str) -> tuple[dict[str, list[Path]], dict[str, str]]:
@@ -250,8 +257,13 @@ def _named_shards(root: Path, given: str) -> tuple[dict[str, list[Path]], dict[s
     return shards, {}, others
 
 
-def _samples(root: Path, shards: Sequence[Path], field: str | None, given: str, notes: list[str]) -> Images:
-    """The samples that have an image, each with the class of its .cls, or of a `field` of its .json."""
+def _samples(
+    root: Path, shards: Sequence[Path], field: str | None, given: str, notes: list[str], needed: bool
+) -> Images:
+    """The samples that have an image, each with the class of its .cls, or of a `field` of its .json.
+
+    Where classes are not `needed`, a sample without one is UNLABELLED.
+    """
     names, labels, ranges = [], [], []
     wanted = image_extensions()
     without: list[str] = []
@@ -271,7 +283,7 @@ def _samples(root: Path, shards: Sequence[Path], field: str | None, given: str, 
             if len(set(images)) > 1:
                 several[", ".join(dict.fromkeys(images))] += 1
             names.append(name)
-            labels.append(str(_class_of(parts, field, f"{root}/{name}", given)))
+            labels.append(_class_of(parts, field, f"{root}/{name}", given, needed))
             ranges.append(parts[images[0][1:]])
     if not names:
         raise DataError(given, found=f"no images in {listed([str(shard) for shard in shards])}", valid="jpg, png, webp")
@@ -282,13 +294,15 @@ def _samples(root: Path, shards: Sequence[Path], field: str | None, given: str, 
     return Files(str(root), names, labels, [place.size for place in ranges], ranges)
 
 
-def _class_of(parts: Mapping[str, Range], field: str | None, name: str, given: str) -> int:
-    """The class of a sample."""
+def _class_of(parts: Mapping[str, Range], field: str | None, name: str, given: str, needed: bool) -> str:
+    """The class of a sample; UNLABELLED where it has none, and none is `needed`."""
     try:
         label = json.loads(parts["json"].read())[field] if field else int(parts["cls"].read())
         if not isinstance(label, int) or isinstance(label, bool) or label < 0:
             raise ValueError(label)
     except (KeyError, ValueError, TypeError) as error:
+        if not needed:
+            return UNLABELLED
         wanted = f"a .json with a whole number as {field}" if field else "a .cls with a whole number"
         raise DataError(given, found=f"{name}: no class ({error!r})", valid=wanted) from error
-    return label
+    return str(label)
