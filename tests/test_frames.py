@@ -88,6 +88,21 @@ def test_frame__shows_what_timm_and_the_example_show(frame: Frame, width: int, h
     assert Frame.read(about) == frame
 
 
+def test_frame__obeys_what_an_export_says_of_resizing() -> None:
+    """Whatever a later version has for its defaults, a student sees what it was trained on."""
+    image = noise(150, 60)
+    for resize in (
+        {"crop_mode": "squash", "crop_pct": 1.0, "interpolation": "bicubic", "fill": [1, 2, 3]},
+        {"crop_mode": "border", "crop_pct": 0.8, "interpolation": "nearest", "fill": [255, 0, 7]},
+    ):
+        about = {"img_size": [32, 48], "resize": resize}
+        frame = Frame.read(about)
+        assert np.array_equal(array(frame.show(image)), EXAMPLE.prepared(image, about))
+        assert frame.described() == resize
+    without = {"img_size": 128, "resize": {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "border"}}
+    assert Frame.read(without) == Frame.of(128, "border"), "timm folders name no colour"
+
+
 def test_frame__keeps_the_bits_of_earlier_versions_for_squares() -> None:
     """Up to 96 pixels PIL's bilinear resize, above it timm's centre: recorded before there were crop modes."""
     from torchvision.transforms import InterpolationMode

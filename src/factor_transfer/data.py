@@ -141,7 +141,7 @@ def open_data(
     def described() -> dict[str, Any]:
         return {
             "views": VERSION,
-            "shown": asdict(shown),
+            "shown": asdict(shown) | {"frame": frame.identity()},
             "classes": classes,
             "share": config.validation_share if apart else None,
             "train": config.train_images,

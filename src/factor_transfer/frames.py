@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal, cast
 
@@ -46,6 +46,10 @@ class Frame:
     and the centre is cut out."""
     pct: float
     """Share of the resized side that is kept: the rest is cut off around it."""
+    interpolation: str = field(repr=False)
+    """PIL's, by timm's word."""
+    fill: tuple[int, ...] = field(repr=False)
+    """RGB of borders."""
 
     @classmethod
     def of(cls, size: int | Sequence[int], mode: CropMode | None = None, pct: float | None = None) -> Frame:
@@ -53,22 +57,22 @@ class Frame:
         sides = as_size(size)
         mode = mode or ("squash" if max(sides) <= SMALL else "center")
         usual = CROP_PCT if mode == "center" and max(sides) > SMALL else 1.0
-        return cls(sides, mode, usual if pct is None else pct)
+        return cls(
+            sides,
+            mode,
+            usual if pct is None else pct,
+            interpolation="bilinear" if max(sides) <= SMALL else "bicubic",
+            fill=tuple(round(255 * share) for share in FILL),
+        )
 
     @property
     def small(self) -> bool:
         """Whether images are decoded once, padded and cropped."""
         return max(self.size) <= SMALL
 
-    @property
-    def interpolation(self) -> str:
-        """PIL's, by timm's word."""
-        return "bilinear" if self.small else "bicubic"
-
-    @property
-    def fill(self) -> tuple[int, ...]:
-        """RGB of borders."""
-        return tuple(round(255 * share) for share in FILL)
+    def identity(self) -> dict[str, Any]:
+        """What fingerprints hold of a frame of `of`: the rest follows from it, and from `views.VERSION`."""
+        return {"size": self.size, "mode": self.mode, "pct": self.pct}
 
     def described(self) -> dict[str, Any]:
         """As an export's metadata holds it: timm's words, and the borders' colour."""
@@ -97,9 +101,15 @@ class Frame:
 
     @classmethod
     def read(cls, metadata: Mapping[str, Any]) -> Frame:
-        """From the metadata of an export; early ones say nothing of `resize`."""
+        """From the metadata of an export; early ones say nothing of `resize`, and timm folders nothing of `fill`.
+
+        >>> Frame.read({"img_size": 32, "resize": {"interpolation": "bicubic"}}).interpolation
+        'bicubic'
+        """
         resize = metadata.get("resize", {})
-        return cls.of(brief(metadata["img_size"]), resize.get("crop_mode"), resize.get("crop_pct"))
+        usual = cls.of(brief(metadata["img_size"]), resize.get("crop_mode"), resize.get("crop_pct"))
+        fill = tuple(resize.get("fill", usual.fill))
+        return replace(usual, interpolation=resize.get("interpolation", usual.interpolation), fill=fill)
 
     def show(self, image: Image.Image) -> Tensor:
         """An RGB image as evaluation shows it: uint8 (3, H, W), channels-last. It is timm's own evaluation transform.
@@ -158,7 +168,7 @@ def _transform(frame: Frame) -> Callable[[Image.Image], Image.Image]:
         crop_pct=frame.pct,
         crop_mode=frame.mode,
         interpolation=frame.interpolation,
-        mean=FILL,
+        mean=tuple(value / 255 for value in frame.fill),  # timm fills borders with it
         use_prefetcher=True,
     ).transforms[:-1]  # but for the last, which makes a tensor
 

@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,7 +71,7 @@ def decode_once(images: Images, frame: Frame, folder: Path, bits: int | None = N
     what = {
         "version": VERSION,
         "decoders": decoders(),
-        "frame": asdict(frame),
+        "frame": frame.identity(),
         "bits": bits,
         "images": [names, [digest.hex() for digest in digests(images, folder.parent / "digests")]],
     }
