@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import nn
 
 from factor_transfer import distill
 from factor_transfer.config import Config, DataConfig
-from factor_transfer.content import Content, aspects, fitting, look
+from factor_transfer.content import DECODED, Content, aspects, fitting, look
 from factor_transfer.data import Dataset, open_data
 from factor_transfer.doctor import diagnose
 from factor_transfer.errors import DataError, FactorTransferError, TrainingError
@@ -27,6 +27,7 @@ from factor_transfer.predict import open_student, predict_images
 from factor_transfer.rgb import decoded, needs_decoding, to_rgb, upright_size
 from factor_transfer.runtimes import sides
 from factor_transfer.shipping import Choices, export_run
+from factor_transfer.sources import open_source
 
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 8, 8)}
 JOB: dict[str, Any] = {"paraphraser_epochs": 1, "batch_size": 16, "device": "cpu", "threads": 1, "lr": 0.05,
@@ -296,6 +297,17 @@ def test_look__reads_headers_of_large_images_alone(tmp_path: Path, monkeypatch: 
     seen = look(images._images, None)
     assert set(seen.sizes) == {(120, 130)}
     assert seen.content.looked == 12
+
+
+def test_look__decodes_a_few_where_the_header_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PIL decodes a PNG to look for EXIF behind its pixels, if asked; it is not, but for a few."""
+    root = folder(tmp_path / "x", lambda label, number: noise(number, 12, 12, "RGBA"), train=DECODED)
+    loaded: list[Any] = []
+    real = PngImagePlugin.PngImageFile.load_prepare
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load_prepare", lambda self: (loaded.append(self), real(self))[1])
+    seen = look(open_source(DataConfig(data=str(root))).train, None)
+    assert seen.content.looked == 2 * DECODED
+    assert len({id(image) for image in loaded}) == DECODED
 
 
 # -- runs of earlier versions
