@@ -21,7 +21,7 @@ def main(student: str, names: list[str]) -> None:
     session = onnxruntime.InferenceSession(student)
     about = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
     for name in names:
-        pixels = prepared(upright_rgb(Image.open(name), about.get("bit_depth", 16)), about)
+        pixels = prepared(upright_rgb(Image.open(name), about.get("bit_depth")), about)
         mean, std = (np.array(about[key], np.float32) for key in ("mean", "std"))
         images = ((pixels / np.float32(255) - mean) / std).transpose(2, 0, 1)[None]  # (1, 3, H, W)
         (logits,) = session.run(None, {"images": images})[0]
@@ -29,19 +29,25 @@ def main(student: str, names: list[str]) -> None:
         print(name, about["classes"][shares.argmax()], f"{100 * shares.max():.1f} %")
 
 
-def upright_rgb(image: Image.Image, bits: int) -> Image.Image:
-    """Turned as its EXIF orientation says, in RGB; `bits` are in use in grey images of more than 8."""
-    declared = getattr(image, "tag_v2", {}).get(258, (bits,))[0]  # TIFF's BitsPerSample
+def upright_rgb(image: Image.Image, bits: int | None) -> Image.Image:
+    """Turned as its EXIF orientation says, in RGB; `bits` are in use in grey images of more than 8, if it was said."""
+    declared = getattr(image, "tag_v2", {}).get(258, (0,))[0]  # TIFF's BitsPerSample
     tiles = getattr(image, "tile", None) or [("",)]
     scaled = image.format == "PPM" and tiles[0][0].startswith("ppm")  # Pillow has scaled these to 16 bits
+    layout, tiff = str(tiles[0][-1]), image.format == "TIFF"
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
-        bits = 16 if scaled else declared if 8 < declared < 16 else bits
+        said = 16 if scaled else declared if 8 < declared < 16 else bits
+        bits = said or 16
+        if said is None and image.mode == "I" and (tiff or "S" in layout):
+            raise SystemExit("signed or 32-bit integer pixels, of which none is known to be white")
         if values.min() < 0 or values.max() >= 1 << bits:
             raise SystemExit(f"values from {values.min()} to {values.max()}, where {bits} bits are in use")
         image = Image.fromarray((values >> bits - 8).astype(np.uint8))
+    elif bits not in {None, 16} and not 8 < declared < 16 and (";16" in layout or "65535" in layout):
+        raise SystemExit(f"16-bit colour, where {bits} bits are in use in grey images")
     if image.mode == "F":
         raise SystemExit("floating-point pixels, of which none is known to be white")
     if "transparency" in image.info or image.mode == "RGBa":

@@ -424,3 +424,32 @@ def test_predict__prepares_images_as_the_run_did(tmp_path: Path, capsys: pytest.
     clear.save(tmp_path / "clear.png")
     assert predict_images(out, [str(tmp_path / "clear.png")], top=1, threads=1, as_json=False) == 0
     assert "1 of 1 images are partly transparent" in " ".join(capsys.readouterr().err.split())
+
+
+def said(out: Path, name: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    capsys.readouterr()
+    code = predict_images(out, [name], top=1, threads=1, as_json=False)
+    return code, " ".join(capsys.readouterr().err.split())
+
+
+def test_predict__knows_whether_a_bit_depth_was_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where none was, as in training, integers of unknown white are refused and doubtful ones are named."""
+    settings = {**JOB, **ADAM, "teacher_args": SMALL, "student_args": SMALL, "teacher_epochs": 6, "epochs": 1}
+    data = str(folder(tmp_path / "data", lambda label, number: deep(label, number, 16)))
+    Image.fromarray(np.full((12, 12), 900, np.int32)).save(tmp_path / "signed.tif")
+    dark, pair = tmp_path / "dark", tmp_path / "pair"
+    for where in (dark, pair):
+        where.mkdir()
+        deep(0, 1).save(where / "dark.png")
+    deep(1, 0, 16).save(pair / "other.png")
+    for depth in (None, 16):
+        out = tmp_path / f"run{depth}"
+        distill("cifar_resnet20", "cifar_resnet20", data, out=out, bit_depth=depth, **settings)
+        export_run(out, Choices(formats=["timm"], images=8, latency=False))
+        for export in (out / "student.pt2", out / "export" / "timm"):
+            assert open_student(export).metadata["bit_depth"] == depth
+            code, err = said(export, str(tmp_path / "signed.tif"), capsys)
+            assert code == (2 if depth is None else 0)
+            assert ("none is known to be white" in err) == (depth is None)
+            assert ("nearly black" in said(export, str(dark), capsys)[1]) == (depth is None)
+            assert "nearly black" not in said(export, str(pair), capsys)[1], "no image is judged by itself"

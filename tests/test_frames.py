@@ -170,7 +170,28 @@ def test_example__reads_every_mode_as_the_package_does(kind: str) -> None:
     opened = modes()[kind]
     wanted = np.array(to_rgb(opened()))
     assert np.array_equal(np.array(EXAMPLE.upright_rgb(opened(), 16)), wanted)
+    assert np.array_equal(np.array(EXAMPLE.upright_rgb(opened(), None)), wanted)
     assert len(np.unique(wanted)) > 1, "all of one colour"
+
+
+def refused() -> dict[str, tuple[Callable[[], Image.Image], int | None]]:
+    colour = b"P6 7 9 65535\n" + np.random.default_rng(1).integers(0, 1 << 16, (9, 7, 3)).astype(">u2").tobytes()
+    return {
+        "32 bits, tiff": (saved(Image.fromarray(np.full((9, 7), 900, np.int32)), "TIFF"), None),
+        "32 bits, below 0": (saved(Image.fromarray(np.full((9, 7), -900, np.int32)), "TIFF"), 20),
+        "above the bits": (saved(Image.fromarray(np.full((9, 7), 9000, np.uint16))), 12),
+        "floats": (saved(Image.fromarray(np.full((9, 7), 0.5, np.float32)), "TIFF"), None),
+        "colour of 16 bits": (lambda: Image.open(io.BytesIO(colour)), 12),
+    }
+
+
+@pytest.mark.parametrize("kind", refused())
+def test_example__refuses_what_the_package_refuses(kind: str) -> None:
+    opened, bits = refused()[kind]
+    with pytest.raises(ValueError, match="bit"):
+        to_rgb(opened(), bits)
+    with pytest.raises(SystemExit):
+        EXAMPLE.upright_rgb(opened(), bits)
 
 
 @settings(max_examples=25, deadline=None)

@@ -78,6 +78,15 @@ class Content:
         """Of these, what loses something."""
         return [Lost(what, HINTS[kind]) for kind, what in self.told() if kind in HINTS]
 
+    def darkness(self, bits: int | None) -> int | None:
+        """The largest sample, where 16-bit images would be nearly black because they use fewer bits.
+
+        Args:
+            bits: `--bit-depth`: what was said of them is believed.
+        """
+        doubtful = bits is None and self.largest is not None and self.largest.bit_length() <= DARK
+        return self.largest if doubtful else None
+
     def check_depth(self, given: str, bits: int | None) -> None:
         """That 16-bit images are not nearly black because they use fewer bits.
 
@@ -88,12 +97,13 @@ class Content:
         Raises:
             DataError: they are.
         """
-        if bits is None and self.largest is not None and self.largest.bit_length() <= DARK:
+        largest = self.darkness(bits)
+        if largest is not None:
             raise DataError(
                 given,
-                found=dark(self.largest),
+                found=dark(largest),
                 valid="--bit-depth N: how many bits are in use; 0 becomes black and the largest of N bits white",
-                hint=f"--bit-depth {likely_bits(self.largest)}; or --bit-depth {DEEP} where they are as dark as that",
+                hint=f"--bit-depth {likely_bits(largest)}; or --bit-depth {DEEP} where they are as dark as that",
             )
 
 

@@ -27,7 +27,6 @@ from factor_transfer.identity import code_fingerprint
 from factor_transfer.images import Images, Unreadable, corrupted, named, natural
 from factor_transfer.layouts import UNLABELLED
 from factor_transfer.pixels import Pixels, decode_once, read_all
-from factor_transfer.rgb import DEEP
 from factor_transfer.seeds import part_seed
 from factor_transfer.sizes import AnySize, Size, brief, written
 from factor_transfer.sources import WRITTEN, open_source
@@ -60,8 +59,8 @@ class Dataset:
     """False: a flat folder, whose images have no classes."""
     lost: tuple[Lost, ...] = ()
     """What of the files the networks do not see."""
-    bit_depth: int = DEEP
-    """Bits in use in grey images of more than 8 that do not say."""
+    bit_depth: int | None = None
+    """Bits in use in grey images of more than 8 that do not say; None: nothing was said of them."""
     transform: Transform | None = None
     """The user's own augmentation."""
 
@@ -160,7 +159,7 @@ def open_data(
         held_out=apart and known is None,
         described=described,
         labelled=labelled,
-        bit_depth=config.bit_depth or DEEP,
+        bit_depth=config.bit_depth,
         lost=(*lost, *aspects(seen.sizes, frame)),
         transform=transform,
     )

@@ -48,7 +48,8 @@ Metadata = Mapping[str, Any]
 def metadata_of(network: Network, data: Dataset) -> dict[str, Any]:
     """What an export of a network that was trained on `data` says of itself: no other file is needed to use it.
 
-    `img_size` is one number for a square, else height and width. `bit_depth` is of grey images of more than 8 bits.
+    `img_size` is one number for a square, else height and width. `bit_depth` is of grey images of more than 8 bits,
+    as it was given: None where nothing was.
     """
     arguments = {**network.model_args}
     return {

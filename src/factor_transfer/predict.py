@@ -18,11 +18,11 @@ from PIL import Image
 from factor_transfer.checks import check_arguments
 from factor_transfer.config import MOST_THREADS
 from factor_transfer.console import say, warn
-from factor_transfer.content import DARK, Content, dark
-from factor_transfer.errors import DataError, RunError, listed
+from factor_transfer.content import Content, dark
+from factor_transfer.errors import DataError, RunError
 from factor_transfer.frames import Frame
 from factor_transfer.images import natural
-from factor_transfer.rgb import DEEP, decoded
+from factor_transfer.rgb import decoded
 from factor_transfer.runtimes import Runtime, kind_of, load
 from factor_transfer.trees import counted, folder_tree, image_formats
 
@@ -60,7 +60,7 @@ def predict_images(
     check_arguments(predict_images, top=top, threads=threads)
     runtime = open_student(student, threads)
     classes, frame, bits = runtime.metadata["classes"], Frame.read(runtime.metadata), runtime.metadata.get("bit_depth")
-    answers, unread, content, darkest = [], 0, Content(), list[tuple[int, str]]()
+    answers, unread, content = [], 0, Content()
     batch: list[tuple[str, bytes]] = []
 
     def answer() -> None:
@@ -83,8 +83,6 @@ def predict_images(
             warn(f"{name} is no image that PIL can decode ({error})")
             continue
         content.add(name, found)
-        if found.largest is not None and found.largest.bit_length() <= DARK and bits in {None, DEEP}:
-            darkest.append((found.largest, name))
         batch.append((name, pixels))
         if len(batch) == BATCH:
             answer()
@@ -92,9 +90,9 @@ def predict_images(
         answer()
     for _, what in content.told():
         warn(what)
-    if darkest:
-        names = listed([name for _, name in darkest])
-        warn(f"{len(darkest):,} of {content.looked:,} images are {dark(max(darkest)[0])} ({names})")
+    darkest = content.darkness(bits)
+    if darkest is not None:
+        warn(dark(darkest))
     if as_json:
         print(json.dumps(answers, ensure_ascii=False, indent=1))  # noqa: T201
     return 2 if unread else 0
