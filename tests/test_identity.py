@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import os
 import random
 import subprocess
 import sys
@@ -21,6 +23,8 @@ from factor_transfer.identity import code_fingerprint
 from factor_transfer.terms import Reader
 
 SCALE = 2.0
+logger = logging.getLogger(__name__)
+environ = os.environ
 
 
 def helper(x: Any) -> Any:
@@ -60,12 +64,23 @@ def looped(net: Net) -> Net:
     return net
 
 
+def family(*names: str) -> Net:
+    """A parent, whose children are a set that each of them leads back to."""
+    parent = Net()
+    children = {Rarely(0.1, (name, parent)) for name in names}
+    vars(parent)["children"] = children
+    return parent
+
+
 SAME = {
     "network": Net,
     "timm": lambda: timm.create_model("resnet18", num_classes=5),
     "loop": lambda: looped(Net()),
     "transform": lambda: v2.Compose([v2.RandomErasing(0.02), v2.ColorJitter(0.1)]),
     "closure": lambda: functools.partial(lambda power, image: image**power, 2),
+    "set": lambda: family("one"),
+    "larger set": lambda: family(*"abcdefghijkl"),
+    "classes": lambda: Net(kinds={Net, Rarely, Root, nn.ReLU, nn.GELU, 1, "two", frozenset({Net, Root})}),
     "chain": lambda: functools.reduce(lambda inner, _: Rarely(0.1, inner), range(5000), None),
     "weights": lambda: Net().double().train(random.random() < 0.5),
 }
@@ -113,6 +128,9 @@ class Other(Net):
         (Net(), hooked()),
         (buffered(1), buffered(2)),
         (Root(1.0), Root(0.5)),
+        (family("one"), family("other")),
+        (family("one", "two"), family("one", "three")),
+        (Net(kinds={Net, Root}), Net(kinds={Net, Rarely})),
         (Rarely(0.02), Rarely(0.03)),
         (Rarely(0.02, Rarely(0.5)), Rarely(0.02, Rarely(0.6))),
         (v2.Compose([v2.RandomErasing(0.02)]), v2.Compose([v2.RandomErasing(0.03)])),
@@ -131,6 +149,22 @@ def test_code_fingerprint__follows_functions_and_globals() -> None:
     assert patched("helper", lambda x: x) != plain
     assert patched("SCALE", 3.0) != plain
     assert patched("SCALE", 2.0) == plain
+
+
+def logs(x: Any) -> Any:
+    logger.warning("%s of %s", x, environ.get("LOCAL_RANK"))
+    return x
+
+
+def test_code_fingerprint__takes_no_notice_of_what_was_logged_and_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = code_fingerprint(logs)
+    logs(1)
+    logging.getLogger("another one").warning("and more")
+    monkeypatch.setenv("LOCAL_RANK", "7")
+    assert code_fingerprint(logs) == first
+    assert code_fingerprint(logging.getLogger("a")) != code_fingerprint(logging.getLogger("b"))
 
 
 def test_code_fingerprint__versions_of_libraries_count_unless_told_not_to(monkeypatch: pytest.MonkeyPatch) -> None:

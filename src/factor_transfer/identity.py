@@ -12,6 +12,8 @@ import ast
 import functools
 import hashlib
 import inspect
+import logging
+import os
 import pickle
 import sys
 import sysconfig
@@ -57,10 +59,15 @@ def code_fingerprint(*values: Any, versions: bool = True) -> str:
 
 
 class _Walk:
-    """One walk over everything that can be reached; each object is looked at once."""
+    """One walk over everything that can be reached; each object is looked at once.
 
-    def __init__(self, versions: bool) -> None:
-        self.digest, self.versions = hashlib.sha256(), versions
+    Args:
+        versions: see `code_fingerprint`.
+        ranks: only to put the objects of a set in an order, so that other sets, which may lead back, are not entered.
+    """
+
+    def __init__(self, versions: bool, ranks: bool = False) -> None:
+        self.digest, self.versions, self.ranks = hashlib.sha256(), versions, ranks
         self.places: dict[int, int] = {}  # of objects, by id
         self.found: list[Any] = []  # the objects, held so that no other one gets their id
 
@@ -92,7 +99,8 @@ class _Walk:
             (types.FunctionType, self._function), (types.MethodType, self._method),
             (functools.partial, self._partial), (types.ModuleType, self._imported),
             (types.BuiltinFunctionType, self._named), (types.CodeType, self._code),
-            (Mapping, self._mapping), ((list, tuple), self._sequence), ((set, frozenset), self._set),
+            (logging.Logger, self._logger), (type(os.environ), self._environment), (Mapping, self._mapping),
+            ((list, tuple), self._sequence), ((set, frozenset), self._set),
         )  # fmt: skip
         next((look for kind, look in kinds if isinstance(value, kind)), self._object)(value)
 
@@ -118,7 +126,24 @@ class _Walk:
             self.add(each)
 
     def _set(self, value: set[Any] | frozenset[Any]) -> None:
-        self.note(type(value).__name__, *sorted(code_fingerprint(each, versions=self.versions) for each in value))
+        plain = [each for each in value if isinstance(each, PLAIN)]
+        self.note(type(value).__name__, *sorted(code_fingerprint(each, versions=self.versions) for each in plain))
+        others = [each for each in value if not isinstance(each, PLAIN)]
+        if len(others) > 1 and self.ranks:
+            self.note(*sorted(getattr(each, "__qualname__", type(each).__qualname__) for each in others))
+            return
+        if len(others) > 1:
+            others.sort(key=lambda each: _Walk(self.versions, ranks=True).over(each))
+        for each in others:
+            self.add(each)
+
+    def _logger(self, value: logging.Logger) -> None:
+        """By its name: it leads to all others, and remembers what was logged."""
+        self.note("logger", value.name)
+
+    def _environment(self, _: Mapping[str, str]) -> None:
+        """It differs from one process to the next."""
+        self.note("environment")
 
     # -- code
 
