@@ -24,6 +24,7 @@ import factor_transfer.cache
 import factor_transfer.engine
 import factor_transfer.frozen
 import factor_transfer.machines
+import factor_transfer.rehearsal
 import factor_transfer.stages
 from factor_transfer import distill
 from factor_transfer.console import silence
@@ -162,6 +163,15 @@ def other_images(folder: Path, _: pytest.MonkeyPatch) -> Any:
 @case
 def other_settings(folder: Path, _: pytest.MonkeyPatch) -> Any:
     return job(folder, lr=0.05 + RANK / 100)
+
+
+@case
+def other_room(folder: Path, patch: pytest.MonkeyPatch) -> Any:
+    """No room for the run in process 0, which alone looks at it."""
+    patch.setattr(
+        factor_transfer.rehearsal.shutil, "disk_usage", lambda _: Usage(10**12, 0, 1000 if RANK == 0 else 10**12)
+    )
+    return job(folder)
 
 
 @case

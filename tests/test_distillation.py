@@ -24,6 +24,7 @@ from torch import nn
 from factor_transfer import distill
 from factor_transfer.config import Config
 from factor_transfer.distillation import default_out, evaluate_run, rebuild
+from factor_transfer.engine import Engine
 from factor_transfer.errors import ConfigError, Interrupted, ModelError, RunError, TrainingError
 from factor_transfer.files import sha256_file, state_fingerprint
 from factor_transfer.method import portable_beta
@@ -420,6 +421,20 @@ def test_distill__names_a_setting_that_it_does_not_have(tmp_path: Path) -> None:
 def test_default_out__is_safe_in_a_path() -> None:
     config = Config(data="/x/../my photos/", teacher="local-dir:/a b/c", student="test_vit.r160_in1k", seed=3)
     assert default_out(config) == "runs/my_photos-local_dir_a_b_c-test_vit.r160_in1k-s3"
+
+
+def test_distill__settings_that_differ_between_processes_leave_an_old_run_as_it_is(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def two(_: Engine, value: Any) -> list[Any]:
+        return [value, {**value, "seed": 3}] if isinstance(value, dict) and "seed" in value else [value]
+
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = contents(run)
+    monkeypatch.setattr(Engine, "all_of", two)
+    with pytest.raises(RunError, match="--seed"):
+        job(run, overwrite=True)
+    assert contents(run) == before
 
 
 def test_interrupted__is_not_caught_as_an_error() -> None:

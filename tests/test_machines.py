@@ -71,6 +71,13 @@ def test_two_machines__what_differs_is_refused_by_both(name: str, said: dict[str
             assert words in each
 
 
+@pytest.mark.slow
+def test_two_machines__what_fails_in_one_alone_is_told_to_the_other(said: dict[str, list[Any]]) -> None:
+    one, other = said["other_room"]
+    assert "0 MB free" in one
+    assert "process 0 failed" in other
+
+
 @pytest.mark.parametrize("command", [["--help"], ["distill", "--data", "digits"]])
 def test_main__a_system_that_is_not_supported_is_refused_with_a_word(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

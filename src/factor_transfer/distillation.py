@@ -97,11 +97,11 @@ def run_distillation(config: Config, modules: Modules | None = None, transform: 
     folder = Path(config.out or default_out(config))
     now = environment(**engine.describe())
     with engine.together(), ExitStack() as stack:
+        _check_settings(config, engine)  # before --overwrite empties a folder
         with engine.unhurried():  # one opens, and perhaps empties, the folder
             run = stack.enter_context(open_run(folder, config, now, writes=engine.main))
         hint = "give --out a folder on a file system that all can see"
         engine.check_same(run.identity(), f"--out {folder}", "one run folder for all processes", hint)
-        _check_settings(config, engine)
         if engine.told(run.summary is None):
             with watched(run, config):
                 with engine.unhurried():  # to decode small images takes long, where they are not kept yet
@@ -137,8 +137,10 @@ def _work(job: Job) -> None:
     pair = job.pair()
     for finding in quick(job.config, pair, job.sample(2)):
         warn(f"{finding.what} (next: {finding.hint})")
-    if not job.engine.told(job.run.begun):
-        rehearse(job, pair)
+    begun = job.engine.told(job.run.begun)
+    with job.engine.unhurried():  # what fails may fail in one process alone, as for want of disk space
+        if not begun:
+            rehearse(job, pair)
     check_orders(pair, job.data, job.config, job.run, job.engine)
     job.teacher(pair.teacher)
     paraphrasers = job.paraphrasers(pair)
