@@ -17,7 +17,7 @@ from factor_transfer import digests as module
 from factor_transfer.config import DataConfig
 from factor_transfer.data import Dataset, open_data
 from factor_transfer.digests import digests
-from factor_transfer.images import Images
+from factor_transfer.images import Files, Images
 from factor_transfer.sources import open_source
 from factor_transfer.trees import Range
 
@@ -93,7 +93,7 @@ def test_digests__a_young_file_is_hashed_again(
 @pytest.mark.parametrize("damage", ["bit", "short", "empty"])
 def test_digests__a_damaged_store_is_made_anew(images: Path, tmp_path: Path, damage: str, read: list[Range]) -> None:
     first = digests(images_in(images), tmp_path)
-    (path,) = tmp_path.glob("*.sums")
+    (path,) = tmp_path.rglob("*.sums")
     data = bytearray(path.read_bytes())
     data[100] ^= 1
     path.write_bytes({"bit": bytes(data), "short": path.read_bytes()[:-48], "empty": b""}[damage])
@@ -129,6 +129,17 @@ def test_fingerprint__large_images_of_the_same_bytes_long_are_other_images(tmp_p
     Image.new("RGB", (128, 128), (99, 0, 0)).save(path)
     assert path.stat().st_size == size
     assert opened(tmp_path / "images", tmp_path / "cache").fingerprint != first
+
+
+def test_fingerprint__small_images_are_hashed_once_where_nothing_remembers_them(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[int] = []
+    real = Files.raw
+    monkeypatch.setattr(Files, "raw", lambda self, row: hashed.append(row) or real(self, row))  # type: ignore[func-returns-value]
+    (tmp_path / "cache").write_text("")
+    assert opened(images, tmp_path / "cache").fingerprint
+    assert len(hashed) == 36 + 18
 
 
 def test_fingerprint__is_of_the_images_and_not_of_how_they_are_kept(images: Path, tmp_path: Path) -> None:

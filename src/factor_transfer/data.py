@@ -144,7 +144,7 @@ def open_data(
             "classes": classes,
             "share": config.validation_share if apart else None,
             "train": config.train_images,
-            "images": [part.digest(cache_folder(config.cache_dir) / "digests") for part in loaded],
+            "images": [part.digest(cache_folder(config.cache_dir)) for part in loaded],
             "transform": [acts, code_fingerprint(transform, versions=False)] if transform else None,
         }
 
@@ -254,10 +254,11 @@ class _Loaded:
     pixels: Pixels | None  # of all; None: decoded when shown
     content: Content | None  # of all; None: not all were read
 
-    def digest(self, folder: Path) -> str:
-        """Covers the bytes of every image, which are readable, and the labels; `folder` remembers the bytes' hashes."""
+    def digest(self, cache: Path) -> str:
+        """Covers the bytes of every image, which are readable, and the labels; `cache` remembers the bytes' hashes."""
+        known = self.pixels.sources if self.pixels else None
         found = hashlib.sha256(self.labels.tobytes() + self.rows.tobytes())
-        found.update(b"".join(digests(self.images, folder)))
+        found.update(b"".join(digests(self.images, cache) if known is None else known))
         return found.hexdigest()
 
     def split(

@@ -43,17 +43,17 @@ def decoders() -> dict[str, str]:
     return found
 
 
-def digests(images: Images, folder: Path) -> list[bytes]:
+def digests(images: Images, cache: Path) -> list[bytes]:
     """SHA-256 of every image's bytes (of its pixels, where it lies in memory), in order.
 
     Args:
         images: in files, tars, or elsewhere: those are hashed each time.
-        folder: where digests are remembered; where it cannot be written to they are not.
+        cache: the folder of caches, where digests are remembered; where it cannot be written to they are not.
     """
     if not isinstance(images, Files):
         return _hashed(images, range(len(images)))
     name = fingerprint([str(Path(images.where).expanduser().absolute())])[:32]
-    path = folder / f"{name}.sums"
+    path = cache / "digests" / f"{name}.sums"
     if None not in (found := _known(images, path)[1]):
         return [digest for digest in found if digest is not None]
     with _alone(path):

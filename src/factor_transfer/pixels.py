@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +51,8 @@ class Pixels:
     content: Content
     digest: str
     """SHA-256 of `array`."""
+    sources: tuple[bytes, ...] | None = None
+    """SHA-256 of each image's bytes, by which the store is found; None where they are not kept in one."""
 
 
 def decode_once(images: Images, frame: Frame, folder: Path, bits: int | None = None) -> Pixels:
@@ -67,20 +69,26 @@ def decode_once(images: Images, frame: Frame, folder: Path, bits: int | None = N
     """
     if not isinstance(images, Files):
         return _in_memory(images, frame, bits)
+    sources = tuple(digests(images, folder.parent))
     names = [name.encode(errors="surrogateescape").hex() for name in images.names]
     what = {
         "version": VERSION,
         "decoders": decoders(),
         "frame": frame.identity(),
         "bits": bits,
-        "images": [names, [digest.hex() for digest in digests(images, folder.parent / "digests")]],
+        "images": [names, [digest.hex() for digest in sources]],
     }
     path = folder / f"{fingerprint(what)[:32]}.u8"
+    return replace(_stored(path, images, frame, bits), sources=sources)
+
+
+def _stored(path: Path, images: Images, frame: Frame, bits: int | None) -> Pixels:
+    """The store at `path`; where there is none, the images are decoded, and the store is made if it can be."""
     found = _opened(path, images, frame, bits)
     if found is not None:
         return found
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path.with_suffix(".lock")):
             return _opened(path, images, frame, bits) or _kept(path, _in_memory(images, frame, bits))
     except OSError as error:
