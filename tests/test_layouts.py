@@ -473,6 +473,14 @@ def test_hub__a_local_folder_whose_splits_the_library_does_not_know_is_refused(
     assert "cat/train" in str(error.found)
 
 
+def test_hub__rows_without_an_image_are_named(tmp_path: Path, kinds: dict[str, Any]) -> None:
+    content = io.BytesIO()
+    picture(0).save(content, "PNG")
+    images = [{"bytes": content.getvalue(), "path": None}] * 5 + [None]
+    name = hub(tmp_path, {"image": images, "label": VALUES["one"]}, {"label": kinds["one"]})
+    assert refused(name, data_dir=str(tmp_path / "cache")).found == "1 rows without an image in train: 5"
+
+
 def test_hub__without_labels_none_are_read(tmp_path: Path, kinds: dict[str, Any]) -> None:
     data = opened(of_columns(tmp_path, kinds, tags="several"), data_dir=str(tmp_path / "cache"), label_weight=0.0)
     assert not data.labelled

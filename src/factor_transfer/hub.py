@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -64,7 +63,8 @@ def hub_dataset(name: str, config: DataConfig, given: str) -> Source:
             raise DataError(given, found=f"images without a class in {split}", valid="a class for every image")
         names = [str(index) for index in range(len(reader))]
         labels = [own[value] if own else str(value) for value in values]
-        return Indexed(f"hfds/{name} {split}", names, labels, _sizes(reader.dataset, picture, split, given), reader)
+        _check_images(reader.dataset, picture, split, given)
+        return Indexed(f"hfds/{name} {split}", names, labels, reader)
 
     validation = part(roles.validation) if roles.validation is not None else None
     columns = f"images are column {picture}, {f'classes column {label}' if label else 'no labels are read'}"
@@ -174,8 +174,8 @@ def _meant(close: Sequence[str]) -> str | None:
     return f"did you mean {listed(close)}?" if close else None
 
 
-def _sizes(dataset: Any, column: str, split: str, given: str) -> list[int]:
-    """Bytes of each image, without reading them.
+def _check_images(dataset: Any, column: str, split: str, given: str) -> None:
+    """That every row has an image, without reading one.
 
     Raises:
         DataError: a row has no image.
@@ -189,10 +189,6 @@ def _sizes(dataset: Any, column: str, split: str, given: str) -> list[int]:
     if empty:
         found = f"{len(empty)} rows without an image in {split}: {listed([str(row) for row in empty])}"
         raise DataError(given, found=found, valid="an image in every row")
-    return [
-        length if length is not None else os.path.getsize(path)  # noqa: PTH202 (a million names)
-        for length, path in zip(lengths, paths, strict=True)
-    ]
 
 
 # -- WebDataset
@@ -291,7 +287,7 @@ def _samples(
         notes.append(f"{len(without)} samples have no image and are left out: {listed(without)}")
     notes += [f"{count} samples have several images ({kinds}): the first kind is read" for kinds, count in
               several.items()]  # fmt: skip
-    return Files(str(root), names, labels, [place.size for place in ranges], ranges)
+    return Files(str(root), names, labels, ranges)
 
 
 def _class_of(parts: Mapping[str, Range], field: str | None, name: str, given: str, needed: bool) -> str:

@@ -38,8 +38,6 @@ class Images(ABC):
     names: Sequence[str]
     labels: Sequence[str]
     """The class name of each image."""
-    sizes: Sequence[int]
-    """Bytes, for the fingerprint; 0 where they are not known without reading."""
 
     def __len__(self) -> int:
         return len(self.names)

@@ -318,7 +318,7 @@ def _class_folders(tree: Tree, where: str, given: str, flat: bool) -> tuple[Imag
     if not names and flat:
         names = sorted(images, key=natural)
         ranges = [images[name] for name in names]
-        return Files(where, names, [UNLABELLED] * len(names), [place.size for place in ranges], ranges), notes
+        return Files(where, names, [UNLABELLED] * len(names), ranges), notes
     if not names:
         found = f"{len(images)} images in {where}, but no class folders"
         hint = "without labels, give --label-weight 0"
@@ -340,7 +340,7 @@ def _class_folders(tree: Tree, where: str, given: str, flat: bool) -> tuple[Imag
     _check_turned({name: splits_among(inner) for name, inner in _seconds(tree).items()}, where, given)
     ranges = [images[name] for name in names]
     labels = [name.partition("/")[0] for name in names]
-    return Files(where, names, labels, [place.size for place in ranges], ranges), notes
+    return Files(where, names, labels, ranges), notes
 
 
 def _seconds(tree: Tree) -> dict[str, set[str]]:

@@ -103,7 +103,7 @@ def _digits() -> Source:
 
     def part(rows: np.ndarray) -> Images:
         names = [str(row) for row in rows]
-        return _Arrays("digits", names, [str(found.target[row]) for row in rows], [64] * len(rows), grey[rows])
+        return _Arrays("digits", names, [str(found.target[row]) for row in rows], grey[rows])
 
     return Source(part(np.flatnonzero(~chosen)), part(np.flatnonzero(chosen)))
 
@@ -138,9 +138,7 @@ def _torch(name: str, config: DataConfig, given: str) -> Source:
         classes = tuple(map(str, found.wnids if name == "imagenet" else found.classes))
         targets = np.asarray(found.targets).reshape(len(found), -1)[:, 0]
         names = [str(index) for index in range(len(found))]
-        return Indexed(
-            f"torch/{name} {split}", names, [classes[target] for target in targets], [0] * len(names), found
-        ), classes
+        return Indexed(f"torch/{name} {split}", names, [classes[target] for target in targets], found), classes
 
     train, classes = part("train")
     measured = "validation set" if name in ("imagenet", "places365") else "test set"
