@@ -90,6 +90,11 @@ FORMS: dict[str, tuple[Callable[[State], Any], str]] = {
         lambda s: {"state_dict": {name.replace("layer1.", "layer1.module."): value for name, value in s.items()}},
         "under state_dict, the only ones in the file that fit; without the wrappers in the middle of their names (mod",
     ),
+    "parallel inside, beside others": (
+        lambda s: {"state_dict": {"criterion.weight": torch.ones(10)} | behind(
+            "model.", {name.replace("layer1.", "layer1.module."): value for name, value in s.items()})},
+        "of their names (module); left out: 1 other tensors there (state_dict.criterion.weight)",
+    ),
     "in a list": (lambda s: [1, OrderedDict(s)], "under 1,"),
 }  # fmt: skip
 

@@ -169,9 +169,8 @@ def _ambiguous(given: str, sets: list[_Set]) -> ModelError:
 
 def _said(taken: _Set, others: list[_Set], found: Tensors, names: Mapping[str, Tensor], key: str) -> str:
     """What was taken and why, and what was left."""
-    beside = _beside(taken, found, names)
+    left = _left_out(taken, found, names)
     plain = not taken.prefix and not taken.inner
-    left = sorted(beside)
     parts = []
     if not plain:
         why = "as was asked for" if key else "the only ones in the file that fit"
@@ -189,10 +188,9 @@ def _wrappers(names: Collection[str]) -> set[str]:
     return {part for name in names for part in name.split(".")} & WRAPPERS
 
 
-def _beside(taken: _Set, found: Tensors, names: Mapping[str, Tensor]) -> list[str]:
-    """Tensors of the same dict that are no part of what was taken."""
-    if taken.inner:
-        return []
-    used = {taken.prefix + name for name in taken.state}
+def _left_out(taken: _Set, found: Tensors, names: Collection[str]) -> list[str]:
+    """Tensors that were not taken, of the dicts from which some were: names as the file has them, sorted."""
+    taken_names = {taken.prefix + name for name in taken.state}
+    used = {name for name in names if (_without_wrappers(name) if taken.inner else name) in taken_names}
     containers = {found.containers[name] for name in used}
-    return [name for name in names if name not in used and found.containers[name] in containers]
+    return sorted(name for name in names if name not in used and found.containers[name] in containers)
