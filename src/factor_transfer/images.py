@@ -102,9 +102,16 @@ def corrupted(data: str, corrupt: Sequence[Unreadable]) -> DataError:
     )
 
 
-def natural(name: str) -> tuple[list[Any], str]:
-    """timm's sorting key (`a2` before `a10`, case ignored), made total by the name itself."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())], name
+def natural(name: str, *, case: bool = False) -> tuple[list[Any], str]:
+    """timm's sorting key (`a2` before `a10`, case ignored unless `case`), made total by the name itself.
+
+    >>> sorted(["B", "a10", "a2"], key=natural)
+    ['a2', 'a10', 'B']
+    >>> sorted(["B", "a10", "a2"], key=lambda name: natural(name, case=True))
+    ['B', 'a2', 'a10']
+    """
+    parts = re.split(r"(\d+)", name if case else name.lower())
+    return [int(part) if part.isdecimal() else part for part in parts], name
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ Shapes: n images, N classes.
 
 from __future__ import annotations
 
-import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from fractions import Fraction
+from functools import partial
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+from scipy.stats import binomtest
 
 from factor_transfer.config import Config
 from factor_transfer.console import say, warn
@@ -123,7 +123,7 @@ def _named_orders(side: Side, data: Dataset) -> dict[str, Sequence[str]]:
         STRINGS: sorted(whole),
         "natural order without case, which is timm's": sorted(whole, key=natural),
         "string order without case": sorted(whole, key=lambda name: (name.casefold(), name)),
-        "natural order with case": sorted(whole, key=natural_with_case),
+        "natural order with case": sorted(whole, key=partial(natural, case=True)),
         "the order of their first images": [classes[at] for at in first[0][np.argsort(first[1])]],
         "the data's, one output later": [classes[-1], *classes[:-1]],
         "the data's, one output earlier": [*classes[1:], classes[0]],
@@ -134,24 +134,6 @@ def _named_orders(side: Side, data: Dataset) -> dict[str, Sequence[str]]:
         if new and sorted(order) == sorted(classes):
             kept[name] = order
     return kept
-
-
-def natural_with_case(name: str) -> tuple[list[tuple[bool, int, str]], str]:
-    """Sorting key: numbers by value, capital letters before small ones.
-
-    >>> sorted(["a10", "a2", "B"], key=natural_with_case)
-    ['B', 'a2', 'a10']
-    """
-    parts = [(part.isdecimal(), part) for part in _split(name)]
-    return [(not digits, int(part) if digits else 0, part) for digits, part in parts], name
-
-
-def _split(name: str) -> Iterator[str]:
-    start = 0
-    for place in range(1, len(name) + 1):
-        if place == len(name) or name[place].isdecimal() != name[start].isdecimal():
-            yield name[start:place]
-            start = place
 
 
 def find_order(
@@ -187,21 +169,12 @@ def find_order(
 def _better(said: np.ndarray, labels: np.ndarray, output_of: np.ndarray, risk: float, share: float) -> bool:
     right, here = said == output_of[labels], said == labels
     for_it, against = int((right & ~here).sum()), int((here & ~right).sum())
-    if not for_it or _tail(for_it, for_it + against) > risk:
+    if not for_it or binomtest(for_it, for_it + against, alternative="greater").pvalue > risk:
         return False
     classes = np.unique(labels)
     mean = float(np.mean([right[labels == each].mean() for each in classes]))
     chance = 1 / len(output_of)
     return (mean - chance) / (1 - chance) >= share
-
-
-def _tail(hits: int, trials: int) -> float:
-    """The chance of so many hits or more among trials of which half hit.
-
-    >>> _tail(2, 2)
-    0.25
-    """
-    return float(Fraction(sum(math.comb(trials, each) for each in range(hits, trials + 1)), 2**trials))
 
 
 def _fitted(said: np.ndarray, labels: np.ndarray, classes: Sequence[str], here: float, risk: float) -> Order | None:
