@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 from PIL import Image
 
 from factor_transfer.errors import SHOWN_CHOICES, DataError, listed
@@ -16,6 +15,7 @@ from factor_transfer.frames import Frame
 from factor_transfer.images import Images, Unreadable
 from factor_transfer.rgb import DEEP, KINDS, Decoded, Kind, needs_decoding, of_header, upright_size
 from factor_transfer.sizes import Size, as_flag, written
+from factor_transfer.views import spaced
 
 SAMPLE, DECODED = 256, 32
 """Images whose headers are read, and how many of them are decoded where only that tells."""
@@ -136,7 +136,7 @@ def look(images: Images, bits: int | None) -> Looked:
     """Read the headers of a sample of images; decode a few of those whose header does not tell."""
     sizes: list[Size] = []
     content, decoded = Content(), 0
-    for row in np.unique(np.linspace(0, len(images) - 1, SAMPLE).astype(int)).tolist():
+    for row in spaced(len(images), SAMPLE).tolist():
         with suppress(Exception):  # whoever decodes it names it
             image: Image.Image = images.open(row)
             sizes.append(upright_size(image))

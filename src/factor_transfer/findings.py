@@ -27,6 +27,7 @@ from factor_transfer.pairs import Modules
 from factor_transfer.pictures import photograph, png, strongest, tiles
 from factor_transfer.runs import saved_config, saved_summary
 from factor_transfer.splits import Batch
+from factor_transfer.views import spaced
 from factor_transfer.weights import load_paraphraser, load_weights
 
 VERSION = 2
@@ -242,7 +243,7 @@ def _disagreements(said: Mapping[str, np.ndarray], sure: Mapping[str, np.ndarray
 def _examples(labels: np.ndarray) -> np.ndarray:
     """The first image of classes that lie evenly among all."""
     classes = np.unique(labels)
-    some = classes[np.unique(np.linspace(0, len(classes) - 1, min(EXAMPLES, len(classes))).astype(int))]
+    some = classes[spaced(len(classes), EXAMPLES)]
     return np.array([np.flatnonzero(labels == each)[0] for each in some])
 
 

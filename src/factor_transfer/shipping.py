@@ -48,6 +48,7 @@ from factor_transfer.models import Network
 from factor_transfer.pairs import Modules
 from factor_transfer.runs import cpu_name, saved_config, saved_summary
 from factor_transfer.splits import Split
+from factor_transfer.views import spaced
 
 FILES = {
     "pt2": "student.pt2",
@@ -175,8 +176,7 @@ class _Export:
         self.data: Dataset = open_images(self.config, self.summary)
         self.failed: dict[str, str] = {}
         validation = self.data.validation
-        count = min(self.choices.images, len(validation))
-        self.chosen = np.unique(np.linspace(0, len(validation) - 1, count).astype(int))
+        self.chosen = spaced(len(validation), self.choices.images)
         self.labels = torch.from_numpy(validation.labels[self.chosen])
 
     @cached_property
@@ -276,9 +276,7 @@ class _Export:
         elif form == "onnx-int8":
             source = work / "float.onnx"
             export_onnx(module, example, source, metadata)
-            count = min(CALIBRATION, len(self.data.train))
-            rows = np.unique(np.linspace(0, len(self.data.train) - 1, count).astype(int))
-            shown = self._shown(network, self.data.train, rows)
+            shown = self._shown(network, self.data.train, spaced(len(self.data.train), CALIBRATION))
             export_int8(source, (images.numpy() for images, _ in shown), path, metadata)
         elif form == "safetensors":
             export_safetensors(module, path, metadata)

@@ -24,7 +24,7 @@ from factor_transfer.errors import DataError
 from factor_transfer.frames import Frame
 from factor_transfer.images import Images, Unreadable, corrupted
 from factor_transfer.pixels import cores
-from factor_transfer.views import Transform, crop_and_flip, own_view, random_resized_crop
+from factor_transfer.views import Transform, crop_and_flip, own_view, random_resized_crop, spaced
 
 
 class Batch(NamedTuple):
@@ -178,7 +178,7 @@ class Sample(Split):
 
     def __init__(self, split: Split, count: int) -> None:
         self._split = split
-        self._places = np.unique(np.linspace(0, len(split) - 1, min(count, len(split))).astype(np.int64))
+        self._places = spaced(len(split), count)
         self.labels = split.labels[self._places]
 
     def batches(self, chunks: Iterable[np.ndarray], view: int | None) -> Iterator[Batch]:

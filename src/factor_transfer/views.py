@@ -86,6 +86,15 @@ def held_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
     return chosen
 
 
+def spaced(length: int, count: int) -> np.ndarray:
+    """At most `count` of the places 0 to `length` - 1, evenly spaced, the first and the last among them.
+
+    >>> spaced(10, 4), spaced(2, 4)
+    (array([0, 3, 6, 9]), array([0, 1]))
+    """
+    return np.unique(np.linspace(0, length - 1, min(count, length)).astype(np.int64))
+
+
 def evenly(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Which `count` samples form a share with as many of each class, up to rounding; a class too small gives all.
 
