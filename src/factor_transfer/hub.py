@@ -165,9 +165,12 @@ def _unfit(feature: Any) -> str | None:
 
 
 def _shown(features: Mapping[str, Any]) -> str:
-    return listed([f"{name} ({getattr(feature, 'dtype', None) or type(feature).__name__})"
-                   if type(feature).__name__ == "Value" else f"{name} ({type(feature).__name__})"
-                   for name, feature in features.items()])  # fmt: skip
+    import datasets
+
+    def kind(feature: Any) -> str:
+        return str(feature.dtype) if isinstance(feature, datasets.Value) else type(feature).__name__
+
+    return listed([f"{name} ({kind(feature)})" for name, feature in features.items()])
 
 
 def _meant(close: Sequence[str]) -> str | None:

@@ -28,10 +28,7 @@ from factor_transfer.runs import Run, saved_summary
 from factor_transfer.sizes import written
 
 KINDS = {"teacher": "teacher", "baseline": "alone", "student": "student"}
-"""The style of a role."""
-
-SHORT = {"teacher": "teacher", "baseline": "alone", "student": "student"}
-
+"""What a role is called in plots, and in the style sheet."""
 
 OTHERS = ("factor_transfer", "attention_transfer", "soft_targets", "hint")
 """Terms of which the first that there is is shown beside the labels' own."""
@@ -67,7 +64,6 @@ def report_values(folder: Path, found: Mapping[str, Any]) -> dict[str, Any]:
             "loss": None,
             **summary[role],
             "label": label(summary, role),
-            "short": SHORT[role],
             "kind": KINDS[role],
         }
         for role in roles
@@ -192,11 +188,11 @@ def _trade_offs(summary: Mapping[str, Any], roles: Sequence[str], exports: Mappi
     if not roles:
         return []
     for role in roles:
-        there, short = summary[role], SHORT[role]
+        there, kind = summary[role], KINDS[role]
         tip = f"{label(summary, role)}: {there['top1']:.2f} %"
         latency, size = there["latency_ms"], there["size_bytes"] / 1e6
-        by_time.append(Point(short, KINDS[role], latency, there["top1"], f"{tip}, {latency:.2f} ms"))
-        by_size.append(Point(short, KINDS[role], size, there["top1"], f"{tip}, {size:.2f} MB"))
+        by_time.append(Point(kind, kind, latency, there["top1"], f"{tip}, {latency:.2f} ms"))
+        by_size.append(Point(kind, kind, size, there["top1"], f"{tip}, {size:.2f} MB"))
     int8 = next((row for row in (exports or {}).get("formats", []) if row["format"] == "onnx-int8"), None)
     unit = "one image, ms (torch)"
     if int8 is not None and exports is not None and int8["top1"] is not None:
@@ -212,7 +208,7 @@ def _trade_offs(summary: Mapping[str, Any], roles: Sequence[str], exports: Mappi
             at = {role: timed["teacher" if role == "teacher" else "student", "onnx"] for role in roles}
             by_time = [
                 Point(
-                    SHORT[role], KINDS[role], at[role], top1, f"{label(summary, role)}: {top1:.2f} %, {at[role]:.2f} ms"
+                    KINDS[role], KINDS[role], at[role], top1, f"{label(summary, role)}: {top1:.2f} %, {at[role]:.2f} ms"
                 )
                 for role, top1 in ((role, summary[role]["top1"]) for role in roles)
             ]
@@ -242,7 +238,7 @@ def _curves(run: Run, summary: Mapping[str, Any]) -> list[Markup]:
         return [row.get(name) for row in rows[stage]]
 
     shown = {
-        SHORT[role]: (KINDS[role], column(role, "validation_top1"))
+        KINDS[role]: (KINDS[role], column(role, "validation_top1"))
         for role in ("student", "baseline")
         if any("validation_top1" in row for row in rows[role])
     }
@@ -271,7 +267,7 @@ def _curves(run: Run, summary: Mapping[str, Any]) -> list[Markup]:
         ("gradient_norm", "Norm of the gradient, mean of a pass", "L2 norm"),
     ):
         there = {
-            SHORT[role]: (KINDS[role], column(role, name))
+            KINDS[role]: (KINDS[role], column(role, name))
             for role in ("student", "baseline")
             if rows[role] and name in rows[role][-1] and not (name == "lr" and role == "baseline")  # it is the same
         }
