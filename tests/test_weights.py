@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models import _hub
 from torch import Tensor, nn
 
 from factor_transfer import distill
@@ -24,7 +25,7 @@ from factor_transfer.export import export_pt2
 from factor_transfer.files import read_json, state_fingerprint
 from factor_transfer.method import Paraphraser
 from factor_transfer.models import Network, load_network
-from factor_transfer.weightfiles import identify, split_key
+from factor_transfer.weightfiles import TIMMS, identify, split_key
 from factor_transfer.weights import load_paraphraser, load_weights, paraphraser_metadata
 
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 4, 8)}
@@ -48,6 +49,10 @@ def behind(prefix: str, state: State) -> State:
 
 def is_one(network: Network, module: nn.Module) -> bool:
     return state_fingerprint(network.module.state_dict()) == state_fingerprint(module.state_dict())
+
+
+def test_timms__are_the_files_that_timm_looks_for() -> None:
+    assert TIMMS == _hub._PREFERRED_FILES
 
 
 # -- containers and prefixes

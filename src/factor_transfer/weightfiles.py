@@ -68,7 +68,11 @@ TIMMS = (
     "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth", "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth",
 )  # fmt: skip
-"""Names of the files of weights that timm looks for in a folder, in its order; then it takes any."""
+"""Names of the files of weights that timm looks for in a folder, in its order; then it takes any.
+
+A copy of timm's `_PREFERRED_FILES`, which is private: a timm that renames it must not break the import of this package.
+A test compares the two.
+"""
 
 
 @dataclass(frozen=True)
