@@ -278,7 +278,7 @@ class Config(DataConfig):
     precision: Annotated[Literal["auto", "fp32", "bf16"], _in("Machine")] = "auto"
     """fp32 (never TF32), or bf16 autocast. auto: bf16 where the hardware has it."""
     torchcompile: Annotated[bool, _in("Machine")] = False
-    """Compile teacher and student with torch.compile, for GPUs. On a CPU it needs g++ and gains nothing."""
+    """Compile teacher and student with torch.compile, for GPUs. On a CPU it needs g++ and is not known to help."""
     threads: Annotated[int | None, _in("Machine"), Number(gte=1, lte=MOST_THREADS), _MACHINE] = None
     """CPU threads of torch. Default: torch's own choice."""
     sync_bn: Annotated[bool, _in("Machine")] = False

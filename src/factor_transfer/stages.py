@@ -110,7 +110,7 @@ class Job:
         if self.config.torchcompile:
             check_compiler(self.engine.device)
             if self.engine.device.type == "cpu":
-                warn("--torchcompile: no CPU was seen to train faster by it; it is for GPUs")
+                warn("--torchcompile: it is for GPUs; on a CPU it is not known to help")
         with self.engine.unhurried():  # one machine may have to fetch their weights
             pair = Pair(self.load("teacher"), self.load("student"))
         if self.config.torchcompile:
