@@ -110,45 +110,19 @@ def open_data(
     classes = number_classes(source, config, notes, known)
     seen = look(source.train, config.bit_depth)
     frame = Frame.of(config.img_size or _own_size(seen.sizes) or default_size(), config.crop_mode, config.crop_pct)
-    side = min(frame.size)
-    shown = Shown(
-        frame=frame,
-        padding=side // 8 if config.crop_padding is None else config.crop_padding,
-        hflip=(0.0 if config.data.lower() in WRITTEN else 0.5) if config.hflip is None else config.hflip,
-        scale=(config.scale[0], config.scale[1]),
-        color_jitter=config.color_jitter,
-        seed=config.data_seed,
-        bits=config.bit_depth,
-    )
-    if shown.padding >= side:
-        raise DataError(
-            f"--crop-padding {shown.padding}", found=f"images of {written(frame.size)}", valid=f"below {side}"
-        )
+    shown = _shown(frame, config)
     apart = source.validation is None or config.validate_on == "train-holdout"
     parts = [source.train] if apart or source.validation is None else [source.train, source.validation]
     loaded = _load(parts, classes, shown, config, notes)
     lost = _lost([part.content for part in loaded if part.content] or [seen.content], config, notes)
     transform = transform or _imported(config)
-    aside = np.full(len(loaded[0].labels), known is not None)
-    if apart and known is None:
-        aside = _held_out(loaded[0], config, notes)
+    holds_out = apart and known is None
+    aside = _held_out(loaded[0], config, notes) if holds_out else np.full(len(loaded[0].labels), known is not None)
     chosen = _share(loaded[0], ~aside, config, notes)
     train = loaded[0].split(shown, config, chosen, transform)
     validation = loaded[0].split(shown, config, aside) if apart else loaded[1].split(shown, config)
     acts = _shown_by(train, config) if isinstance(train, FileSplit) and transform else None
-
-    def described() -> dict[str, Any]:
-        return {
-            "views": VERSION,
-            "shown": asdict(shown) | {"frame": frame.identity()},
-            "classes": classes,
-            "share": config.validation_share if apart else None,
-            "train": config.train_images,
-            "images": [part.digest(cache_folder(config.cache_dir)) for part in loaded],
-            "transform": [acts, code_fingerprint(transform, versions=False)] if transform else None,
-        }
-
-    labelled = UNLABELLED not in source.train.labels
+    share = config.validation_share if apart else None
     return Dataset(
         name=config.data,
         train=train,
@@ -156,13 +130,54 @@ def open_data(
         classes=classes,
         frame=frame,
         notes=tuple(notes),
-        held_out=apart and known is None,
-        described=described,
-        labelled=labelled,
+        held_out=holds_out,
+        described=lambda: _described(loaded, classes, shown, config, share, (acts, transform) if transform else None),
+        labelled=UNLABELLED not in source.train.labels,
         bit_depth=config.bit_depth,
         lost=(*lost, *aspects(seen.sizes, frame)),
         transform=transform,
     )
+
+
+def _shown(frame: Frame, config: DataConfig) -> Shown:
+    """How training images are shown.
+
+    Raises:
+        DataError: a padding as large as the images.
+    """
+    side = min(frame.size)
+    padding = side // 8 if config.crop_padding is None else config.crop_padding
+    if padding >= side:
+        raise DataError(f"--crop-padding {padding}", found=f"images of {written(frame.size)}", valid=f"below {side}")
+    return Shown(
+        frame=frame,
+        padding=padding,
+        hflip=(0.0 if config.data.lower() in WRITTEN else 0.5) if config.hflip is None else config.hflip,
+        scale=(config.scale[0], config.scale[1]),
+        color_jitter=config.color_jitter,
+        seed=config.data_seed,
+        bits=config.bit_depth,
+    )
+
+
+def _described(
+    parts: Sequence[_Loaded],
+    classes: tuple[str, ...],
+    shown: Shown,
+    config: DataConfig,
+    share: float | None,
+    transform: tuple[str | None, Transform] | None,
+) -> dict[str, Any]:
+    """What a dataset's fingerprint is of; the user's `transform` by its results and its code."""
+    return {
+        "views": VERSION,
+        "shown": asdict(shown) | {"frame": shown.frame.identity()},
+        "classes": classes,
+        "share": share,
+        "train": config.train_images,
+        "images": [part.digest(cache_folder(config.cache_dir)) for part in parts],
+        "transform": [transform[0], code_fingerprint(transform[1], versions=False)] if transform else None,
+    }
 
 
 def _lost(contents: Sequence[Content], config: DataConfig, notes: list[str]) -> list[Lost]:

@@ -143,53 +143,86 @@ def load_network(
             could be so in several places.
     """
     notes: list[str] = []
-    model_args: dict[str, Any] = {}
-    source: str | None = None
     if isinstance(given, nn.Module):
-        module, pretrained = deepcopy(extract_model_from_parallel(given, keep_torch_compile=False)), True
+        built = _Built(deepcopy(extract_model_from_parallel(given, keep_torch_compile=False)), pretrained=True)
     else:
-        if "img_size" in (args or {}):
-            raise ModelError(
-                f"--{role}-args img_size",
-                found="set by the data",
-                hint="leave it out there; --img-size sets both networks' images",
-            )
-        source, plain = parse_name(given, role)
-        pretrained = weights == "pretrained" or (weights is None and source in {"local-dir", "hf-hub"})
-        if pretrained and source == "local-dir":
-            notes += filter(None, [check_folder(Path(plain), f"--{role} {given}")])
         with seeded(part_seed(seed, role)):
-            module, model_args = _create(given, role, num_classes, img_size, dict(args or {}), pretrained)
-    new_head, origin = False, ""
-    if pretrained and not isinstance(given, nn.Module):
-        classes = {"num_classes": TORCHVISION_CLASSES} if source == "torchvision" else {}
-        own_classes = (getattr(module, "pretrained_cfg", None) or classes).get("num_classes")
-        new_head = own_classes not in {None, num_classes} and num_classes > 0
-    if weights is not None and weights != "pretrained":
-        (new_head, origin), pretrained = load_but_head(module, weights, f"--{role}-weights {weights}"), True
-        notes += [origin] if origin else []
-    elif pretrained:
-        check_finite(module, f"--{role} {name_of(given)}")
-    if new_head:
-        notes.append(f"its weights have no head for {num_classes} classes, so that it has a new one")
+            built = _built(given, role, num_classes, img_size, dict(args or {}), weights, notes)
+    pretrained, new_head, origin = _filled(built, f"--{role} {name_of(given)}", role, num_classes, weights, notes)
+    module = built.module
     own = getattr(module, "pretrained_cfg", None) or {}
     if getattr(module, "in_chans", 3) != 3:
         raise ModelError(f"--{role} {given}", found=f"{module.in_chans} input channels", valid="3: images are RGB")
-    name = name_of(given)
     network = Network(
         module,
-        name,
+        name_of(given),
         as_size(img_size),
         mean or tuple(own.get("mean", IMAGENET_DEFAULT_MEAN)),
         std or tuple(own.get("std", IMAGENET_DEFAULT_STD)),
         pretrained,
         new_head,
-        model_args,
+        built.model_args,
         tuple(notes),
         origin=origin,
     )
-    foreign = isinstance(given, nn.Module) or source in {"torchvision", "callable"}
+    foreign = isinstance(given, nn.Module) or built.source in {"torchvision", "callable"}
     return _unwrapped(network, role, num_classes, output, foreign=foreign)
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A network as its name or its owner gives it."""
+
+    module: nn.Module
+    pretrained: bool
+    """Its weights are trained ones."""
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    source: str | None = None
+    """See `parse_name`."""
+    from_name: bool = False
+
+
+def _built(
+    name: str,
+    role: Role,
+    num_classes: int,
+    img_size: AnySize,
+    args: dict[str, Any],
+    weights: str | None,
+    notes: list[str],
+) -> _Built:
+    """The network of a name, with timm's or torchvision's weights where they are wanted, else with drawn ones."""
+    if "img_size" in args:
+        raise ModelError(
+            f"--{role}-args img_size",
+            found="set by the data",
+            hint="leave it out there; --img-size sets both networks' images",
+        )
+    source, plain = parse_name(name, role)
+    pretrained = weights == "pretrained" or (weights is None and source in {"local-dir", "hf-hub"})
+    if pretrained and source == "local-dir":
+        notes += filter(None, [check_folder(Path(plain), f"--{role} {name}")])
+    module, model_args = _create(name, role, num_classes, img_size, args, pretrained)
+    return _Built(module, pretrained, model_args, source, from_name=True)
+
+
+def _filled(
+    built: _Built, given: str, role: Role, num_classes: int, weights: str | None, notes: list[str]
+) -> tuple[bool, bool, str]:
+    """Whether it has trained weights, whether its head is new, and where its weights come from; a file's are loaded."""
+    new_head, origin, pretrained = False, "", built.pretrained
+    if pretrained and built.from_name:
+        classes = {"num_classes": TORCHVISION_CLASSES} if built.source == "torchvision" else {}
+        own_classes = (getattr(built.module, "pretrained_cfg", None) or classes).get("num_classes")
+        new_head = own_classes not in {None, num_classes} and num_classes > 0
+    if weights is not None and weights != "pretrained":
+        (new_head, origin), pretrained = load_but_head(built.module, weights, f"--{role}-weights {weights}"), True
+        notes += [origin] if origin else []
+    elif pretrained:
+        check_finite(built.module, given)
+    if new_head:
+        notes.append(f"its weights have no head for {num_classes} classes, so that it has a new one")
+    return pretrained, new_head, origin
 
 
 def parse_name(name: str, role: Role) -> tuple[str | None, str]:
