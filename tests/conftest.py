@@ -76,8 +76,10 @@ def page() -> Iterator[Page]:
 def factor_transfer() -> Command:
     """Run the command in a process of its own: `factor_transfer("distill", "--data", ...)`."""
 
-    def run(*arguments: object, cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        return Started(arguments, cwd=cwd).finished(timeout)
+    def run(
+        *arguments: object, cwd: Path | None = None, timeout: float = 300, forks: bool = False
+    ) -> subprocess.CompletedProcess[str]:
+        return Started(arguments, cwd=cwd, forks=forks).finished(timeout)
 
     return run
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -27,7 +26,7 @@ from factor_transfer.methods import METHODS
 from factor_transfer.outcome import in_words, outcome
 from factor_transfer.page import repeat_command
 from factor_transfer.plan import CompareConfig, planned
-from processes import Command
+from processes import Command, Started
 
 JOB = [
     "--data", "digits", "--train-images", "200", "--teacher", "cifar_resnet20", "--student", "cifar_resnet20",
@@ -309,7 +308,7 @@ def figures(folder: Path) -> dict[str, tuple[Any, ...]]:
 def straight(tmp_path_factory: pytest.TempPathFactory, factor_transfer: Command) -> Path:
     """A comparison that nothing disturbs, one run after another."""
     folder = tmp_path_factory.mktemp("straight")
-    done = factor_transfer("compare", *JOB, *WHICH, "--out", folder / "c", cwd=folder, timeout=900)
+    done = factor_transfer("compare", *JOB, *WHICH, "--out", folder / "c", cwd=folder, timeout=900, forks=True)
     assert done.returncode == 0, done.stderr
     assert "to alone" in done.stdout
     assert "no difference" in done.stderr or "gains" in done.stderr or "loses" in done.stderr
@@ -342,18 +341,14 @@ def test_compare__alone_is_the_baseline_of_distill(straight: Path, factor_transf
     assert summary["student"]["fingerprint"] == both["ft-s1"][2], "what is shared has the bits of what is not"
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "factor_transfer", "compare", *JOB, *WHICH, "--jobs", "2", "--out", "c", *more]
-    environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def start(folder: Path, *more: str) -> Started:
+    return Started(["compare", *JOB, *WHICH, "--jobs", "2", "--out", "c", *more], cwd=folder, forks=True)
 
 
-def until(there: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def until(there: Callable[[], bool], process: Started) -> None:
     deadline = time.monotonic() + 600
     while not there():
-        assert process.poll() is None, process.communicate()[0]
+        assert process.running(), process.finished()
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -366,30 +361,29 @@ def test_compare__killed_and_stopped_and_continued_two_at_once_ends_with_the_sam
     process = start(tmp_path)
     until(lambda: bool(list(folder.glob("alone-s0/checkpoints/teacher-*.pt"))), process)
     assert not list(folder.glob("kd-*")), "it waits for its teacher"
-    process.kill()
-    process.wait()
+    process.send_signal(signal.SIGKILL)
+    process.finished()
     process = start(tmp_path)  # the run that was under way may still be saving
     until(lambda: bool(list(folder.glob("ft-s0/checkpoints/paraphraser-*.pt"))), process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 143
+    assert process.finished(120).returncode == 143
     assert not (folder / "compare.json").exists() or not json.loads((folder / "compare.json").read_text())["complete"]
     process = start(tmp_path)
     until((folder / "alone-s1" / "metrics.jsonl").exists, process)  # which stays, so that no moment is missed
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=120) == 130
-    process = start(tmp_path)
-    said = process.communicate(timeout=900)[0]
-    assert process.returncode == 0, said
+    assert process.finished(120).returncode == 130
+    done = start(tmp_path).finished(900)
+    assert done.returncode == 0, done.stderr
     assert figures(folder) == figures(straight)
-    refused = start(tmp_path, "--min-lr", "0.01")
-    said = refused.communicate(timeout=120)[0]
+    refused = start(tmp_path, "--min-lr", "0.01").finished(120)
     assert refused.returncode == 2
-    assert "--min-lr 0.0 there, 0.01 here" in said
+    assert "--min-lr 0.0 there, 0.01 here" in refused.stderr
     assert figures(folder) == figures(straight)
 
 
 @pytest.mark.slow
 def test_compare__fills_a_factor_cache_once(factor_transfer: Command, tmp_path: Path) -> None:
+    """Its runs are started as a user's are, and not forked as those of the other tests."""
     which = ["--methods", "ft", "--seeds", 2, "--jobs", 2, "--views", 2, "--cache-dir", "cache", "--out", "c"]
     done = factor_transfer("compare", *JOB, *which, cwd=tmp_path, timeout=900)
     assert done.returncode == 0, done.stderr
@@ -401,7 +395,7 @@ def test_compare__fills_a_factor_cache_once(factor_transfer: Command, tmp_path: 
 def test_compare__says_why_a_run_failed_and_lets_the_others_go_on(factor_transfer: Command, tmp_path: Path) -> None:
     job = [*JOB, "--seeds", 1, "--out", "c"]
     sweep = ["--methods", "alone,ft", "--sweep", "k=0.001,0.5"]
-    done = factor_transfer("compare", *job, *sweep, cwd=tmp_path, timeout=900)
+    done = factor_transfer("compare", *job, *sweep, cwd=tmp_path, timeout=900, forks=True)
     assert done.returncode == 2
     assert "1 of 3 runs failed: ft-k=0.001-s0" in done.stderr
     assert "0 factor channels" in done.stderr
@@ -412,7 +406,8 @@ def test_compare__says_why_a_run_failed_and_lets_the_others_go_on(factor_transfe
     whole = open_data(DataConfig(data="digits"), default_size=lambda: 8)
     assert found["data"]["validation"] == round(0.1 * len(whole.train)) != len(whole.validation)
     shutil.rmtree(tmp_path / "c")
-    done = factor_transfer("compare", *job, "--methods", "ft,alone", "--k", 0.001, cwd=tmp_path, timeout=900)
+    both = ["--methods", "ft,alone", "--k", 0.001]
+    done = factor_transfer("compare", *job, *both, cwd=tmp_path, timeout=900, forks=True)
     assert done.returncode == 2
     assert "1 of 2 runs failed" in done.stderr, "the first failed before any was through: none is started after it"
 
