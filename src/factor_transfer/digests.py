@@ -10,11 +10,11 @@ CACHE/digests/ FINGERPRINT.sums   of one folder or tar: its own SHA-256, then 16
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import PIL
@@ -22,15 +22,15 @@ import torch
 import torchvision
 from PIL import features
 
-from factor_transfer.console import pass_bar
 from factor_transfer.files import fingerprint, waiting_lock, write_atomic
 from factor_transfer.images import Files, Images
+from factor_transfer.threads import blocks
 from factor_transfer.trees import Range
 
 SETTLED_SECONDS = 5
 """A file whose dates are younger could change again within their grain (network file systems: 1 s, FAT: 2 s)."""
 
-KEY, DIGEST, BLOCK = 16, 32, 128
+KEY, DIGEST = 16, 32
 
 
 def decoders() -> dict[str, str]:
@@ -56,16 +56,19 @@ def digests(images: Images, cache: Path) -> list[bytes]:
     path = cache / "digests" / f"{name}.sums"
     if None not in (found := _known(images, path)[1]):
         return [digest for digest in found if digest is not None]
-    with _alone(path):
+    with ExitStack() as stack:
+        with suppress(OSError):  # where no lock can be had, all processes hash
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(waiting_lock(path.with_suffix(".lock")))
         keys, found = _known(images, path)  # which another process may have made meanwhile
         missing = [row for row, digest in enumerate(found) if digest is None]
         for row, digest in zip(missing, _hashed(images, missing), strict=True):
             found[row] = digest
-        whole = [digest for digest in found if digest is not None]
-        lines = b"".join(key + digest for key, digest in zip(keys, whole, strict=True) if key is not None)
+        complete = [digest for digest in found if digest is not None]
+        lines = b"".join(key + digest for key, digest in zip(keys, complete, strict=True) if key is not None)
         with suppress(OSError):
             write_atomic(path, hashlib.sha256(lines).digest() + lines)
-    return whole
+    return complete
 
 
 def _known(images: Files, path: Path) -> tuple[list[bytes | None], list[bytes | None]]:
@@ -76,9 +79,9 @@ def _known(images: Files, path: Path) -> tuple[list[bytes | None], list[bytes | 
         data = path.read_bytes()
     except OSError:
         data = b""
-    whole, lines = data[:DIGEST], data[DIGEST:]
+    checksum, lines = data[:DIGEST], data[DIGEST:]
     there: dict[bytes, bytes] = {}
-    if hashlib.sha256(lines).digest() == whole:
+    if hashlib.sha256(lines).digest() == checksum:
         step = KEY + DIGEST
         there = {lines[place : place + KEY]: lines[place + KEY : place + step] for place in range(0, len(lines), step)}
     return keys, [there.get(key) if key is not None else None for key in keys]
@@ -99,28 +102,9 @@ def _key(place: Range, stats: dict[str, os.stat_result | None]) -> bytes | None:
 
 
 def _hashed(images: Images, rows: Sequence[int]) -> list[bytes]:
-    """The digests of some images, by a few threads: reading and hashing leave the interpreter's lock."""
+    """The digests of some images."""
 
-    def work(part: Sequence[int]) -> list[bytes]:
-        return [hashlib.sha256(images.raw(row)).digest() for row in part]
+    def work(part: range) -> list[bytes]:
+        return [hashlib.sha256(images.raw(rows[place])).digest() for place in part]
 
-    parts = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
-    found: list[bytes] = []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, pass_bar("hashing images", len(rows)) as bar:
-        for part, hashed in zip(parts, pool.map(work, parts), strict=True):
-            bar(len(part), {})
-            found += hashed
-    return found
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process hashes, the others of this machine wait and read; where no lock can be had, all hash."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_suffix(".lock").open("a")
-    except OSError:
-        yield
-        return
-    with lock, waiting_lock(lock):
-        yield
+    return list(itertools.chain.from_iterable(blocks("hashing images", len(rows), work)))

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from factor_transfer.errors import RunError
 
@@ -110,13 +110,18 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def waiting_lock(file: IO[str]) -> Iterator[None]:
-    """Hold the lock of an open file, after waiting for the process that has it."""
-    fcntl.flock(file, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        fcntl.flock(file, fcntl.LOCK_UN)
+def waiting_lock(path: Path) -> Iterator[None]:
+    """Hold a lock file, after waiting for the process that has it.
+
+    Raises:
+        OSError: the file cannot be made, or its file system has no locks.
+    """
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def reserve(handle: int, size: int) -> None:

@@ -15,31 +15,26 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from factor_transfer.console import pass_bar, say, warn
+from factor_transfer.console import say, warn
 from factor_transfer.content import Content, from_file, to_file
 from factor_transfer.digests import decoders, digests
 from factor_transfer.errors import RunError
 from factor_transfer.files import fingerprint, read_json, waiting_lock, write_json
 from factor_transfer.frames import Frame
 from factor_transfer.images import Files, Images, Unreadable
+from factor_transfer.threads import blocks
 from factor_transfer.views import VERSION
-
-BLOCK = 128
-"""Images a thread reads or decodes at a time."""
 
 PROBES = 4
 """Images of a store that are decoded anew whenever it is opened, and compared."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -89,20 +84,11 @@ def _stored(path: Path, images: Images, frame: Frame, bits: int | None) -> Pixel
         return found
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(path.with_suffix(".lock")):
+        with waiting_lock(path.with_suffix(".lock")):  # one decodes, the others read what it made
             return _opened(path, images, frame, bits) or _kept(path, _in_memory(images, frame, bits))
     except OSError as error:
         _warn_not_kept(error, path)
     return _in_memory(images, frame, bits)
-
-
-def blocks(label: str, count: int, work: Callable[[range], T]) -> Iterator[T]:
-    """`work` over ranges of 0..count-1, in order, by one thread a core: decoding leaves the interpreter's lock."""
-    parts = [range(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
-    with ThreadPoolExecutor(cores()) as pool, pass_bar(label, count) as bar:
-        for part, found in zip(parts, pool.map(work, parts), strict=True):
-            bar(len(part), {})
-            yield found
 
 
 def read_all(
@@ -128,11 +114,6 @@ def read_all(
         unreadable |= bad
         content.add_all(more)
     return unreadable, content
-
-
-def cores() -> int:
-    """Processes or threads that decode: one a core, at most 8."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _in_memory(images: Images, frame: Frame, bits: int | None) -> Pixels:
@@ -201,10 +182,3 @@ def _warn_not_kept(error: OSError, path: Path) -> None:
 
 def _digest(array: np.ndarray) -> str:
     return hashlib.sha256(array.data).hexdigest()
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold a lock file, after waiting for the process that has it: one decodes, the others read what it made."""
-    with path.open("a") as file, waiting_lock(file):
-        yield

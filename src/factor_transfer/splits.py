@@ -23,7 +23,7 @@ from factor_transfer.config import DataConfig
 from factor_transfer.errors import DataError
 from factor_transfer.frames import Frame
 from factor_transfer.images import Images, Unreadable, corrupted
-from factor_transfer.pixels import cores
+from factor_transfer.threads import cores
 from factor_transfer.views import Transform, crop_and_flip, own_view, random_resized_crop, spaced
 
 
