@@ -34,7 +34,7 @@ from torch.distributed import DistError, destroy_process_group, is_initialized
 from factor_transfer.console import warn
 from factor_transfer.errors import ConfigError, RunError, TrainingError
 from factor_transfer.kernels import guard
-from factor_transfer.machines import check_supported, compare_machines
+from factor_transfer.machines import compare_machines
 from factor_transfer.waiting import unhurried
 
 SAME_SIGNAL_SECONDS = 1.0
@@ -73,7 +73,6 @@ class Engine:
         sync_bn: bool = False,
         timeout_minutes: float = 10.0,
     ) -> None:
-        check_supported()
         if threads is not None:
             torch.set_num_threads(threads)
         available = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(),
@@ -85,14 +84,14 @@ class Engine:
                 valid=[name for name, there in available.items() if there],
             )
         kind = _kind(device, cuda=available["cuda"], mps=available["mps"])
-        self.timeout = timeout = timedelta(minutes=timeout_minutes)
-        compare_machines(kind, timeout)
+        self.timeout = timedelta(minutes=timeout_minutes)
+        compare_machines(kind, self.timeout)
         # Precision is ours: neither Accelerate's environment variables nor its settings file may change it.
         self.accelerator = Accelerator(
             cpu=PartialState().device.type == "cpu" if accelerate_has_begun() else kind == "cpu",
             mixed_precision="no",
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timeout),
+                InitProcessGroupKwargs(timeout=self.timeout),
                 DistributedDataParallelKwargs(broadcast_buffers=False),  # `share_buffers` averages them
             ],
         )
@@ -139,7 +138,7 @@ class Engine:
         return bool(self.accelerator.is_main_process)
 
     def wait(self) -> None:
-        """Until all processes are here, which are about to be."""
+        """Wait until every process has called this. For short waits, within the timeout; else see `unhurried`."""
         self.accelerator.wait_for_everyone()
 
     def memory(self) -> str:
