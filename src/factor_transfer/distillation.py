@@ -137,11 +137,10 @@ def _work(job: Job) -> None:
     pair = job.pair()
     for finding in quick(job.config, pair, job.sample(2)):
         warn(f"{finding.what} (next: {finding.hint})")
-    begun = job.engine.told(job.run.begun)
-    with job.engine.unhurried():  # what fails may fail in one process alone, as for want of disk space
-        if not begun:
+    if not job.engine.told(job.run.begun):
+        with job.engine.unhurried():  # what fails may fail in one process alone, as for want of disk space
             rehearse(job, pair)
-    check_orders(pair, job.data, job.config, job.run, job.engine)
+        check_orders(pair, job.data, job.config, job.run, job.engine)
     job.teacher(pair.teacher)
     paraphrasers = job.paraphrasers(pair)
     student = job.student(pair, paraphrasers)

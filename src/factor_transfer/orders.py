@@ -64,13 +64,11 @@ class Order:
 
 
 def check_orders(pair: Pair, data: Dataset, config: Config, run: Run, engine: Engine) -> None:
-    """Look at both heads; what has been computed upon is not looked at again.
+    """Look at both heads, before anything is computed.
 
     Raises:
         ModelError: the teacher's head has another order. (A student's is trained, so there it is a warning.)
     """
-    if engine.told(run.begun):
-        return
     for side in (pair.teacher, pair.student):
         error = misordered(side, data, config, run, engine)
         if error is not None and side.role == "teacher":

@@ -34,7 +34,6 @@ from factor_transfer.seeds import seeded
 from factor_transfer.stages import Job
 from factor_transfer.tasks import DistillationTask, ParaphraserTask, TeacherSide
 from factor_transfer.terms import Labels
-from factor_transfer.train import check_shares, training_chunks
 from factor_transfer.weights import load_weights
 
 ENOUGH = 8
@@ -60,9 +59,7 @@ def rehearse(job: Job, pair: Pair) -> None:
     check_can_teach(pair.teacher.network, job.config, job.data.labelled)
     trained = [pair.student] + ([pair.teacher] if job.config.teacher_epochs else [])
     _check_space(job, trained)
-    chunks = training_chunks(np.arange(len(job.data.train)), job.config.batch_size)
-    check_shares(chunks, job.engine.processes, job.config.batch_size)
-    sizes = [len(job.engine.shard(chunk)) for chunk in chunks]
+    sizes = [len(job.engine.shard(chunk)) for chunk in job.chunks]
     counts = [min([*sizes, ENOUGH])]
     counts += [max(sizes)] if job.engine.device.type != "cpu" else []  # whose memory it takes
     if job.config.teacher_epochs:

@@ -20,7 +20,7 @@ from factor_transfer.config import Config
 from factor_transfer.console import say, warn
 from factor_transfer.data import open_data
 from factor_transfer.engine import Engine
-from factor_transfer.errors import RunError, TrainingError
+from factor_transfer.errors import TrainingError
 from factor_transfer.evaluation import evaluate, evaluate_paraphraser
 from factor_transfer.features import Tapped
 from factor_transfer.files import cache_folder, state_fingerprint
@@ -29,7 +29,7 @@ from factor_transfer.identity import code_fingerprint
 from factor_transfer.method import Paraphraser, Straight
 from factor_transfer.models import Network, Role, count_parameters, own_size
 from factor_transfer.objective import Objective, fresh_paraphrasers, given_paraphrasers, new_paraphraser, trained_up_to
-from factor_transfer.pairs import Modules, Pair, Side, check_alive, check_can_teach, check_knows, load_side
+from factor_transfer.pairs import Modules, Pair, Side, check_alive, check_knows, load_side
 from factor_transfer.report import say_paraphraser
 from factor_transfer.runs import Run
 from factor_transfer.schedule import Plan
@@ -37,7 +37,7 @@ from factor_transfer.sizes import written
 from factor_transfer.tasks import DistillationTask, ParaphraserTask, TeacherSide
 from factor_transfer.teacher_cache import behind_cache, identity_of
 from factor_transfer.terms import FactorTransfer, Labels, Reader, SoftTargets, Term, numbered
-from factor_transfer.train import Trainer, training_chunks
+from factor_transfer.train import Trainer, check_shares, training_chunks
 from factor_transfer.views import VERSION, Transform
 from factor_transfer.weights import load_weights, paraphraser_metadata
 
@@ -54,6 +54,10 @@ class Job:
         run: the open run folder.
         modules: networks given as modules, by role.
         transform: the user's own augmentation, where it is given as an object.
+
+    Raises:
+        DataError: the images are missing or unreadable.
+        ConfigError: a process would have too few images of a batch.
     """
 
     def __init__(
@@ -62,6 +66,9 @@ class Job:
         self.config, self.engine, self.run, self.modules = config, engine, run, modules
         self._compiled: dict[str, Compiled] = {}
         self.data = open_data(config, lambda: own_size(modules.get("student", config.student)), transform)
+        self.chunks = training_chunks(np.arange(len(self.data.train)), config.batch_size)
+        """Batches of one pass, unshuffled: their sizes are those of every pass."""
+        check_shares(self.chunks, engine.processes, config.batch_size)
         for note in self.data.notes:
             say(f"data: {note}")
         for lost in self.data.lost:
@@ -69,35 +76,33 @@ class Job:
         counts = f"{len(self.data.train):,} training and {len(self.data.validation):,} validation images"
         size = written(self.data.img_size)
         say(f"data: {self.data.name}, {counts} of {size}, {len(self.data.classes)} classes")
-        self.held: dict[str, str] = {}
-        """Fingerprints that the run is held to, by name."""
+        self.teacher_weights = ""
+        """Fingerprint of the teacher that teaches."""
         self.code = ""
         """Of the teacher's code, with the versions of libraries."""
 
     # -- what all processes, and all continuations, have in common
 
-    def hold(self, name: str, value: str, changed: str) -> None:
-        """Hold a fingerprint to that of every process, and to what it was when the run began; see `Run.pin`."""
-        given = changed.partition(" ")[0]
+    def hold(self, name: str, value: str, given: str, changed: str) -> None:
+        """Hold a fingerprint to that of every process, and to what it was when the run began; see `Run.pin`.
+
+        Args:
+            name: of the fingerprint.
+            value: the fingerprint.
+            given: the flag that it depends on, or what it is of.
+            changed: what is wrong with that where the run began with another fingerprint, as the rest of a sentence.
+        """
         valid = f"the same {name} in all processes"
         self.engine.check_same(value, given, valid, f"give every process the same {given}")
-        self.run.pin(name, value, changed)
-        self.held[name] = value
+        self.run.pin(name, value, f"{given} {changed}")
 
     def hold_data(self) -> None:
         """Hold the run to its images, and to how they are shown."""
-        before = self.engine.told(self.run.pins())
-        if "data" in before and before.get("pixels", "1") != str(VERSION):  # early versions did not note it
-            raise RunError(
-                f"{self.run.folder}",
-                found="a run of a version of this program that decodes images otherwise (see CHANGELOG.md)",
-                hint="continue it with that version, or give another --out, or --overwrite",
-            )
-        self.hold("pixels", str(VERSION), "images are decoded otherwise than when the run began")
-        changed = "--data holds other images than when the run began, or shows them otherwise"
+        self.hold("pixels", str(VERSION), "images", "are decoded otherwise than by the version that began the run")
+        changed = "holds other images than when the run began, or shows them otherwise"
         with self.engine.unhurried():  # to hash many images takes long, the first time
             fingerprint = self.data.fingerprint
-        self.hold("data", fingerprint, changed)
+        self.hold("data", fingerprint, "--data", changed)
 
     def recorded(self, stage: str) -> dict[str, Any] | None:
         """What a finished stage found, as the first process sees it; None if it is not finished."""
@@ -119,11 +124,12 @@ class Job:
                 check_exports(tapped, side.network.norm(self.sample(2)))
         for side in (pair.teacher, pair.student):
             # Now, since some networks write to their attributes when they run.
-            code, changed = code_fingerprint(side.network.module, versions=False), "is built by other code than when"
-            self.hold(f"{side.role} code", code, f"--{side.role} {changed} the run began, or with other attributes")
+            code = code_fingerprint(side.network.module, versions=False)
+            changed = "is built by other code than when the run began, or with other attributes"
+            self.hold(f"{side.role} code", code, f"--{side.role}", changed)
         self.code = code_fingerprint(pair.teacher.network.module)
         first = state_fingerprint(pair.student.network.module.state_dict())
-        self.hold("student", first, "--student has other first weights than when the run began")
+        self.hold("student", first, "--student", "has other first weights than when the run began")
         for each in pair.each():
             for side in (each.teacher, each.student):
                 channels, *size = side.shape
@@ -136,8 +142,8 @@ class Job:
         self.objective = Objective(self.config, pair, kept, len(self.data.classes))
         if self.config.beta == "auto":
             for place, factor in enumerate(self.objective.factors):
-                changed = "--beta auto set another beta when the run began"
-                self.hold(numbered("beta", place), repr(factor.beta), changed)
+                changed = "auto set another beta when the run began"
+                self.hold(numbered("beta", place), repr(factor.beta), "--beta", changed)
         self.views = self._choose_views()
         return pair
 
@@ -156,7 +162,7 @@ class Job:
             folder = cache_folder(config.cache_dir)
             room = self.engine.all_of(choose_views(row_bytes, len(self.data.train), config.epochs, folder))
             chosen = min(room)
-        self.hold("views", str(chosen), "--views auto chose otherwise when the run began")
+        self.hold("views", str(chosen), "--views", "auto chose otherwise when the run began")
         say(f"factor cache: --views auto chose {f'{chosen} views' if chosen else 'a live teacher'}")
         return chosen
 
@@ -164,11 +170,10 @@ class Job:
         """The teacher, as loaded, or trained or fine-tuned here; evaluated before anything else."""
         config, run = self.config, self.run
         self._teacher = side
-        check_can_teach(side.network, config, self.data.labelled)
         if config.teacher_epochs:
             self._train_teacher(side)
-        fingerprint = state_fingerprint(side.network.module.state_dict())
-        self.hold("teacher", fingerprint, "--teacher has other weights than when the run began")
+        self.teacher_weights = state_fingerprint(side.network.module.state_dict())
+        self.hold("teacher", self.teacher_weights, "--teacher", "has other weights than when the run began")
         for each in side.each():
             check_alive(each, self.sample(SAMPLE))
         knows = self.data.labelled and (bool(config.teacher_epochs) or side.network.knows_classes)
@@ -223,7 +228,7 @@ class Job:
             TrainingError: its weights or buffers have another hash than when the run began.
         """
         now = state_fingerprint(self._teacher.network.module.state_dict())
-        if now == self.held["teacher"] and teacher.unchanged():
+        if now == self.teacher_weights and teacher.unchanged():
             return
         self.run.forget(stage)
         raise TrainingError(
@@ -255,7 +260,7 @@ class Job:
         assert isinstance(paraphraser, Paraphraser)
         if config.paraphraser is not None and found is None:
             weights = state_fingerprint(paraphraser.state_dict())
-            self.hold(name, weights, "--paraphraser holds other weights than when the run began")
+            self.hold(name, weights, "--paraphraser", "holds other weights than when the run began")
         if found is None:
             teacher = self._teacher_side(pair)
             training = self._train_paraphraser(name, paraphraser, teacher) if file is None else {"seconds": 0.0}
@@ -398,7 +403,7 @@ class Job:
 
     def _part(self) -> int:
         """Images of a whole batch that this process computes."""
-        return len(self.engine.shard(training_chunks(np.arange(len(self.data.train)), self.config.batch_size)[0]))
+        return len(self.engine.shard(self.chunks[0]))
 
     def _measured(self, terms: Sequence[Term]) -> bool:
         """Whether top-1 means something: there are labels, and something trains the head."""

@@ -97,9 +97,7 @@ class Trainer:
     ) -> None:
         self.task, self.plan, self.engine, self.config, self.run = task, plan, engine, config, run
         self.train, self.validation = train, validation
-        chunks = training_chunks(np.arange(len(train)), config.batch_size)
-        check_shares(chunks, engine.processes, config.batch_size)
-        self.steps = len(chunks)
+        self.steps = len(training_chunks(np.arange(len(train)), config.batch_size))
         engine.place(task)
         self.module: nn.Module = task.get_trainable_module()
         if plan.average:
