@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import factor_transfer.zoo  # noqa: F401
 from factor_transfer import distill
-from factor_transfer.config import Config, flag
+from factor_transfer.checks import flag
+from factor_transfer.config import Config
 from factor_transfer.doctor import diagnose
 from factor_transfer.errors import ConfigError, Interrupted, ModelError
 from factor_transfer.features import find_groups

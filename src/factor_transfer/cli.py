@@ -14,7 +14,8 @@ from cyclopts.config import Dict
 
 from factor_transfer import __version__
 from factor_transfer.arguments import is_callable_name
-from factor_transfer.config import Config, SuggestConfig, flag
+from factor_transfer.checks import flag
+from factor_transfer.config import Config, SuggestConfig
 from factor_transfer.errors import ConfigError, FactorTransferError, Interrupted
 from factor_transfer.machines import check_supported
 from factor_transfer.plan import CompareConfig

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from factor_transfer.arguments import names_in
-from factor_transfer.checks import acting_on
-from factor_transfer.config import Config, flag
+from factor_transfer.checks import acting_on, flag
+from factor_transfer.config import Config
 from factor_transfer.console import say, warn
 from factor_transfer.engine import stop_signals
 from factor_transfer.errors import ConfigError, Interrupted, RunError

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from factor_transfer.checks import named
-from factor_transfer.config import Config, flag
+from factor_transfer.checks import flag, named
+from factor_transfer.config import Config
 from factor_transfer.console import say
 from factor_transfer.errors import RunError, listed
 from factor_transfer.files import write_atomic

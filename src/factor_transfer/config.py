@@ -16,8 +16,7 @@ from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
 from factor_transfer.arguments import MODEL_ARGS, ModelArgs, names_in
-from factor_transfer.checks import ActsOn, check
-from factor_transfer.checks import flag as flag  # noqa: PLC0414 (where others look for it)
+from factor_transfer.checks import ActsOn, check, flag
 from factor_transfer.errors import ConfigError
 from factor_transfer.sizes import SIZE, Size, brief
 
@@ -40,7 +39,7 @@ _NOTHING = ActsOn()
 _MACHINE = ActsOn(machine=True)
 _PLACE = ActsOn(named=True, machine=True)
 _STUDENT = ActsOn("student")
-_FACTOR = ActsOn("paraphraser", "student")
+_AFTER_TEACHER = ActsOn("paraphraser", "student")
 
 
 @Parameter(name="*", group=_GROUPS["Data"], negative_iterable=())
@@ -110,9 +109,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Check each value by itself: its type, its limits, and what one field alone can contradict."""
         check(self)
-        for name in ("img_size", "teacher_size"):
-            if getattr(self, name, None) is not None:
-                object.__setattr__(self, name, brief(getattr(self, name)))  # a square is one number
+        if self.img_size is not None:
+            object.__setattr__(self, "img_size", brief(self.img_size))  # a square is one number
         if self.scale[0] > self.scale[1]:
             raise ConfigError(f"--scale {self.scale[0]} {self.scale[1]}", valid="two shares, 0 < low <= high <= 1")
 
@@ -148,7 +146,7 @@ class Config(DataConfig):
     file holds several sets, FILE:KEY says which: checkpoint.pth:state_dict_ema."""
     teacher_args: Annotated[ModelArgs | None, _in("Teacher", **MODEL_ARGS)] = None
     """Constructor arguments, as timm's --model-kwargs: drop_rate=0.1 act_layer=gelu; or a JSON object."""
-    teacher_layer: Annotated[str | None, _in("Teacher"), _FACTOR] = None
+    teacher_layer: Annotated[str | None, _in("Teacher"), _AFTER_TEACHER] = None
     """Submodule whose output is paraphrased; or several, with commas: each then has a paraphraser and, with the
     student's layer at its place, a translator, and the factor term is their mean. Default: the last feature map before
     pooling."""
@@ -171,19 +169,19 @@ class Config(DataConfig):
     student: Annotated[str, _in("Student")]
     """The network to train: a timm name, local-dir:FOLDER, hf-hub:NAME, torchvision/NAME or
     package.module:callable."""
-    student_weights: Annotated[str | None, _in("Student"), _FACTOR] = None
+    student_weights: Annotated[str | None, _in("Student"), _AFTER_TEACHER] = None
     """Weights to start from: FILE, or FILE:KEY as for the teacher. Default: fresh ones, drawn from --seed."""
     student_args: Annotated[ModelArgs | None, _in("Student", **MODEL_ARGS)] = None
     """Constructor arguments: 'layers=(3,3,3)' 'channels=(16,32,64)'; or a JSON object."""
-    student_layer: Annotated[str | None, _in("Student"), _FACTOR] = None
+    student_layer: Annotated[str | None, _in("Student"), _AFTER_TEACHER] = None
     """Submodule whose output is translated; or several, with commas, as many as of the teacher. Default: the last
     feature map before pooling."""
 
-    student_output: Annotated[str | None, _in("Student"), _FACTOR] = None
+    student_output: Annotated[str | None, _in("Student"), _AFTER_TEACHER] = None
     """Which of its outputs is trained, measured and exported, where it gives several; named as the teacher's."""
 
     # -- factor transfer
-    k: Annotated[float, _in("Factor transfer"), Number(gt=0, lte=100), _FACTOR] = 0.5
+    k: Annotated[float, _in("Factor transfer"), Number(gt=0, lte=100), _AFTER_TEACHER] = 0.5
     """Paraphrase rate: factor channels = round(teacher channels x k). May exceed 1."""
     p: Annotated[float, _in("Factor transfer"), Number(gte=1), _STUDENT] = 1.0
     """Norm of the factor difference. The paper's choice is 1; 2 is nearly the same."""
@@ -211,27 +209,27 @@ class Config(DataConfig):
     (stage) of another size."""
     student_groups: Annotated[str | None, _in("Other terms"), _STUDENT] = None
     """The student's layers, as many. Default: its groups, the last beside the teacher's last."""
-    reconstruction: Annotated[Literal["l1", "l2"], _in("Factor transfer"), _FACTOR] = "l1"
+    reconstruction: Annotated[Literal["l1", "l2"], _in("Factor transfer"), _AFTER_TEACHER] = "l1"
     """Paraphraser's loss: l1 (mean, the authors' program) or l2 (squared, the paper's text)."""
-    factor_batch_norm: Annotated[bool, _in("Factor transfer"), _FACTOR] = False
+    factor_batch_norm: Annotated[bool, _in("Factor transfer"), _AFTER_TEACHER] = False
     """Batch norm in paraphraser and translator. The paper has none."""
-    paraphraser: Annotated[str | None, _in("Factor transfer"), _FACTOR] = None
+    paraphraser: Annotated[str | None, _in("Factor transfer"), _AFTER_TEACHER] = None
     """A trained paraphraser to use: paraphraser.safetensors of another run, or the authors' .pth; with commas one for
     each layer. none: no paraphraser, the factor is the teacher's feature map itself."""
-    paraphraser_epochs: Annotated[int, _in("Factor transfer"), _NOT_NEGATIVE, _FACTOR] = 6
+    paraphraser_epochs: Annotated[int, _in("Factor transfer"), _NOT_NEGATIVE, _AFTER_TEACHER] = 6
     """Passes of the paraphraser's own training, without labels. 0: it stays as it was drawn."""
-    paraphraser_lr: Annotated[float, _in("Factor transfer"), _POSITIVE, _FACTOR] = 0.1
+    paraphraser_lr: Annotated[float, _in("Factor transfer"), _POSITIVE, _AFTER_TEACHER] = 0.1
     """Its learning rate, held constant."""
 
     translator: Annotated[Literal["conv", "none"], _in("Factor transfer"), _STUDENT] = "conv"
     """conv: the paper's. none: the student's own map is compared, which needs the factor's number of channels."""
 
-    views: Annotated[int | Literal["auto"], _in("Factor transfer"), _NOT_NEGATIVE, _FACTOR] = 0
+    views: Annotated[int | Literal["auto"], _in("Factor transfer"), _NOT_NEGATIVE, _AFTER_TEACHER] = 0
     """Views of each image that are shown in turn, so that their factors can be kept on disk and the teacher leaves
     most passes. 0: a new view each pass and a live teacher. auto: as many as disk, memory and --epochs allow."""
 
     # -- training
-    epochs: Annotated[int, _in("Training"), _POSITIVE, _FACTOR] = 30
+    epochs: Annotated[int, _in("Training"), _POSITIVE, _AFTER_TEACHER] = 30
     """Passes over the training images, for the student and for the baseline."""
     batch_size: Annotated[int, _in("Training"), _POSITIVE] = 128
     """Images a step, over all processes together."""
@@ -305,6 +303,8 @@ class Config(DataConfig):
             if type(getattr(self, name)) is int:
                 object.__setattr__(self, name, str(getattr(self, name)))  # an index, from YAML or Python
         super().__post_init__()
+        if self.teacher_size is not None:
+            object.__setattr__(self, "teacher_size", brief(self.teacher_size))
         _check_schedule(self)
         counts = [len(names_in(value)) for value in (self.teacher_layer, self.student_layer)]
         if max(counts) > 1 and counts[0] != counts[1]:

@@ -11,14 +11,15 @@ from typing import Any
 
 from torch import nn
 
-from factor_transfer.checks import of_a_machine
-from factor_transfer.config import FIELDS, Config, DataConfig, flag
+from factor_transfer.checks import flag, of_a_machine
+from factor_transfer.config import FIELDS, Config, DataConfig
 from factor_transfer.console import say, silence, warn
 from factor_transfer.doctor import quick
 from factor_transfer.engine import Engine
 from factor_transfer.errors import ConfigError, RunError, listed, near
 from factor_transfer.evaluation import evaluate
 from factor_transfer.finished import ROLES, answers, open_images, rebuild
+from factor_transfer.machines import first_difference
 from factor_transfer.orders import check_orders
 from factor_transfer.page import write_report
 from factor_transfer.pairs import Modules
@@ -124,9 +125,9 @@ def _check_settings(config: Config, engine: Engine) -> None:
     """
     own = of_a_machine(Config)  # what they name is compared by what it holds
     values = engine.all_of({name: value for name, value in config.to_dict().items() if name not in own})
-    differing = [name for name in values[0] if any(each[name] != values[0][name] for each in values)]
-    if differing:
-        name = differing[0]
+    differing = first_difference(values)
+    if differing is not None:
+        name, _ = differing
         there = listed(list(dict.fromkeys(str(each[name]) for each in values)))
         valid = "one command on all machines"
         raise RunError(f"{flag(name)}: {there}", found="processes of one run with other settings", valid=valid)

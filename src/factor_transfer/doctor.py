@@ -11,6 +11,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -26,7 +27,8 @@ from timm.data.constants import (
 )
 from torch import Tensor, nn
 
-from factor_transfer.config import Config, Rgb, flag
+from factor_transfer.checks import flag
+from factor_transfer.config import Config, Rgb
 from factor_transfer.data import Dataset
 from factor_transfer.engine import Engine
 from factor_transfer.errors import FactorTransferError
@@ -130,7 +132,7 @@ def quick(config: Config, pair: Pair, images: Tensor) -> Iterator[Finding]:
             what = f"{flag(name)} {getattr(config, name):g} with --opt {config.opt}: such optimizers diverge there"
             yield Finding("warning", what, f"{flag(name)} 1e-3")
     for side in [side for each in pair.each() for side in (each.teacher, each.student)]:
-        after = follower(side.network.module, side.layer, side.network.norm.cpu()(images[:2]))
+        after = follower(side.network.module, side.layer, deepcopy(side.network.norm).cpu()(images[:2]))
         if after is not None:
             what = f"--{side.role}-layer {side.layer}: {after} is applied to it: the end of its group comes later"
             yield Finding("warning", what, f"leave --{side.role}-layer out, or name the layer after it")

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from torch.distributed import DistError, destroy_process_group, is_initialized
 
 from factor_transfer.console import warn
-from factor_transfer.errors import ConfigError, RunError, TrainingError
+from factor_transfer.errors import ConfigError, RunError, TrainingError, first_line
 from factor_transfer.kernels import guard
-from factor_transfer.machines import compare_machines
+from factor_transfer.machines import compare_machines, first_difference
 from factor_transfer.waiting import unhurried
 
 SAME_SIGNAL_SECONDS = 1.0
@@ -256,10 +256,9 @@ class Engine:
         Raises:
             RunError: they have different ones; in every process.
         """
-        values = self.all_of(value)
-        others = [rank for rank, other in enumerate(values) if other != values[0]]
-        if others:
-            found = f"process {others[0]} of {self.processes} does not see what process 0 sees"
+        differing = first_difference(self.all_of({"value": value}))
+        if differing is not None:
+            found = f"process {differing[1]} of {self.processes} does not see what process 0 sees"
             raise RunError(given, found=found, valid=valid, hint=hint)
 
     @contextmanager
@@ -276,7 +275,7 @@ class Engine:
                 raise
             raise TrainingError(
                 f"process {self.rank} of {self.processes} has lost another one",
-                found=str(error).strip().splitlines()[0],
+                found=first_line(error),
                 valid="all processes alive and in reach; the last checkpoint is kept",
                 hint="see what the other one said, or what ended it; the same command continues",
             ) from error

@@ -84,6 +84,15 @@ def near(name: str, choices: Iterable[str], n: int = 5) -> list[str]:
     return difflib.get_close_matches(name, list(choices), n=n, cutoff=0.6)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its class, where it has no message.
+
+    >>> first_line(ValueError("no such layer\\n  in this network")), first_line(KeyError())
+    ('no such layer', 'KeyError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def harmless(text: str, keep: str = "\n") -> str:
     """`text` with what a terminal would obey or hide (escape sequences, right-to-left marks) written out.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from factor_transfer.config import DataConfig
 from factor_transfer.console import say
-from factor_transfer.errors import DataError, listed, near
+from factor_transfer.errors import DataError, first_line, listed, near
 from factor_transfer.images import Files, Images, Indexed, natural
 from factor_transfer.layouts import UNLABELLED, Source, chosen, missing, split_of, splits_in
 from factor_transfer.trees import Range, image_extensions, left_by_system, tar_tree
@@ -44,7 +44,7 @@ def hub_dataset(name: str, config: DataConfig, given: str) -> Source:
     try:
         splits = datasets.load_dataset(name, cache_dir=folder)
     except Exception as error:  # its builders, readers and network raise what they like
-        raise DataError(given, found=str(error).splitlines()[0], valid="a dataset's folder, or its name") from error
+        raise DataError(given, found=first_line(error), valid="a dataset's folder, or its name") from error
     found = {split: kind for split in splits if (kind := split_of(split)) is not None}
     _check_local(Path(name), found, given)
     roles = chosen(found, [split for split in splits if split not in found], given, "split")

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from importlib.metadata import version
 from typing import Any
@@ -35,6 +36,22 @@ def check_supported() -> None:
             valid=f"{' or '.join(SUPPORTED.values())}",
             hint="on Windows, use WSL 2" if sys.platform in {"win32", "cygwin"} else None,
         )
+
+
+def first_difference(values: Sequence[Mapping[str, Any]]) -> tuple[str, int] | None:
+    """The first name whose value differs between processes, and the first process that differs from process 0.
+
+    Args:
+        values: of each process, by name; all have the same names.
+
+    >>> first_difference([{"lr": 1, "k": 2}, {"lr": 1, "k": 2}, {"lr": 1, "k": 3}])
+    ('k', 2)
+    """
+    for name, value in values[0].items():
+        for process, other in enumerate(values):
+            if other.get(name) != value:
+                return name, process
+    return None
 
 
 def described(device: str) -> dict[str, str]:
@@ -75,16 +92,15 @@ def compare_machines(device: str, timeout: timedelta) -> None:
     mine = PrefixStore(f"factor_transfer/{len(_stores)}", store)
     mine.set(str(rank), json.dumps(described(device)))
     machines = [json.loads(mine.get(str(each))) for each in range(size)]
-    for other, machine in enumerate(machines):
-        differing = [name for name, value in machines[0].items() if machine.get(name) != value]
-        if differing:
-            name = differing[0]
-            hint = "start all processes on like machines, from one environment, with one --device"
-            if "instruction set" in name:
-                hint = "start all processes with one ATEN_CPU_CAPABILITY (default, avx2), or on like machines"
-            raise ConfigError(
-                f"{size} processes on machines that differ",
-                found=f"{name}: {machines[0][name]} of process 0, {machine.get(name)} of process {other}",
-                valid="the same device and versions in all processes",
-                hint=hint,
-            )
+    differing = first_difference(machines)
+    if differing is not None:
+        name, other = differing
+        hint = "start all processes on like machines, from one environment, with one --device"
+        if "instruction set" in name:
+            hint = "start all processes with one ATEN_CPU_CAPABILITY (default, avx2), or on like machines"
+        raise ConfigError(
+            f"{size} processes on machines that differ",
+            found=f"{name}: {machines[0][name]} of process 0, {machines[other].get(name)} of process {other}",
+            valid="the same device and versions in all processes",
+            hint=hint,
+        )

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from factor_transfer.errors import ConfigError, ModelError, listed
+from factor_transfer.errors import ConfigError, ModelError, first_line, listed
 
 SLOPE = 0.1
 """Negative slope of every LeakyReLU (authors' program)."""
@@ -241,7 +241,7 @@ def load_reference_paraphraser(path: str | Path) -> Paraphraser:
     except Exception as error:  # whatever torch's reader raises on a foreign file
         raise ModelError(
             str(path),
-            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            found=first_line(error),
             valid="a torch file with a state_dict whose keys are conv0..2 and deconv0..2",
         ) from error
     paraphraser = Paraphraser(in_channels, factor_channels)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from factor_transfer.arguments import imported, is_callable_name, names_in
-from factor_transfer.config import Config, flag
+from factor_transfer.checks import flag
+from factor_transfer.config import Config
 from factor_transfer.errors import ConfigError
 from factor_transfer.features import Tapped, feature_map, find_groups
 from factor_transfer.frozen import untrained

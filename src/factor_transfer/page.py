@@ -16,7 +16,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from factor_transfer.config import Config, described, flag
+from factor_transfer.checks import flag
+from factor_transfer.config import Config, described
 from factor_transfer.engine import Engine
 from factor_transfer.files import read_json, write_atomic
 from factor_transfer.findings import findings

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from factor_transfer.arguments import names_in
-from factor_transfer.config import Config, flag
+from factor_transfer.checks import flag
+from factor_transfer.config import Config
 from factor_transfer.console import say, warn
 from factor_transfer.content import STRETCHED
 from factor_transfer.errors import ConfigError, ModelError, TrainingError

@@ -17,8 +17,8 @@ import yaml
 from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
-from factor_transfer.checks import free
-from factor_transfer.config import FIELDS, Config, flag, plain
+from factor_transfer.checks import flag, free
+from factor_transfer.config import FIELDS, Config, plain
 from factor_transfer.errors import ConfigError, near
 from factor_transfer.methods import METHODS, UNGUIDED, settings_of
 

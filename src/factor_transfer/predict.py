@@ -19,7 +19,7 @@ from factor_transfer.checks import check_arguments
 from factor_transfer.config import MOST_THREADS
 from factor_transfer.console import say, warn
 from factor_transfer.content import Content, dark
-from factor_transfer.errors import DataError, RunError
+from factor_transfer.errors import DataError, RunError, first_line
 from factor_transfer.frames import Frame
 from factor_transfer.images import natural
 from factor_transfer.rgb import decoded
@@ -122,7 +122,7 @@ def open_student(given: Path, threads: int | None = None) -> Runtime:
     except ImportError as error:
         raise RunError(str(path), found=str(error), hint="pip install 'factor-transfer[export]'") from error
     except Exception as error:  # whatever a library raises on a foreign or damaged file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise RunError(str(path), found=f"no exported student: {reason}", hint="export the run again") from error
     if runtime.metadata.get("classes") == []:
         raise RunError(

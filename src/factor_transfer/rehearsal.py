@@ -17,19 +17,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from factor_transfer.arguments import is_callable_name
 from factor_transfer.config import plain
 from factor_transfer.console import warn
-from factor_transfer.errors import ConfigError, FactorTransferError, ModelError, RunError
+from factor_transfer.errors import ConfigError, FactorTransferError, ModelError, RunError, first_line
 from factor_transfer.export import export_pt2, metadata_of, plain_copy
 from factor_transfer.finished import build_again
 from factor_transfer.frozen import FrozenTeacher
 from factor_transfer.method import Paraphraser
 from factor_transfer.objective import fresh_paraphrasers
 from factor_transfer.pairs import Pair, Side, check_can_teach
+from factor_transfer.runs import Run
 from factor_transfer.seeds import seeded
 from factor_transfer.stages import Job
 from factor_transfer.tasks import DistillationTask, ParaphraserTask, TeacherSide
@@ -153,7 +153,7 @@ def _try_steps(job: Job, task: Task, counts: list[int], what: str) -> None:
             )
             raise ConfigError(
                 f"--batch-size {config.batch_size}",
-                found=f"{what} cannot train on a batch of {share}: {_line(error)}",
+                found=f"{what} cannot train on a batch of {share}: {first_line(error)}",
                 valid="more images: batch norm trains on more than one value a channel",
                 hint="give a larger --batch-size, or fewer processes"
                 if processes > 1
@@ -161,7 +161,7 @@ def _try_steps(job: Job, task: Task, counts: list[int], what: str) -> None:
             ) from error
         raise ModelError(
             what,
-            found=f"it fails in training, on {count} images: {_line(error)}",
+            found=f"it fails in training, on {count} images: {first_line(error)}",
             valid="a network that runs forward and backward in training mode",
             hint="give another --img-size, or other arguments; what only training runs is at fault",
         ) from error
@@ -187,17 +187,13 @@ def _step(job: Job, task: Task, count: int) -> None:
     result["loss"].backward()
 
 
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 # -- what is trained
 
 
 def _try_what_is_trained(job: Job, side: Side, trained: nn.Module) -> None:
     """Evaluate a network on one image and on two, and build it again; export what is the user's own."""
     network, given = side.network, f"--{side.role} {side.network.name}"
-    module, images = plain_copy(trained), network.norm.cpu()(job.sample(2))
+    module, images = plain_copy(trained), deepcopy(network.norm).cpu()(job.sample(2))
     both, again = _said(module, images, given), _said(module, images, given)
     one = _said(module, images[:1], given)
     if one.shape != both[:1].shape:
@@ -223,7 +219,7 @@ def _try_what_is_trained(job: Job, side: Side, trained: nn.Module) -> None:
             about = metadata_of(network, job.data)
             error = _failure(lambda: export_pt2(module, images, Path(folder) / "student.pt2", about))
         if error is not None:
-            warn(f"{given}: student.pt2 will not be written ({_line(error)}); student.safetensors will")
+            warn(f"{given}: student.pt2 will not be written ({first_line(error)}); student.safetensors will")
 
 
 @torch.no_grad()
@@ -233,7 +229,7 @@ def _said(module: nn.Module, images: Tensor, given: str) -> Tensor:
     except FactorTransferError:
         raise
     except Exception as error:
-        found = f"it fails on {len(images)} image{'s' * (len(images) > 1)} in evaluation: {_line(error)}"
+        found = f"it fails on {len(images)} image{'s' * (len(images) > 1)} in evaluation: {first_line(error)}"
         raise ModelError(given, found=found, valid="any number of images") from error
 
 
@@ -250,14 +246,14 @@ def _built_again(job: Job, side: Side, trained: nn.Module) -> nn.Module:
     module = job.modules.get(side.role)
     other = build_again(config, side.role, there, len(job.data.classes), module, trained=True).module
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / f"{side.role}.safetensors"
-        state = {
-            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, value in trained.state_dict().items()
-        }
-        save_file(state, file)
+        run = Run(Path(folder))
+        run.save_weights(side.role, trained.state_dict(), {"format": "pt"})
         try:
-            load_weights(other, file, f"--{side.role} {network.name}, built again from its settings")
+            load_weights(
+                other,
+                run.path(f"{side.role}.safetensors"),
+                f"--{side.role} {network.name}, built again from its settings",
+            )
         except ModelError as error:
             hint = "its constructor makes other networks each time, or from what is outside its arguments"
             raise ModelError(error.given, found=error.found, valid=error.valid, hint=hint) from error

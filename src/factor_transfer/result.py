@@ -6,6 +6,7 @@ from typing import Any
 
 from factor_transfer.config import plain
 from factor_transfer.console import warn
+from factor_transfer.errors import first_line
 from factor_transfer.export import EXPORT_IMAGES, export_pt2, latency_ms, metadata_of
 from factor_transfer.files import state_fingerprint, write_json
 from factor_transfer.methods import method_of
@@ -54,7 +55,7 @@ def _export(job: Job, network: Network) -> dict[str, Any]:
         path = job.run.path("student.pt2")
         return {"pt2_difference": export_pt2(network.module, network.norm(images), path, about)}
     except Exception as error:  # torch.export raises whatever it meets in foreign code
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         warn(f"student.pt2 was not written ({reason}); student.safetensors is whole")
         return {"pt2_error": reason}
 

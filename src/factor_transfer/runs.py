@@ -31,8 +31,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from factor_transfer.checks import free
-from factor_transfer.config import Config, flag, plain
+from factor_transfer.checks import flag, free
+from factor_transfer.config import Config, plain
 from factor_transfer.console import warn
 from factor_transfer.errors import ConfigError, RunError, TrainingError
 from factor_transfer.files import locked, read_json, sha256_file, sweep, write_atomic, write_json

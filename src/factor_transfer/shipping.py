@@ -31,7 +31,7 @@ from factor_transfer.card import write_card
 from factor_transfer.checks import check
 from factor_transfer.console import say, warn
 from factor_transfer.data import Dataset
-from factor_transfer.errors import ConfigError, FactorTransferError, RunError
+from factor_transfer.errors import ConfigError, FactorTransferError, RunError, first_line
 from factor_transfer.export import (
     TOLERANCE,
     export_int8,
@@ -252,7 +252,7 @@ class _Export:
         except FactorTransferError as error:
             self.failed[form] = f"{form}: {' '.join(str(error).split())}"
         except Exception as error:  # exporters raise whatever they meet in foreign code
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             self.failed[form] = f"{form}: {reason[:300]}"
         else:
             return row
@@ -350,7 +350,7 @@ class _Export:
                     paths["teacher", form] = work / f"teacher-{FILES[form]}"
                     self.write(form, teacher, paths["teacher", form], work)
         except Exception as error:  # as in `attempt`
-            warn(f"the teacher's latency is not measured: {str(error).splitlines()[0]}")
+            warn(f"the teacher's latency is not measured: {first_line(error)}")
             paths = {key: path for key, path in paths.items() if path.exists()}
         rows = []
         for forms in (("pt2",), ("onnx", "onnx-int8")):

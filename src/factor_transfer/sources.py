@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from factor_transfer.config import DataConfig, flag
-from factor_transfer.errors import DataError, listed, near
+from factor_transfer.checks import flag
+from factor_transfer.config import DataConfig
+from factor_transfer.errors import DataError, first_line, listed, near
 from factor_transfer.hub import hub_dataset, shards_dataset
 from factor_transfer.images import Images, Indexed
 from factor_transfer.layouts import FORMS, Source, missing, read_folder
@@ -133,7 +134,7 @@ def _torch(name: str, config: DataConfig, given: str) -> Source:
             found = create_dataset(f"torch/{name}", root=folder, split=split, download=False)
         except (RuntimeError, OSError, ValueError, AssertionError) as error:
             hint = f"nothing is downloaded: put torchvision's files for {name} into {place}"
-            reason = str(error).splitlines()[0].partition(" You can use download")[0]
+            reason = first_line(error).partition(" You can use download")[0]
             raise DataError(given, found=reason, hint=hint) from error
         classes = tuple(map(str, found.wnids if name == "imagenet" else found.classes))
         targets = np.asarray(found.targets).reshape(len(found), -1)[:, 0]

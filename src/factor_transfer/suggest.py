@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from factor_transfer.config import FIELDS, SuggestConfig, flag, plain
+from factor_transfer.checks import flag
+from factor_transfer.config import FIELDS, SuggestConfig, plain
 from factor_transfer.console import say, warn
 from factor_transfer.data import open_data
 from factor_transfer.engine import keep_memory

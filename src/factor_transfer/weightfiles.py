@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from factor_transfer.errors import ModelError, listed, near
+from factor_transfer.errors import ModelError, first_line, listed, near
 
 VALID = "a safetensors file, or a torch file that holds only tensors"
 HEAD = 4096
@@ -116,9 +116,8 @@ def read_tensors(path: Path, given: str) -> Tensors:
     except pickle.UnpicklingError as error:
         raise _needs_code(path, given, error) from error
     except Exception as error:  # whatever the readers raise on a foreign, damaged or hostile file
-        lines = str(error).strip().splitlines()
         cut = isinstance(error, EOFError) or "unexpected EOF" in str(error) or "failed locating file" in str(error)
-        found = "a torch file that was cut short or damaged" if cut else lines[0] if lines else type(error).__name__
+        found = "a torch file that was cut short or damaged" if cut else first_line(error)
         raise ModelError(given, found=found, valid=VALID, hint=AGAIN if cut else None) from error
     tensors = Tensors({}, {})
     content = content if isinstance(content, (Tensor, dict, list, tuple)) else {}
