@@ -330,6 +330,21 @@ def test_foreign_row__finds_what_another_teacher_made_and_forgives_rounding(
     assert found is None or "of training image" in found
 
 
+def test_foreign_row__reads_a_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = FactorCache(tmp_path, IDENTITY, SHAPES, N, V)
+    fill(cache)
+    read: list[tuple[int, int]] = []
+    real = FactorCache.read
+
+    def counted(self: FactorCache, index: np.ndarray, view: int) -> dict[str, Tensor] | None:
+        read.extend((row, view) for row in index.tolist())
+        return real(self, index, view)
+
+    monkeypatch.setattr(FactorCache, "read", counted)
+    assert foreign_row(cache, fresh_of(1), ROWS) is None
+    assert len(read) == len(set(read)) > 0
+
+
 def test_foreign_row__draws_others_each_time_whatever_is_seeded(tmp_path: Path) -> None:
     shapes = {"factor": (1, 1, 1)}
     cache = FactorCache(tmp_path, IDENTITY, shapes, 1000, 1)

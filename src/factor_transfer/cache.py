@@ -205,9 +205,9 @@ class CachedTeacher(nn.Module):
 def foreign_row(
     cache: FactorCache, fresh: Callable[[np.ndarray, int], Mapping[str, Tensor]], tolerance: float
 ) -> str | None:
-    """What is wrong with the first of a few rows that is not what the teacher makes now; None where all are.
+    """Compare a few rows with the teacher's outputs now; describes the first row that differs, None if none does.
 
-    The rows are drawn at random, others each time: what no fingerprint knows is met sooner or later.
+    The rows are drawn at random, others each time: so what no fingerprint covers is found sooner or later.
 
     Args:
         cache: some of its rows are written.
@@ -216,23 +216,25 @@ def foreign_row(
     """
     chance = np.random.default_rng()
     there = [view for view in range(cache.views) if cache.filled(view)]
-    views = chance.permutation(there)[:PROBED_VIEWS].tolist()
+    views = chance.choice(there, min(len(there), PROBED_VIEWS), replace=False).tolist()
     for view in views:
-        rows = chance.permutation(cache.written(view))[: PROBES // len(views)]
-        index = np.array([row for row in rows.tolist() if cache.read(np.array([row]), view) is not None])
-        found = cache.read(index, view) if len(index) else None
-        if found is None:
+        written = cache.written(view)
+        drawn = chance.choice(written, min(len(written), PROBES // len(views)), replace=False).tolist()
+        rows = {row: kept for row in drawn if (kept := cache.read(np.array([row]), view)) is not None}
+        if not rows:
             continue
+        index = np.array(list(rows))
         made = fresh(index, view)
-        for name, theirs in found.items():
-            ours, stored = (each.detach().float().cpu().flatten(1) for each in (made[name], theirs))
+        for name in cache.shapes:
+            stored = torch.cat([kept[name] for kept in rows.values()]).float().flatten(1)
+            ours = made[name].detach().float().cpu().flatten(1)
             least = np.sqrt(stored.shape[1]) * SMALLEST
             off = (ours - stored).norm(dim=1) / (ours.norm(dim=1) + least / tolerance)  # (B,)
             worst = int(off.argmax())
             if not off[worst] <= tolerance:
                 return (
-                    f"{name} of training image {index[worst]}, view {view}, that is {off[worst]:.1e} from the "
-                    f"teacher's, relatively ({tolerance:g} is allowed)"
+                    f"{name} of training image {index[worst]}, view {view}: its relative distance from the "
+                    f"teacher's is {off[worst]:.1e} (at most {tolerance:g} is allowed)"
                 )
     return None
 

@@ -59,7 +59,7 @@ class FrozenTeacher(nn.Module):
 
 @contextmanager
 def untrained(weights: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Weights that are trained otherwise take no gradient inside the block, and so are left as they are."""
+    """Exclude weights from training inside the block: they require no gradient, so no optimizer changes them."""
     kept = list(weights)
     for weight in kept:
         weight.requires_grad_(False)

@@ -273,7 +273,7 @@ def _source(value: Any) -> str:
 def _package(top: str) -> str | None:
     """The version of an installed library; None for code of the user's, and for this package's own."""
     if top in sys.builtin_module_names or top in sys.stdlib_module_names:
-        return None if top in {"__main__", "__mp_main__"} else f"{sys.version_info[0]}.{sys.version_info[1]}"
+        return f"{sys.version_info[0]}.{sys.version_info[1]}"
     file = getattr(sys.modules.get(top), "__file__", None) or ""
     places = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
     if top == "factor_transfer" or not any(Path(file).is_relative_to(place) for place in places):

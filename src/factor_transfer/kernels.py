@@ -122,4 +122,10 @@ def _tell(weight: Tensor, stride: list[int]) -> None:
 
 
 def _nth(step: int) -> str:
-    return {2: "second", 3: "third"}.get(step, f"{step}th")
+    """An ordinal.
+
+    >>> _nth(2), _nth(4), _nth(12), _nth(21), _nth(33)
+    ('second', '4th', '12th', '21st', '33rd')
+    """
+    ending = "th" if step % 100 in {11, 12, 13} else {1: "st", 2: "nd", 3: "rd"}.get(step % 10, "th")
+    return {2: "second", 3: "third"}.get(step, f"{step}{ending}")

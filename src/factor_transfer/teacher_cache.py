@@ -120,9 +120,9 @@ def _check_rows(cache: FactorCache, live: FrozenTeacher, data: Dataset, engine: 
         raise RunError(
             f"--cache-dir: the factor cache {cache.folder}",
             found=problems[0],
-            valid="what --teacher gives now for the same images: something that is part of no fingerprint changed",
-            hint="delete that folder, or give another --cache-dir or --views 0; where nothing changed, the teacher "
-            "gives other outputs at each call",
+            valid="the outputs that --teacher gives now for the same images",
+            hint="something changed that no fingerprint covers: delete that folder, or give another --cache-dir; if "
+            "nothing changed, the teacher gives other outputs at each call: give --views 0",
         )
 
 

@@ -129,9 +129,10 @@ class Trainer:
 
     @contextmanager
     def _all_reached(self) -> Iterator[None]:
-        """Inside, several processes train only what the loss depends on: DDP waits for the gradient of everything else.
+        """Inside the block, with several processes, only weights that the loss depends on require a gradient.
 
-        A head without labels has no gradient in one process either, so its weights stay as they are in both.
+        DDP expects a gradient of each such weight in every step. A head without labels gets none: one process leaves it
+        as it is, and so do several with this.
         """
         trained = [weight for weight in self._weights if weight.requires_grad]
         reached = [True] * len(trained)
