@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -29,7 +28,7 @@ from factor_transfer.errors import ConfigError, Interrupted, ModelError, RunErro
 from factor_transfer.files import sha256_file, state_fingerprint
 from factor_transfer.method import portable_beta
 from factor_transfer.runs import Run
-from processes import Command, Started
+from processes import TORCHRUN, Command, Started
 
 TEACHER: dict[str, Any] = {"layers": (1, 1, 1), "channels": (8, 16, 32)}
 STUDENT: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 8, 16)}
@@ -446,12 +445,8 @@ def test_distill__runs_under_torchrun(finished: Path, tmp_path: Path) -> None:
     """Two processes see each image once a pass, agree on every weight, and write one run folder."""
     place = FLAGS.index("--teacher-epochs")
     flags = [*FLAGS[:place], "--teacher-weights", str(finished / "teacher.safetensors"), *FLAGS[place + 2 :]]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "factor_transfer", "distill",
-         *flags, "--out", "run"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    command = ["--nproc-per-node", "2", "-m", "factor_transfer", "distill", *flags, "--out", "run"]
+    done = Started(command, code=TORCHRUN, cwd=tmp_path, forks=True).finished()
     assert done.returncode == 0, done.stderr
     two, one = (json.loads((folder / "summary.json").read_text()) for folder in (tmp_path / "run", finished))
     assert two["environment"]["processes"] == 2

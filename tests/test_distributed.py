@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ from factor_transfer.models import load_network
 from factor_transfer.runs import Run
 from factor_transfer.train import training_chunks
 from factor_transfer.views import permutation
+from processes import TORCHRUN, Started
 
 HERE = Path(__file__).parent
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 4, 8)}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+TWO = ["--standalone", "--nproc-per-node", "2"]
 spec = importlib.util.spec_from_file_location("part_batches", HERE / "part_batches.py")
 assert spec is not None
 assert spec.loader is not None
@@ -39,16 +40,11 @@ part_batches = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(part_batches)
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left."""
     folder = tmp_path_factory.mktemp("two")
-    command = [*TORCHRUN, "--nproc-per-node", "2", "--standalone", str(HERE / "part_batches.py"), str(folder)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    done = Started([*TWO, HERE / "part_batches.py", folder], code=TORCHRUN, forks=True).finished()
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -187,10 +183,7 @@ def test_torchrun__without_labels_and_with_a_report_longer_than_the_timeout(imag
     flat.mkdir()
     for place, path in enumerate(sorted((images / "train").rglob("*.png"))):
         shutil.copy(path, flat / f"{place}.png")
-    command = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "alone.py", str(flat), "two"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=BOUND, check=False
-    )
+    done = Started([*TWO, "alone.py", flat, "two"], code=TORCHRUN, cwd=tmp_path, forks=True).finished(BOUND)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.glob("returned-*")} == {"returned-two-0", "returned-two-1"}
     assert (tmp_path / "run" / "report.html").exists()
@@ -204,7 +197,7 @@ def test_torchrun__without_labels_and_with_a_report_longer_than_the_timeout(imag
     ("ends", "said"), [("raise ValueError", "process 1 failed"), ("os._exit(3)", "no sign of life")]
 )
 def test_unhurried__a_process_that_fails_or_dies_is_told_of(tmp_path: Path, ends: str, said: str) -> None:
-    (tmp_path / "turn.py").write_text(
+    code = (
         "import os, sys\nfrom datetime import timedelta\nimport torch.distributed as dist\n"
         "from factor_transfer.waiting import unhurried\n"
         "rank = int(sys.argv[1])\n"
@@ -215,20 +208,11 @@ def test_unhurried__a_process_that_fails_or_dies_is_told_of(tmp_path: Path, ends
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "turn.py", str(rank), port],
-            cwd=tmp_path,
-            env=environment(),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    told = [process.communicate(timeout=BOUND)[1] for process in processes]
-    assert all(process.returncode for process in processes)
-    assert "process 0 of 2 has lost another one" in told[0]
-    assert said in told[0]
+    processes = [Started([rank, port], code=code, cwd=tmp_path) for rank in range(2)]
+    told = [process.finished(BOUND) for process in processes]
+    assert all(done.returncode for done in told)
+    assert "process 0 of 2 has lost another one" in told[0].stderr
+    assert said in told[0].stderr
 
 
 # -- the whole job under torchrun
@@ -244,42 +228,36 @@ BOUND = 150
 """Seconds; on a machine with other work to do the processes start slowly. What is tested ends by itself, or never."""
 
 
-def launch(folder: Path, *more: str, how: list[str] | None = None, **environ: str) -> subprocess.Popen[str]:
+def launch(folder: Path, *more: str, code: str = TORCHRUN, how: Sequence[str] = TWO, **environ: str) -> Started:
     """The job on two processes."""
-    launcher = how or [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
-    return subprocess.Popen(
-        [*launcher, "-m", "factor_transfer", *JOB, *more],
-        cwd=folder, env={**environment(), **environ}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    arguments = [*how, "-m", "factor_transfer", *JOB, *more]
+    return Started(arguments, code=code, cwd=folder, environment=environ, forks=True)
 
 
 def process_of_rank(folder: Path, rank: int) -> int:
     """The process id of a rank of the run whose working folder this is."""
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if (
-                f"RANK={rank}".encode() in (entry / "environ").read_bytes().split(b"\0")
-                and (entry / "cwd").resolve() == folder.resolve()
-            ):
+            named = (entry / "comm").read_text().strip() == f"rank {rank}"
+            if named and (entry / "cwd").resolve() == folder.resolve():
                 return int(entry.name)
     raise AssertionError(f"no process of rank {rank}")
 
 
-def wait_for(folder: Path, pattern: str, *processes: subprocess.Popen[str]) -> None:
+def wait_for(folder: Path, pattern: str, *processes: Started) -> None:
     deadline = time.monotonic() + BOUND
     while not list((folder / "run").glob(pattern)):
         for process in processes:
-            assert process.poll() is None, process.communicate()[1]
+            assert process.running(), process.finished().stderr
         assert time.monotonic() < deadline, pattern
         time.sleep(0.02)
 
 
-def left(process: subprocess.Popen[str], code: int | None = None) -> str:
-    """What a launcher said, which ends within bounds."""
-    _, said = process.communicate(timeout=BOUND)
-    if code is not None:
-        assert process.returncode == code, said
-    return said
+def left(process: Started, code: int | None = None) -> str:
+    """What a launcher said, which ends within bounds; with an error, unless `code` is 0."""
+    done = process.finished(BOUND)
+    assert done.returncode == code or (code is None and done.returncode), done.stderr
+    return done.stderr
 
 
 def bits(folder: Path) -> dict[str, str]:
@@ -308,14 +286,10 @@ def test_torchrun__a_signal_to_any_process_saves_and_one_process_continues(strai
     wait_for(tmp_path, "checkpoints/student-000001-*.pt", run)
     os.kill(process_of_rank(tmp_path, 1), signal.SIGTERM)
     said = left(run)
-    assert run.returncode != 0
     assert said.count("stopped by SIGTERM; the same command continues") == 2
     saved = sorted((tmp_path / "run/checkpoints").glob("*.pt"))[-1].name
     assert saved > "student-000001-00000000.pt", "the step under way was saved, not only the pass before it"
-    command = [sys.executable, "-m", "factor_transfer", *JOB]
-    again = subprocess.run(
-        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=BOUND, check=False
-    )
+    again = Started(JOB, cwd=tmp_path).finished(BOUND)
     assert again.returncode == 0, again.stderr
     assert "student: continued after 1 passes" in again.stderr
     assert "processes 2 -> 1" in again.stderr
@@ -335,7 +309,6 @@ def test_torchrun__a_process_that_dies_ends_the_run_and_the_same_command_continu
     wait_for(tmp_path, "checkpoints/student-000001-*5.pt", run)
     os.kill(process_of_rank(tmp_path, 1), signal.SIGKILL)
     said = left(run)
-    assert run.returncode != 0
     assert "process 0 of 2 has lost another one" in said
     assert "the same command continues" in said
     left(launch(tmp_path), code=0)
@@ -343,12 +316,19 @@ def test_torchrun__a_process_that_dies_ends_the_run_and_the_same_command_continu
     assert bits(tmp_path) == bits(straight)
 
 
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+ACCELERATE = "from accelerate.commands.launch import main; main()"
 
 
 @pytest.mark.slow
 def test_accelerate_launch__gives_the_bits_of_torchrun(straight: Path, tmp_path: Path) -> None:
-    left(launch(tmp_path, how=[*ACCELERATE, "--multi_gpu"], HF_HOME=str(tmp_path)), code=0)
+    """Started as a user starts it: launcher and processes import all that they need."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [*command, "-m", "factor_transfer", *JOB],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=BOUND, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     assert read_json(tmp_path / "run/environment.json")["processes"] == 2
     assert passes(tmp_path) == PASSES
     assert bits(tmp_path) == bits(straight)
@@ -356,17 +336,23 @@ def test_accelerate_launch__gives_the_bits_of_torchrun(straight: Path, tmp_path:
 
 @pytest.mark.slow
 def test_accelerate_launch__that_starts_one_process_for_two_is_refused(tmp_path: Path) -> None:
-    run = launch(tmp_path, how=[*ACCELERATE, "--cpu"], HF_HOME=str(tmp_path))
-    said = left(run)
-    assert run.returncode != 0
+    said = left(launch(tmp_path, code=ACCELERATE, how=["--num_processes", "2", "--cpu"], HF_HOME=str(tmp_path)))
     assert "found: one process" in said
     assert "accelerate launch --multi_gpu --num_processes N" in said
     assert not (tmp_path / "run/config.json").exists()
 
 
+IN_HOST = f"""
+import ctypes, os, sys
+host, os.environ["GLOO_SOCKET_IFNAME"] = sys.argv.pop(1), sys.argv.pop(1)
+assert not ctypes.CDLL(None).setns(os.open(f"/var/run/netns/{{host}}", os.O_RDONLY), 0x40000000), "as `ip netns exec`"
+{TORCHRUN}
+"""
+
+
 @pytest.fixture
 def hosts() -> Iterator[list[list[str]]]:
-    """Two network namespaces, joined by a veth pair: the launcher of each, in order of rank."""
+    """Two network namespaces, joined by a veth pair: what `IN_HOST` is told in each, in order of rank."""
     ip, name = shutil.which("ip", path="/usr/sbin:/sbin:/usr/bin"), f"ft{os.getpid() % 100000}"
     if ip is None:
         pytest.skip("no `ip` (iproute2) on this machine")
@@ -388,8 +374,8 @@ def hosts() -> Iterator[list[list[str]]]:
         except subprocess.CalledProcessError as error:
             pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
         yield [
-            [str(ip), "netns", "exec", host, "env", f"GLOO_SOCKET_IFNAME={link}", *TORCHRUN, "--nnodes", "2",
-             "--nproc-per-node", "1", "--node-rank", str(place), "--master-addr", ends[0][2], "--master-port", "29511"]
+            [host, link, "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(place), "--master-addr",
+             ends[0][2], "--master-port", "29511"]
             for place, (host, link, _) in enumerate(ends)
         ]  # fmt: skip
     finally:
@@ -403,18 +389,18 @@ def test_two_hosts__compute_the_same_and_one_that_vanishes_ends_the_other(
     hosts: list[list[str]], straight: Path, tmp_path: Path
 ) -> None:
     """A host that loses its power says no goodbye: its cable is cut before its processes are killed."""
-    runs = [launch(tmp_path, *OFTEN, "--timeout-minutes", "0.4", how=how) for how in hosts]
+    ip = shutil.which("ip", path="/usr/sbin:/sbin:/usr/bin")
+    runs = [launch(tmp_path, *OFTEN, "--timeout-minutes", "0.4", code=IN_HOST, how=how) for how in hosts]
     wait_for(tmp_path, "checkpoints/student-000001-*5.pt", *runs)
-    ip, host, link = hosts[1][0], hosts[1][3], hosts[1][5].partition("=")[2]
-    subprocess.run([ip, "-n", host, "link", "set", link, "down"], check=True)
+    host, link = hosts[1][:2]
+    subprocess.run([str(ip), "-n", host, "link", "set", link, "down"], check=True)
     os.kill(process_of_rank(tmp_path, 1), signal.SIGKILL)
-    runs[1].kill()
+    runs[1].send_signal(signal.SIGKILL)
     said = left(runs[0])
-    assert runs[0].returncode != 0
     assert "process 0 of 2 has lost another one" in said
-    runs[1].communicate()
-    subprocess.run([ip, "-n", host, "link", "set", link, "up"], check=True)
-    for run in [launch(tmp_path, how=how) for how in hosts]:
+    runs[1].finished()
+    subprocess.run([str(ip), "-n", host, "link", "set", link, "up"], check=True)
+    for run in [launch(tmp_path, code=IN_HOST, how=how) for how in hosts]:
         left(run, code=0)
     assert passes(tmp_path) == PASSES
     assert bits(tmp_path) == bits(straight)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 from factor_transfer.cli import main
+from processes import TORCHRUN, Started
 
 HERE = Path(__file__).parent
 
@@ -20,10 +20,8 @@ HERE = Path(__file__).parent
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """What each of two processes said, by case of `machines.py`."""
     folder = tmp_path_factory.mktemp("machines")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-               str(HERE / "machines.py"), str(folder)]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    flags = ["--nproc-per-node", "2", "--standalone", HERE / "machines.py", folder]
+    done = Started(flags, code=TORCHRUN, forks=True).finished(600)
     assert done.returncode == 0, done.stderr[-5000:]
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 

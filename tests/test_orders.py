@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,12 @@ from torch import nn
 import factor_transfer.orders
 import factor_transfer.zoo
 from factor_transfer import distill
-from factor_transfer.compare import compare
 from factor_transfer.config import Config
 from factor_transfer.doctor import diagnose
-from factor_transfer.errors import ModelError, RunError, TrainingError
+from factor_transfer.errors import ModelError, TrainingError
 from factor_transfer.images import natural
 from factor_transfer.orders import find_order
-from factor_transfer.plan import CompareConfig
+from processes import TORCHRUN, Command, Started
 
 NUMBERS = [str(number) for number in range(1, 13)]  # plain strings: 1, 10, 11, 12, 2, ...
 WORDS = ["apple", "Zebra", "cherry", "Banana", "fig", "Date", "elder", "Grape", "item10", "item9", "Item11", "kiwi"]
@@ -294,10 +292,8 @@ FLAGS = shlex.split(
 @pytest.mark.slow
 def test_distill__several_processes_come_to_the_same(job: tuple[Path, dict[str, Any]]) -> None:
     where, _ = job
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-               "factor_transfer", "distill", *FLAGS]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, timeout=150, check=False)
+    command = ["--standalone", "--nproc-per-node", "2", "-m", "factor_transfer", "distill", *FLAGS]
+    done = Started(command, code=TORCHRUN, cwd=where, forks=True).finished(150)
     assert done.returncode != 0
     for rank in range(2):
         assert f"[process {rank}] error: --teacher nets:teacher" in done.stderr
@@ -306,9 +302,8 @@ def test_distill__several_processes_come_to_the_same(job: tuple[Path, dict[str, 
 
 
 @pytest.mark.slow
-def test_compare__stops_at_its_first_run(job: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    where, settings = job
-    monkeypatch.chdir(where)
-    config = CompareConfig(**settings, methods="ft,kd", seeds=2, out="compared")
-    with pytest.raises(RunError, match="(?s)1 of 4 runs failed.*in another order.*compared/ft-s0.classes.txt"):
-        compare(config)
+def test_compare__stops_at_its_first_run(job: tuple[Path, dict[str, Any]], factor_transfer: Command) -> None:
+    which = ["--methods", "ft,kd", "--seeds", 2, "--out", "compared"]
+    done = factor_transfer("compare", *FLAGS[:-2], *which, cwd=job[0], forks=True)
+    assert done.returncode == 2
+    assert re.search("(?s)1 of 4 runs failed.*in another order.*compared/ft-s0.classes.txt", done.stderr)
