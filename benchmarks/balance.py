@@ -22,16 +22,16 @@ import numpy as np
 from pair import Measured, keep, measured
 from passes import one_pass
 
-from factor_transfer.method import Paraphraser, Translator, portable_beta
-from factor_transfer.pulls import pulls
-from factor_transfer.runs import environment
-from factor_transfer.schedule import Plan
-from factor_transfer.seeds import seeded
-from factor_transfer.splits import Sample
-from factor_transfer.stages import Job
-from factor_transfer.tasks import DistillationTask, ParaphraserTask
-from factor_transfer.terms import FactorTransfer, Labels
-from factor_transfer.train import Trainer
+from factor_transfer.data.splits import Sample
+from factor_transfer.method.factor_transfer import Paraphraser, Translator, portable_beta
+from factor_transfer.method.losses import FactorTransfer, Labels
+from factor_transfer.training.pulls import pulls
+from factor_transfer.training.run_folder import environment
+from factor_transfer.training.schedule import Plan
+from factor_transfer.training.stages import Job
+from factor_transfer.training.step import DistillationTask, ParaphraserTask
+from factor_transfer.training.trainer import Trainer
+from factor_transfer.util.seeds import seeded
 
 SEEDS, FOLLOWED = 10, 3
 AFTER = (1, 2, 5)

@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from factor_transfer.files import write_json
-from factor_transfer.method import portable_beta
-from factor_transfer.runs import environment
-from factor_transfer.statistics import Difference, Scores, paired
+from factor_transfer.compare.statistics import Difference, Scores, paired
+from factor_transfer.method.factor_transfer import portable_beta
+from factor_transfer.training.run_folder import environment
+from factor_transfer.util.files import write_json
 
 WORK = Path("runs/beta-plateau")
 RESULT = Path(__file__).parent.parent / "results" / "beta-plateau.json"

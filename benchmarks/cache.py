@@ -19,16 +19,16 @@ import torch
 from pair import FACTOR, Measured, keep, measured
 from torch import Tensor
 
-from factor_transfer.cache import CachedTeacher, FactorCache
-from factor_transfer.engine import Engine
-from factor_transfer.frozen import FrozenTeacher
-from factor_transfer.method import Translator
-from factor_transfer.runs import environment
-from factor_transfer.seeds import seeded
-from factor_transfer.splits import Batch
-from factor_transfer.tasks import DistillationTask
-from factor_transfer.terms import FactorTransfer, Labels
-from factor_transfer.weights import load_paraphraser
+from factor_transfer.data.splits import Batch
+from factor_transfer.method.factor_transfer import Translator
+from factor_transfer.method.losses import FactorTransfer, Labels
+from factor_transfer.networks.frozen import FrozenTeacher
+from factor_transfer.networks.weights import load_paraphraser
+from factor_transfer.training.cache import CachedTeacher, FactorCache
+from factor_transfer.training.engine import Engine
+from factor_transfer.training.run_folder import environment
+from factor_transfer.training.step import DistillationTask
+from factor_transfer.util.seeds import seeded
 
 BATCHES, SIZE = 40, 128
 

@@ -23,12 +23,12 @@ from PIL import Image
 from scipy import stats
 
 from factor_transfer.config import Config, DataConfig
-from factor_transfer.console import silence
-from factor_transfer.data import open_data
+from factor_transfer.data.dataset import open_data
 from factor_transfer.distillation import run_distillation
-from factor_transfer.files import write_json
-from factor_transfer.runs import environment
 from factor_transfer.settings import recipe
+from factor_transfer.training.run_folder import environment
+from factor_transfer.util.console import silence
+from factor_transfer.util.files import write_json
 
 RESULTS = Path(__file__).parent.parent / "results"
 WORK = Path("runs/demo-choice")

@@ -32,20 +32,25 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from factor_transfer.config import Config
-from factor_transfer.engine import Engine
-from factor_transfer.features import Tapped
-from factor_transfer.files import write_json
-from factor_transfer.frozen import FrozenTeacher
-from factor_transfer.method import Translator, factor_transfer_loss, load_reference_paraphraser, reconstruction_loss
-from factor_transfer.runs import environment
-from factor_transfer.schedule import Plan, optimizer_and_schedule
-from factor_transfer.tasks import DistillationTask, TeacherSide
-from factor_transfer.terms import FactorTransfer, Labels
+from factor_transfer.method.factor_transfer import (
+    Translator,
+    factor_transfer_loss,
+    load_reference_paraphraser,
+    reconstruction_loss,
+)
+from factor_transfer.method.losses import FactorTransfer, Labels
+from factor_transfer.networks.features import Tapped
+from factor_transfer.networks.frozen import FrozenTeacher
+from factor_transfer.training.engine import Engine
+from factor_transfer.training.run_folder import environment
+from factor_transfer.training.schedule import Plan, optimizer_and_schedule
+from factor_transfer.training.step import DistillationTask, TeacherSide
+from factor_transfer.util.files import write_json
 
 if TYPE_CHECKING:
     from pair import Measured
 
-    from factor_transfer.train import Trainer
+    from factor_transfer.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 KINDS = "live", "cached", "alone", "alone compiled", "live compiled", "cached compiled"

@@ -9,8 +9,8 @@ glibc's checks alone (MALLOC_CHECK_=3 MALLOC_PERTURB_=7, with libc_malloc_debug.
 Without gcc these checks are all there is, and every case has a process of its own.
 
 The instruction set is chosen as a user would: ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY. All that fails here must be
-among what `factor_transfer.kernels` computes in another way: what fails besides is listed under `unguarded`. Where
-nothing fails any more, with a newer torch, the guard can go.
+among what `factor_transfer.networks.kernels` computes in another way: what fails besides is listed under `unguarded`.
+Where nothing fails any more, with a newer torch, the guard can go.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from factor_transfer.kernels import broken
+from factor_transfer.networks.kernels import broken
 
 RESULT = Path(__file__).parent.parent / "results" / "kernels.json"
 ISA = {

@@ -25,12 +25,12 @@ from torch import nn
 
 from factor_transfer import distill
 from factor_transfer.config import DataConfig
-from factor_transfer.data import Dataset, open_data
+from factor_transfer.data.dataset import Dataset, open_data
+from factor_transfer.data.splits import Split
 from factor_transfer.distillation import evaluate_run
-from factor_transfer.models import Network, load_network
-from factor_transfer.runs import environment
-from factor_transfer.seeds import seeded
-from factor_transfer.splits import Split
+from factor_transfer.networks.load import Network, load_network
+from factor_transfer.training.run_folder import environment
+from factor_transfer.util.seeds import seeded
 
 TEACHER: dict[str, Any] = {"layers": (2, 2, 2), "channels": (16, 32, 64)}
 STUDENT: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 8, 16)}

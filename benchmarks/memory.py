@@ -17,7 +17,7 @@ import numpy as np
 from pair import keep, measured
 from reference import Reference
 
-from factor_transfer.runs import environment
+from factor_transfer.training.run_folder import environment
 
 KINDS = ("nothing", "reference", "live", "cached", "alone")
 STEPS = 50

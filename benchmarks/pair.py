@@ -14,22 +14,22 @@ import numpy as np
 from reference import Cifar, Loop, apart
 from torch import nn
 
-from factor_transfer.cache import CachedTeacher, FactorCache
-from factor_transfer.compiled import Compiled
 from factor_transfer.config import Config
-from factor_transfer.console import silence
-from factor_transfer.engine import Engine
-from factor_transfer.files import write_json
-from factor_transfer.frozen import FrozenTeacher, folded
-from factor_transfer.method import Paraphraser, Translator
-from factor_transfer.runs import Run, environment
-from factor_transfer.schedule import Plan
-from factor_transfer.seeds import seeded
-from factor_transfer.splits import PixelSplit
-from factor_transfer.stages import Job
-from factor_transfer.tasks import DistillationTask, ParaphraserTask, TeacherSide
-from factor_transfer.terms import FactorTransfer, Labels, Term
-from factor_transfer.train import Trainer
+from factor_transfer.data.splits import PixelSplit
+from factor_transfer.method.factor_transfer import Paraphraser, Translator
+from factor_transfer.method.losses import FactorTransfer, Labels, Term
+from factor_transfer.networks.compiled import Compiled
+from factor_transfer.networks.frozen import FrozenTeacher, folded
+from factor_transfer.training.cache import CachedTeacher, FactorCache
+from factor_transfer.training.engine import Engine
+from factor_transfer.training.run_folder import Run, environment
+from factor_transfer.training.schedule import Plan
+from factor_transfer.training.stages import Job
+from factor_transfer.training.step import DistillationTask, ParaphraserTask, TeacherSide
+from factor_transfer.training.trainer import Trainer
+from factor_transfer.util.console import silence
+from factor_transfer.util.files import write_json
+from factor_transfer.util.seeds import seeded
 
 RESULTS = Path(__file__).parent.parent / "results"
 FACTOR = {"factor": (32, 8, 8)}

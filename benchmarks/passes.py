@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from pair import VIEWS, Works, keep, measured, summed_up, take_turns
 
-from factor_transfer.engine import stop_signals
-from factor_transfer.train import Trainer
+from factor_transfer.training.engine import stop_signals
+from factor_transfer.training.trainer import Trainer
 
 EPOCHS, SHOWN, PARAPHRASER_EPOCHS = 164, 8, 6
 STEPS = 20

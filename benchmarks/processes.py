@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pair import keep
 
-from factor_transfer.runs import environment
+from factor_transfer.training.run_folder import environment
 
 REPEATS = 3
 SHAPES = {"1 process, 2 threads": (1, 2), "2 processes, 1 thread": (2, 1)}

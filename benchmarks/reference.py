@@ -21,7 +21,7 @@ from torch import Tensor, multiprocessing, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from factor_transfer.method import Paraphraser, Translator
+from factor_transfer.method.factor_transfer import Paraphraser, Translator
 from factor_transfer.zoo.resnet import BasicBlock
 
 Pixels = np.ndarray

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from pair import Works, keep, measured, summed_up, take_turns
 
-from factor_transfer.train import Trainer
+from factor_transfer.training.trainer import Trainer
 
 TURNS, STEPS = 20, 10
 OURS = "live", "cached", "alone", "live compiled", "cached compiled", "alone compiled"

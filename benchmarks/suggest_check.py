@@ -25,7 +25,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from factor_transfer.runs import environment
+from factor_transfer.training.run_folder import environment
 
 TIMER = """
 import json, sys, timm, torch

@@ -17,7 +17,7 @@ from typing import Any
 
 from pair import RESULTS
 
-from factor_transfer.files import read_json, write_json
+from factor_transfer.util.files import read_json, write_json
 
 BELOW = (5.0, 2.0, 0.0)
 """Points."""

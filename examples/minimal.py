@@ -1,6 +1,6 @@
 """Factor Transfer as a plain loop: teacher, paraphraser, student, on scikit-learn's digits. Runs in about a minute.
 
-The equations are in `factor_transfer.method`; everything else here is ordinary PyTorch.
+The equations are in `factor_transfer.method.factor_transfer`; everything else here is ordinary PyTorch.
 """
 
 from collections.abc import Iterator

@@ -6,8 +6,8 @@ In this folder: factor-transfer distill --data digits ... --beta 0 --term new_me
 import torch.nn.functional as F
 from torch import Tensor
 
-from factor_transfer.pairs import Pair
-from factor_transfer.terms import Reader, StudentOutputs, Term
+from factor_transfer.method.losses import Reader, StudentOutputs, Term
+from factor_transfer.networks.pair import Pair
 
 
 class Pooled(Reader):

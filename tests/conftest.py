@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from factor_transfer.kernels import guard
+from factor_transfer.networks.kernels import guard
 from processes import Command, Started
 
 if TYPE_CHECKING:

@@ -68,8 +68,8 @@ def work(arguments: list[str], log: str) -> None:
 def server() -> Any:
     """The server of forks, which imports what every run does, once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["factor_transfer.stages", "factor_transfer.distillation", "factor_transfer.cli",
-                                    "torch.export", "sklearn.datasets", "torch._dynamo"])  # fmt: skip
+    context.set_forkserver_preload(["factor_transfer.distillation", "factor_transfer.cli", "torch.export",
+                                     "sklearn.datasets", "torch._dynamo"])  # fmt: skip
     return context
 
 
@@ -115,7 +115,7 @@ def result(run: Path) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
 
-    from factor_transfer.files import state_fingerprint
+    from factor_transfer.util.files import state_fingerprint
 
     summary = json.loads((run / "summary.json").read_text())
     student = torch.export.load(run / "student.pt2").module()
@@ -181,8 +181,8 @@ def rounds(work_folder: Path, kills: int, seed: int, most: int = 12) -> dict[str
 
 def main() -> None:
     """The long form."""
-    from factor_transfer.files import write_json
-    from factor_transfer.runs import environment
+    from factor_transfer.training.run_folder import environment
+    from factor_transfer.util.files import write_json
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)

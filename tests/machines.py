@@ -20,18 +20,18 @@ import pytest
 import torch
 from PIL import Image
 
-import factor_transfer.cache
-import factor_transfer.engine
-import factor_transfer.frozen
-import factor_transfer.machines
+import factor_transfer.networks.frozen
 import factor_transfer.rehearsal
-import factor_transfer.stages
+import factor_transfer.training.cache
+import factor_transfer.training.engine
+import factor_transfer.training.machines
+import factor_transfer.training.stages
 from factor_transfer import distill
-from factor_transfer.console import silence
-from factor_transfer.engine import Engine
-from factor_transfer.errors import FactorTransferError
-from factor_transfer.runs import Run
-from factor_transfer.train import Trainer
+from factor_transfer.training.engine import Engine
+from factor_transfer.training.run_folder import Run
+from factor_transfer.training.trainer import Trainer
+from factor_transfer.util.console import silence
+from factor_transfer.util.errors import FactorTransferError
 
 RANK = int(os.environ.get("RANK", "0"))
 JOB: dict[str, Any] = {
@@ -75,7 +75,7 @@ def watched() -> Iterator[dict[str, list[tuple[int, int, int]]]]:
 def less_disk(folder: Path, patch: pytest.MonkeyPatch) -> Any:
     """Room for any number of views in process 0, for two in process 1; and the teacher of all other cases."""
     free = 10**12 if RANK == 0 else 2 * 2 * 200 * 32
-    patch.setattr(factor_transfer.cache.shutil, "disk_usage", lambda _: Usage(10**12, 0, free))
+    patch.setattr(factor_transfer.training.cache.shutil, "disk_usage", lambda _: Usage(10**12, 0, free))
     with watched() as shown:
         result = job(folder, views="auto", teacher_epochs=12, train_images=200)
     return {"views": result.summary["student"]["views"], "pins": Run(folder / "run").pins()["views"],
@@ -101,7 +101,7 @@ def slow_folder(folder: Path, patch: pytest.MonkeyPatch) -> Any:
 
 @case
 def no_bf16(_: Path, patch: pytest.MonkeyPatch) -> Any:
-    patch.setattr(factor_transfer.engine, "_has_bf16", lambda _: RANK == 0)
+    patch.setattr(factor_transfer.training.engine, "_has_bf16", lambda _: RANK == 0)
     return Engine("cpu", "auto").bf16
 
 
@@ -119,13 +119,13 @@ def no_cache_folder(folder: Path, patch: pytest.MonkeyPatch) -> Any:
     folder.mkdir(exist_ok=True)
     (folder / "cache1").write_text("")
     kinds = []
-    real = factor_transfer.stages.DistillationTask
+    real = factor_transfer.training.stages.DistillationTask
 
     def task(*given: Any) -> Any:
         kinds.append(type(given[3]).__name__)
         return real(*given)
 
-    patch.setattr(factor_transfer.stages, "DistillationTask", task)
+    patch.setattr(factor_transfer.training.stages, "DistillationTask", task)
     job(folder, views=2)
     return kinds[-1]
 
@@ -133,16 +133,16 @@ def no_cache_folder(folder: Path, patch: pytest.MonkeyPatch) -> Any:
 @case
 def other_folding(folder: Path, patch: pytest.MonkeyPatch) -> Any:
     """Numbers of process 1 let it fold nothing."""
-    patch.setattr(factor_transfer.frozen, "TOLERANCE", 1e-4 if RANK == 0 else 0.0)
+    patch.setattr(factor_transfer.networks.frozen, "TOLERANCE", 1e-4 if RANK == 0 else 0.0)
     counts = []
-    real = factor_transfer.stages.Job._folded
+    real = factor_transfer.training.stages.Job._folded
 
     def folded(self: Any, side: Any) -> Any:
         found = real(self, side)
         counts.append(found.count)
         return found
 
-    patch.setattr(factor_transfer.stages.Job, "_folded", folded)
+    patch.setattr(factor_transfer.training.stages.Job, "_folded", folded)
     job(folder, epochs=1)
     return counts
 
@@ -203,10 +203,12 @@ def other_checkpoint(folder: Path, patch: pytest.MonkeyPatch) -> Any:
 
 def other_versions() -> str:
     """Before the processes are joined."""
-    real = factor_transfer.machines.described
+    real = factor_transfer.training.machines.described
     with pytest.MonkeyPatch.context() as patch:
         if RANK:
-            patch.setattr(factor_transfer.machines, "described", lambda device: {**real(device), "timm": "0.4"})
+            patch.setattr(
+                factor_transfer.training.machines, "described", lambda device: {**real(device), "timm": "0.4"}
+            )
         try:
             Engine("cpu", "fp32")
         except FactorTransferError as error:

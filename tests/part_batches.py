@@ -15,24 +15,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from factor_transfer.cache import CachedTeacher, FactorCache
-from factor_transfer.compiled import Compiled
 from factor_transfer.config import Config, DataConfig
-from factor_transfer.console import silence
-from factor_transfer.data import open_data
-from factor_transfer.engine import Engine
-from factor_transfer.errors import TrainingError
-from factor_transfer.features import Tapped
-from factor_transfer.files import state_fingerprint
-from factor_transfer.frozen import FrozenTeacher
-from factor_transfer.method import Paraphraser, Translator
-from factor_transfer.models import InputNorm
-from factor_transfer.runs import Run
-from factor_transfer.schedule import Plan
-from factor_transfer.seeds import seeded
-from factor_transfer.tasks import DistillationTask, ParaphraserTask, TeacherSide
-from factor_transfer.terms import FactorTransfer, Labels, Term
-from factor_transfer.train import Trainer
+from factor_transfer.data.dataset import open_data
+from factor_transfer.method.factor_transfer import Paraphraser, Translator
+from factor_transfer.method.losses import FactorTransfer, Labels, Term
+from factor_transfer.networks.compiled import Compiled
+from factor_transfer.networks.features import Tapped
+from factor_transfer.networks.frozen import FrozenTeacher
+from factor_transfer.networks.load import InputNorm
+from factor_transfer.training.cache import CachedTeacher, FactorCache
+from factor_transfer.training.engine import Engine
+from factor_transfer.training.run_folder import Run
+from factor_transfer.training.schedule import Plan
+from factor_transfer.training.step import DistillationTask, ParaphraserTask, TeacherSide
+from factor_transfer.training.trainer import Trainer
+from factor_transfer.util.console import silence
+from factor_transfer.util.errors import TrainingError
+from factor_transfer.util.files import state_fingerprint
+from factor_transfer.util.seeds import seeded
 
 NAMES = ("student", "compiled", "cached", "paraphraser", "no_labels", "batch_norm", "float32", "skips", "stops")
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 CONTEXT = get_context("forkserver")
-PRELOAD = ["processes", "factor_transfer.distillation", "factor_transfer.shipping", "factor_transfer.doctor",
-           "factor_transfer.compare", "factor_transfer.predict", "factor_transfer.suggest",
+PRELOAD = ["processes", "factor_transfer.distillation", "factor_transfer.export.shipping", "factor_transfer.doctor",
+           "factor_transfer.compare.run", "factor_transfer.export.predict", "factor_transfer.suggest",
            # what those import once they are at work
            "sklearn.datasets", "torch.utils.tensorboard", "torch.export._trace", "torch.export.pt2_archive._package",
            "torch._functorch.aot_autograd", "torch._export.serde.serialize"]  # fmt: skip

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from factor_transfer import distill
-from factor_transfer.cache import (
+from factor_transfer.networks.frozen import FrozenTeacher
+from factor_transfer.training.cache import (
     HALF_ROWS,
     PROBES,
     ROWS,
@@ -31,9 +32,8 @@ from factor_transfer.cache import (
     foreign_row,
     say_what_changed,
 )
-from factor_transfer.errors import RunError
-from factor_transfer.frozen import FrozenTeacher
-from factor_transfer.runs import Run
+from factor_transfer.training.run_folder import Run
+from factor_transfer.util.errors import RunError
 from processes import Command
 
 SHAPE = (3, 2, 2)
@@ -92,7 +92,7 @@ def test_cache__is_found_again_by_another_process(tmp_path: Path, python: Comman
     fill(FactorCache(tmp_path, IDENTITY, SHAPES, N, V))
     assert check(FactorCache(tmp_path, IDENTITY, SHAPES, N, V)) == N * V
     script = (
-        "import sys, numpy as np; from pathlib import Path; from factor_transfer.cache import FactorCache\n"
+        "import sys, numpy as np; from pathlib import Path; from factor_transfer.training.cache import FactorCache\n"
         f"found = FactorCache(Path({str(tmp_path)!r}), {IDENTITY!r}, {SHAPES!r}, {N}, {V}).read(np.arange({N}), 1)\n"
         "print(found['logits'].float().sum().item())"
     )
@@ -392,12 +392,12 @@ def test_distill__other_decoders_or_libraries_have_another_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taught(tmp_path, "one", Small(nn.ReLU()))
-    monkeypatch.setattr("factor_transfer.teacher_cache.decoders", lambda: {"libjpeg_turbo": "9"})
+    monkeypatch.setattr("factor_transfer.training.teacher_cache.decoders", lambda: {"libjpeg_turbo": "9"})
     assert len(taught(tmp_path, "other", Small(nn.ReLU()))) == 2
 
 
 TERM = """
-    from factor_transfer.terms import Reader, Term
+    from factor_transfer.method.losses import Reader, Term
 
     POWER = 1.0
 

@@ -14,15 +14,15 @@ from cyclopts.validators import Number
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from factor_transfer import checks
-from factor_transfer.checks import acting_on, flag, free
+from factor_transfer.compare.plan import CompareConfig
 from factor_transfer.config import Config, DataConfig, SuggestConfig
-from factor_transfer.data import open_data
-from factor_transfer.errors import ConfigError, FactorTransferError
-from factor_transfer.plan import CompareConfig
-from factor_transfer.predict import predict_images
-from factor_transfer.schedule import Plan, optimizer_and_schedule
-from factor_transfer.shipping import Choices
+from factor_transfer.data.dataset import open_data
+from factor_transfer.export.predict import predict_images
+from factor_transfer.export.shipping import Choices
+from factor_transfer.training.schedule import Plan, optimizer_and_schedule
+from factor_transfer.util import checks
+from factor_transfer.util.checks import acting_on, flag, free
+from factor_transfer.util.errors import ConfigError, FactorTransferError
 
 NEEDED: dict[Any, dict[str, Any]] = {
     DataConfig: {"data": "digits"},

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 
 from factor_transfer.cli import main
 from factor_transfer.config import FIELDS
-from factor_transfer.console import table
-from factor_transfer.errors import DataError
-from factor_transfer.predict import find_images
+from factor_transfer.export.predict import find_images
+from factor_transfer.util.console import table
+from factor_transfer.util.errors import DataError
 from processes import Command
 
 Told = Callable[..., str]

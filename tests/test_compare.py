@@ -17,15 +17,15 @@ from typing import Any
 import pytest
 
 from factor_transfer.cli import app, main
-from factor_transfer.compare import _delete, _Runner, compare
+from factor_transfer.compare.plan import CompareConfig, planned
+from factor_transfer.compare.result import in_words, outcome
+from factor_transfer.compare.run import _delete, _Runner, compare
 from factor_transfer.config import DataConfig
-from factor_transfer.data import open_data
-from factor_transfer.errors import ConfigError, RunError
-from factor_transfer.files import write_json
-from factor_transfer.methods import METHODS
-from factor_transfer.outcome import in_words, outcome
-from factor_transfer.page import repeat_command
-from factor_transfer.plan import CompareConfig, planned
+from factor_transfer.data.dataset import open_data
+from factor_transfer.method.presets import METHODS
+from factor_transfer.report.html import repeat_command
+from factor_transfer.util.errors import ConfigError, RunError
+from factor_transfer.util.files import write_json
 from processes import Command, Started
 
 JOB = [

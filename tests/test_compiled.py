@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from factor_transfer.compiled import Compiled
-from factor_transfer.errors import ModelError
-from factor_transfer.features import Tapped, watching
-from factor_transfer.files import state_fingerprint
+from factor_transfer.networks.compiled import Compiled
+from factor_transfer.networks.features import Tapped, watching
+from factor_transfer.util.errors import ModelError
+from factor_transfer.util.files import state_fingerprint
 
 
 class Noisy(nn.Module):
@@ -136,7 +136,7 @@ def test_compiled__refuses_what_torch_cannot_export(trains: bool) -> None:
 
 
 def test_start_up__does_not_wait_for_the_compiler() -> None:
-    code = "import sys, factor_transfer.stages; sys.exit('torch._inductor.compile_fx' in sys.modules)"
+    code = "import sys, factor_transfer.training.stages; sys.exit('torch._inductor.compile_fx' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

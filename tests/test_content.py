@@ -17,17 +17,17 @@ from torch import nn
 
 from factor_transfer import distill
 from factor_transfer.config import Config, DataConfig
-from factor_transfer.content import DECODED, Content, aspects, fitting, look
-from factor_transfer.data import Dataset, open_data
+from factor_transfer.data.content import DECODED, Content, aspects, fitting, look
+from factor_transfer.data.dataset import Dataset, open_data
+from factor_transfer.data.frames import Frame
+from factor_transfer.data.rgb import decoded, needs_decoding, to_rgb, upright_size
+from factor_transfer.data.sources import open_source
 from factor_transfer.doctor import diagnose
-from factor_transfer.errors import DataError, FactorTransferError, TrainingError
-from factor_transfer.files import read_json, write_json
-from factor_transfer.frames import Frame
-from factor_transfer.predict import open_student, predict_images
-from factor_transfer.rgb import decoded, needs_decoding, to_rgb, upright_size
-from factor_transfer.runtimes import sides
-from factor_transfer.shipping import Choices, export_run
-from factor_transfer.sources import open_source
+from factor_transfer.export.predict import open_student, predict_images
+from factor_transfer.export.runtimes import sides
+from factor_transfer.export.shipping import Choices, export_run
+from factor_transfer.util.errors import DataError, FactorTransferError, TrainingError
+from factor_transfer.util.files import read_json, write_json
 
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 8, 8)}
 JOB: dict[str, Any] = {"paraphraser_epochs": 1, "batch_size": 16, "device": "cpu", "threads": 1, "lr": 0.05,
@@ -293,7 +293,7 @@ def test_aspects__say_what_each_mode_does() -> None:
 def test_look__reads_headers_of_large_images_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = folder(tmp_path / "x", lambda label, number: noise(number, 130, 120))
     images: Any = opened(root).train
-    monkeypatch.setattr("factor_transfer.images.decoded", lambda *_: 1 / 0)
+    monkeypatch.setattr("factor_transfer.data.images.decoded", lambda *_: 1 / 0)
     seen = look(images._images, None)
     assert set(seen.sizes) == {(120, 130)}
     assert seen.content.looked == 12

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from factor_transfer.runs import Run
+from factor_transfer.training.run_folder import Run
 
 sys.path.append(str(Path(__file__).parent))  # the server of forks imports it, too
 crash = importlib.import_module("crash")

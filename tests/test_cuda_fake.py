@@ -16,20 +16,24 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from factor_transfer import distillation, doctor, evaluation, tasks, terms, train
-from factor_transfer import engine as engine_module
-from factor_transfer.cache import CachedTeacher
+from factor_transfer import distillation, doctor
 from factor_transfer.config import Config
 from factor_transfer.distillation import distill, evaluate_run
 from factor_transfer.doctor import diagnose
-from factor_transfer.engine import Engine
-from factor_transfer.errors import ModelError, TrainingError
-from factor_transfer.method import Paraphraser, Translator
-from factor_transfer.models import InputNorm
-from factor_transfer.pairs import Modules, Pair
-from factor_transfer.runs import environment, open_run
-from factor_transfer.stages import Job
-from factor_transfer.terms import FactorTransfer, Hint, Labels, Reader, StudentOutputs, Term
+from factor_transfer.method import losses as terms
+from factor_transfer.method.factor_transfer import Paraphraser, Translator
+from factor_transfer.method.losses import FactorTransfer, Hint, Labels, Reader, StudentOutputs, Term
+from factor_transfer.networks.load import InputNorm
+from factor_transfer.networks.pair import Modules, Pair
+from factor_transfer.training import engine as engine_module
+from factor_transfer.training import evaluation
+from factor_transfer.training import step as tasks
+from factor_transfer.training import trainer as train
+from factor_transfer.training.cache import CachedTeacher
+from factor_transfer.training.engine import Engine
+from factor_transfer.training.run_folder import environment, open_run
+from factor_transfer.training.stages import Job
+from factor_transfer.util.errors import ModelError, TrainingError
 from on_cuda import OnCuda, on_cuda
 
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "channels": (8, 8, 16)}

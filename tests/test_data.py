@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from factor_transfer.config import DataConfig
-from factor_transfer.data import open_data
-from factor_transfer.errors import ConfigError, DataError
-from factor_transfer.frames import Frame
-from factor_transfer.rgb import to_rgb
-from factor_transfer.splits import FileSplit, PixelSplit
-from factor_transfer.views import crop_and_flip, random_resized_crop
+from factor_transfer.data.dataset import open_data
+from factor_transfer.data.frames import Frame
+from factor_transfer.data.rgb import to_rgb
+from factor_transfer.data.splits import FileSplit, PixelSplit
+from factor_transfer.data.views import crop_and_flip, random_resized_crop
+from factor_transfer.util.errors import ConfigError, DataError
 
 SHARED = os.environ.get("FACTOR_TRANSFER_SHARED")
 needs_shared = pytest.mark.skipif(
@@ -353,7 +353,7 @@ def test_batches__another_process_shows_the_same_bits(python):
     program = (
         "import hashlib, numpy as np\n"
         "from factor_transfer.config import DataConfig\n"
-        "from factor_transfer.data import open_data\n"
+        "from factor_transfer.data.dataset import open_data\n"
         "split = open_data(DataConfig(data='digits', data_seed=3), lambda: 0).train\n"
         "(batch,) = split.batches([np.arange(64)], 9)\n"
         "print(hashlib.sha256(batch.image.contiguous().numpy().tobytes()).hexdigest())\n"
@@ -726,7 +726,7 @@ def test_error__a_worker_that_is_killed_is_no_traceback(tmp_path, python):
     write(tmp_path, "train", ["a", "b"], size=(200, 200))
     script = (
         "import os, signal; from factor_transfer import data, images; from factor_transfer.config import DataConfig\n"
-        "import numpy as np; from factor_transfer.errors import DataError\n"
+        "import numpy as np; from factor_transfer.util.errors import DataError\n"
         f"found = data.open_data(DataConfig(data={str(tmp_path)!r}, workers=2), default_size=lambda: 128)\n"
         "images.Files.open = lambda self, index: os.kill(os.getpid(), signal.SIGKILL)\n"
         "try: list(found.train.batches([np.arange(2)] * 4, view=0))\n"

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from factor_transfer import digests as module
 from factor_transfer.config import DataConfig
-from factor_transfer.data import Dataset, open_data
-from factor_transfer.digests import digests
-from factor_transfer.images import Files, Images
-from factor_transfer.sources import open_source
-from factor_transfer.trees import Range
+from factor_transfer.data import digests as module
+from factor_transfer.data.dataset import Dataset, open_data
+from factor_transfer.data.digests import digests
+from factor_transfer.data.images import Files, Images
+from factor_transfer.data.sources import open_source
+from factor_transfer.data.trees import Range
 
 
 @pytest.fixture

@@ -23,11 +23,11 @@ from torch import nn
 from factor_transfer import distill
 from factor_transfer.config import Config
 from factor_transfer.distillation import default_out, evaluate_run, rebuild
-from factor_transfer.engine import Engine
-from factor_transfer.errors import ConfigError, Interrupted, ModelError, RunError, TrainingError
-from factor_transfer.files import sha256_file, state_fingerprint
-from factor_transfer.method import portable_beta
-from factor_transfer.runs import Run
+from factor_transfer.method.factor_transfer import portable_beta
+from factor_transfer.training.engine import Engine
+from factor_transfer.training.run_folder import Run
+from factor_transfer.util.errors import ConfigError, Interrupted, ModelError, RunError, TrainingError
+from factor_transfer.util.files import sha256_file, state_fingerprint
 from processes import TORCHRUN, Command, Started
 
 TEACHER: dict[str, Any] = {"layers": (1, 1, 1), "channels": (8, 16, 32)}
@@ -372,7 +372,7 @@ def test_distill__other_data_or_weights_do_not_continue_a_run(finished: Path, tm
 def test_evaluate_run__refuses_other_classes(finished: Path, images: Path) -> None:
     from dataclasses import replace
 
-    from factor_transfer.runs import saved_config
+    from factor_transfer.training.run_folder import saved_config
 
     with pytest.raises(
         ConfigError, match="(?s)classes that the run does not know: class0, class1.*those of the run: 0, 1"
@@ -384,7 +384,7 @@ def test_evaluate__measures_the_classes_that_are_there(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from factor_transfer.config import DataConfig
-    from factor_transfer.data import open_data
+    from factor_transfer.data.dataset import open_data
 
     split = open_data(DataConfig(data="digits"), default_size=lambda: 8).validation
     (batch,) = split.batches([np.flatnonzero(split.labels == 3)], view=None)

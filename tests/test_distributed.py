@@ -21,13 +21,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from factor_transfer.engine import Engine
-from factor_transfer.errors import ConfigError
-from factor_transfer.files import read_json, state_fingerprint
-from factor_transfer.models import load_network
-from factor_transfer.runs import Run
-from factor_transfer.train import training_chunks
-from factor_transfer.views import permutation
+from factor_transfer.data.views import permutation
+from factor_transfer.networks.load import load_network
+from factor_transfer.training.engine import Engine
+from factor_transfer.training.run_folder import Run
+from factor_transfer.training.trainer import training_chunks
+from factor_transfer.util.errors import ConfigError
+from factor_transfer.util.files import read_json, state_fingerprint
 from processes import TORCHRUN, Started
 
 HERE = Path(__file__).parent
@@ -199,7 +199,7 @@ def test_torchrun__without_labels_and_with_a_report_longer_than_the_timeout(imag
 def test_unhurried__a_process_that_fails_or_dies_is_told_of(tmp_path: Path, ends: str, said: str) -> None:
     code = (
         "import os, sys\nfrom datetime import timedelta\nimport torch.distributed as dist\n"
-        "from factor_transfer.waiting import unhurried\n"
+        "from factor_transfer.training.waiting import unhurried\n"
         "rank = int(sys.argv[1])\n"
         "store = dist.TCPStore('localhost', int(sys.argv[2]), 2, rank == 0, timedelta(seconds=60))\n"
         "dist.init_process_group('gloo', store=store, rank=rank, world_size=2)\n"

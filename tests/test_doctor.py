@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 import factor_transfer.zoo  # noqa: F401
 from factor_transfer.config import Config, DataConfig
-from factor_transfer.data import open_data
+from factor_transfer.data.dataset import open_data
 from factor_transfer.doctor import Diagnosis, diagnose
-from factor_transfer.models import InputNorm
-from factor_transfer.seeds import seeded
+from factor_transfer.networks.load import InputNorm
+from factor_transfer.util.seeds import seeded
 from processes import Command
 
 TEACHER: dict[str, Any] = {"layers": (1, 1, 1), "channels": (8, 16, 32)}

@@ -12,10 +12,11 @@ from timm.models.resnet import ResNet
 from torch import Tensor, distributed, nn
 
 import factor_transfer.zoo  # noqa: F401
-from factor_transfer.errors import ModelError
-from factor_transfer.features import Tapped, align, feature_shape, find_layer
-from factor_transfer.followers import follower
-from factor_transfer.models import load_network
+from factor_transfer.method.losses import align
+from factor_transfer.networks.features import Tapped, feature_shape, find_layer
+from factor_transfer.networks.followers import follower
+from factor_transfer.networks.load import load_network
+from factor_transfer.util.errors import ModelError
 
 
 @pytest.fixture

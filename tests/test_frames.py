@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data import create_transform
 
-from factor_transfer.frames import Frame
-from factor_transfer.rgb import to_rgb
-from factor_transfer.views import random_resized_crop
+from factor_transfer.data.frames import Frame
+from factor_transfer.data.rgb import to_rgb
+from factor_transfer.data.views import random_resized_crop
 
 ROOT = Path(__file__).parent.parent
 

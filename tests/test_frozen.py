@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import factor_transfer.zoo  # noqa: F401
-from factor_transfer.features import Tapped, find_layer
-from factor_transfer.frozen import FrozenTeacher, folded
+from factor_transfer.networks.features import Tapped, find_layer
+from factor_transfer.networks.frozen import FrozenTeacher, folded
 
 
 def with_statistics(module: nn.Module) -> nn.Module:

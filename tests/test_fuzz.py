@@ -24,14 +24,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from factor_transfer.cache import FactorCache, say_what_changed
 from factor_transfer.cli import app
 from factor_transfer.config import FIELDS, Config, DataConfig
-from factor_transfer.data import open_data
+from factor_transfer.data.dataset import open_data
 from factor_transfer.distillation import default_out
-from factor_transfer.errors import FactorTransferError, harmless
-from factor_transfer.files import read_json, write_json
-from factor_transfer.runs import Run, environment, saved_config, saved_summary
+from factor_transfer.training.cache import FactorCache, say_what_changed
+from factor_transfer.training.run_folder import Run, environment, saved_config, saved_summary
+from factor_transfer.util.errors import FactorTransferError, harmless
+from factor_transfer.util.files import read_json, write_json
 
 INPUTS = int(os.environ.get("FACTOR_TRANSFER_FUZZ", "25"))
 LONG = "FACTOR_TRANSFER_FUZZ" in os.environ

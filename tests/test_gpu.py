@@ -17,16 +17,17 @@ import torch
 from benchmarks.gpu import golden_distances
 from torch import Tensor
 
-from factor_transfer import distill, train
-from factor_transfer.cache import CachedTeacher, FactorCache
+from factor_transfer import distill
 from factor_transfer.distillation import evaluate_run
-from factor_transfer.engine import Engine
-from factor_transfer.features import Tapped
-from factor_transfer.frozen import FrozenTeacher
-from factor_transfer.method import Paraphraser
-from factor_transfer.models import load_network
-from factor_transfer.seeds import seeded
-from factor_transfer.tasks import TeacherSide
+from factor_transfer.method.factor_transfer import Paraphraser
+from factor_transfer.networks.features import Tapped
+from factor_transfer.networks.frozen import FrozenTeacher
+from factor_transfer.networks.load import load_network
+from factor_transfer.training import trainer as train
+from factor_transfer.training.cache import CachedTeacher, FactorCache
+from factor_transfer.training.engine import Engine
+from factor_transfer.training.step import TeacherSide
+from factor_transfer.util.seeds import seeded
 from on_cuda import on_cuda
 
 STAND_IN = bool(os.environ.get("FACTOR_TRANSFER_STAND_IN"))

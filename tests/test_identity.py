@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from factor_transfer import identity
-from factor_transfer.identity import code_fingerprint
-from factor_transfer.terms import Reader
+from factor_transfer.method.losses import Reader
+from factor_transfer.util import identity
+from factor_transfer.util.identity import code_fingerprint
 
 SCALE = 2.0
 logger = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def test_code_fingerprint__of_another_process_heeds_code_and_not_comments(
 ) -> None:
     def of(text: str) -> str:
         (tmp_path / "nets.py").write_text(textwrap.dedent(text))
-        code = "import nets; from factor_transfer.identity import code_fingerprint; print(code_fingerprint(nets.Net()))"
+        code = "import nets; from factor_transfer.util import identity; print(identity.code_fingerprint(nets.Net()))"
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
         return done.stdout
 

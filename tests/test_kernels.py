@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from factor_transfer.kernels import gradients, guard
+from factor_transfer.networks.kernels import gradients, guard
 
 STRICT = {
     "MALLOC_CHECK_": "3",  # glibc looks at every block that is freed; since 2.34 with this library alone
@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from factor_transfer.engine import Engine
+from factor_transfer.training.engine import Engine
 
 CHANNELS_LAST = torch.channels_last
 engine = Engine("cpu", "fp32")
@@ -177,9 +177,9 @@ def test_gradients__of_any_stride_padding_and_groups_are_torchs() -> None:
 COMPILED = """
 import torch
 from torch import nn
-from factor_transfer.compiled import Compiled
-from factor_transfer.engine import Engine
-from factor_transfer.features import Tapped
+from factor_transfer.networks.compiled import Compiled
+from factor_transfer.training.engine import Engine
+from factor_transfer.networks.features import Tapped
 
 engine = Engine("cpu", "fp32", 1)
 network = nn.Sequential(nn.Conv2d(3, 8, 1, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())

@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
-from factor_transfer import distill, runtimes, shipping
+from factor_transfer import distill
 from factor_transfer.cli import main
-from factor_transfer.comparison import runs_in, write_comparison
+from factor_transfer.compare.plan import CompareConfig, planned
+from factor_transfer.compare.result import in_words, outcome, tabulated, write_outcome
 from factor_transfer.config import Config, SuggestConfig
 from factor_transfer.distillation import run_distillation
 from factor_transfer.doctor import diagnose
-from factor_transfer.outcome import in_words, outcome, tabulated, write_outcome
-from factor_transfer.plan import CompareConfig, planned
+from factor_transfer.export import runtimes, shipping
+from factor_transfer.report.several import runs_in, write_comparison
 from factor_transfer.suggest import suggest
 
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 4, 8)}

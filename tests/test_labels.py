@@ -15,7 +15,7 @@ from factor_transfer import distill
 from factor_transfer.config import Config, DataConfig
 from factor_transfer.distillation import evaluate_run
 from factor_transfer.doctor import diagnose
-from factor_transfer.errors import ConfigError, DataError, ModelError, RunError
+from factor_transfer.util.errors import ConfigError, DataError, ModelError, RunError
 
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 4, 8)}
 JOB: dict[str, Any] = {"student_args": SMALL, "epochs": 2, "paraphraser_epochs": 1, "batch_size": 8, "threads": 1,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import factor_transfer.zoo  # noqa: F401
-from factor_transfer.features import Tapped, feature_shape, find_layer
-from factor_transfer.models import load_network
+from factor_transfer.networks.features import Tapped, feature_shape, find_layer
+from factor_transfer.networks.load import load_network
 
 PERSON: dict[str, tuple[int, str, tuple[int, int, int], str]] = {
     # name: (side of the images, layer, its shape there, why a person names it)

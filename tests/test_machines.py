@@ -99,7 +99,7 @@ sys.platform = "win32"
 for name in ("fcntl", "resource"):
     sys.modules[name] = None
 from factor_transfer import Paraphraser, FactorTransferError
-import factor_transfer.files, factor_transfer.pixels
+import factor_transfer.util.files, factor_transfer.data.pixels
 try:
     from factor_transfer import distill
 except FactorTransferError as error:

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import factor_transfer
-from factor_transfer.errors import ConfigError, ModelError
-from factor_transfer.method import (
+from factor_transfer.method.factor_transfer import (
     NORM_FLOOR,
     Paraphraser,
     Translator,
@@ -26,6 +25,7 @@ from factor_transfer.method import (
     portable_beta,
     reconstruction_loss,
 )
+from factor_transfer.util.errors import ConfigError, ModelError
 
 Golden = dict[str, Tensor]
 

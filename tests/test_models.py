@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from factor_transfer.errors import ModelError
-from factor_transfer.files import state_fingerprint
-from factor_transfer.method import Paraphraser
-from factor_transfer.models import InputNorm, Network, load_network, own_size
-from factor_transfer.weightfiles import read_tensors
-from factor_transfer.weights import load_paraphraser, paraphraser_metadata
+from factor_transfer.method.factor_transfer import Paraphraser
+from factor_transfer.networks.load import InputNorm, Network, load_network, own_size
+from factor_transfer.networks.weightfiles import read_tensors
+from factor_transfer.networks.weights import load_paraphraser, paraphraser_metadata
+from factor_transfer.util.errors import ModelError
+from factor_transfer.util.files import state_fingerprint
 
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 4, 8)}
 

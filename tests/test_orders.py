@@ -17,14 +17,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-import factor_transfer.orders
+import factor_transfer.training.orders
 import factor_transfer.zoo
 from factor_transfer import distill
 from factor_transfer.config import Config
+from factor_transfer.data.images import natural
 from factor_transfer.doctor import diagnose
-from factor_transfer.errors import ModelError, TrainingError
-from factor_transfer.images import natural
-from factor_transfer.orders import find_order
+from factor_transfer.training.orders import find_order
+from factor_transfer.util.errors import ModelError, TrainingError
 from processes import TORCHRUN, Command, Started
 
 NUMBERS = [str(number) for number in range(1, 13)]  # plain strings: 1, 10, 11, 12, 2, ...
@@ -183,7 +183,7 @@ def test_distill__looks_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def again(*_: Any, **__: Any) -> None:
         raise AssertionError("looked at again")
 
-    monkeypatch.setattr(factor_transfer.orders, "answers", again)
+    monkeypatch.setattr(factor_transfer.training.orders, "answers", again)
     distill(teacher, "cifar_resnet20", images, **JOB, out=out)
     assert (out / "summary.json").exists()
 

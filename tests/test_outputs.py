@@ -15,10 +15,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from factor_transfer import distill
-from factor_transfer.errors import ModelError
-from factor_transfer.finished import rebuild
-from factor_transfer.models import Network, load_network
-from factor_transfer.shipping import Choices, export_run
+from factor_transfer.export.shipping import Choices, export_run
+from factor_transfer.networks.load import Network, load_network
+from factor_transfer.training.finished import rebuild
+from factor_transfer.util.errors import ModelError
 
 CLASSES = 3
 Exits = namedtuple("Exits", ["first", "last"])

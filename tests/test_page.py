@@ -14,14 +14,14 @@ import pytest
 from browser import Page, check
 from factor_transfer import distill
 from factor_transfer.cli import app
-from factor_transfer.comparison import comparison_values, runs_in, write_comparison
 from factor_transfer.config import Config
-from factor_transfer.errors import RunError
-from factor_transfer.files import read_json, write_json
-from factor_transfer.findings import findings
-from factor_transfer.page import repeat_command, write_report
-from factor_transfer.pictures import photograph
-from factor_transfer.runs import Run, saved_config
+from factor_transfer.report.findings import findings
+from factor_transfer.report.html import repeat_command, write_report
+from factor_transfer.report.pictures import photograph
+from factor_transfer.report.several import comparison_values, runs_in, write_comparison
+from factor_transfer.training.run_folder import Run, saved_config
+from factor_transfer.util.errors import RunError
+from factor_transfer.util.files import read_json, write_json
 
 HOSTILE = ("<img src=x onerror=alert(1)>", "<script>alert(1)<", "قطة")
 SCRIPT = "<script>alert(1)</script>"

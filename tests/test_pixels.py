@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from factor_transfer import digests
-from factor_transfer import images as images_module
 from factor_transfer.config import DataConfig
-from factor_transfer.frames import Frame
-from factor_transfer.images import Files, Images
-from factor_transfer.pixels import PROBES, decode_once
-from factor_transfer.sources import open_source
+from factor_transfer.data import digests
+from factor_transfer.data import images as images_module
+from factor_transfer.data.frames import Frame
+from factor_transfer.data.images import Files, Images
+from factor_transfer.data.pixels import PROBES, decode_once
+from factor_transfer.data.sources import open_source
 
 SIZE = Frame.of(16)
 
@@ -214,9 +214,9 @@ def test_decode_once__waits_for_the_process_that_decodes(images: Path, files: Im
     script = f"""
 from pathlib import Path
 from factor_transfer.config import DataConfig
-from factor_transfer.frames import Frame
-from factor_transfer.pixels import decode_once
-from factor_transfer.sources import open_source
+from factor_transfer.data.frames import Frame
+from factor_transfer.data.pixels import decode_once
+from factor_transfer.data.sources import open_source
 files = open_source(DataConfig(data={str(images)!r})).train
 print("begins", flush=True)
 print(decode_once(files, Frame.of(16), Path({str(tmp_path)!r})).digest)

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import factor_transfer.zoo  # noqa: F401
-from factor_transfer.features import Tapped
-from factor_transfer.files import state_fingerprint
-from factor_transfer.frozen import FrozenTeacher
-from factor_transfer.method import Paraphraser, Translator, factor_transfer_loss
-from factor_transfer.pulls import pulls
-from factor_transfer.splits import Batch
-from factor_transfer.tasks import DistillationTask, TeacherSide
-from factor_transfer.terms import FactorTransfer, Labels
+from factor_transfer.data.splits import Batch
+from factor_transfer.method.factor_transfer import Paraphraser, Translator, factor_transfer_loss
+from factor_transfer.method.losses import FactorTransfer, Labels
+from factor_transfer.networks.features import Tapped
+from factor_transfer.networks.frozen import FrozenTeacher
+from factor_transfer.training.pulls import pulls
+from factor_transfer.training.step import DistillationTask, TeacherSide
+from factor_transfer.util.files import state_fingerprint
 
 
 def batch(count: int = 8, size: int = 16) -> Batch:

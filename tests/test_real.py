@@ -10,10 +10,10 @@ from torch import nn
 from browser import Page, check
 from factor_transfer import distill
 from factor_transfer.config import DataConfig
-from factor_transfer.data import Dataset, open_data
-from factor_transfer.engine import Engine
-from factor_transfer.models import load_network
-from factor_transfer.train import evaluate
+from factor_transfer.data.dataset import Dataset, open_data
+from factor_transfer.networks.load import load_network
+from factor_transfer.training.engine import Engine
+from factor_transfer.training.trainer import evaluate
 
 pytestmark = pytest.mark.slow
 

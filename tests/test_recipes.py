@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from factor_transfer.config import FIELDS, Config
-from factor_transfer.engine import Engine
-from factor_transfer.files import state_fingerprint
-from factor_transfer.models import load_network
-from factor_transfer.runs import environment, open_run
-from factor_transfer.schedule import Plan, optimizer_and_schedule
+from factor_transfer.networks.load import load_network
 from factor_transfer.settings import RECIPES, recipes
-from factor_transfer.stages import Job
+from factor_transfer.training.engine import Engine
+from factor_transfer.training.run_folder import environment, open_run
+from factor_transfer.training.schedule import Plan, optimizer_and_schedule
+from factor_transfer.training.stages import Job
+from factor_transfer.util.files import state_fingerprint
 from processes import Command
 
 AUTHORS = "cifar10-resnet56-resnet20"

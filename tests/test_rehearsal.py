@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from factor_transfer import distill
-from factor_transfer.errors import ConfigError, FactorTransferError, ModelError, RunError
-from factor_transfer.train import training_chunks
+from factor_transfer.training.trainer import training_chunks
+from factor_transfer.util.errors import ConfigError, FactorTransferError, ModelError, RunError
 
 JOB: dict[str, Any] = {"teacher_epochs": 8, "teacher_lr": 0.1, "epochs": 1, "paraphraser_epochs": 1, "lr": 0.05,
                        "batch_size": 12, "device": "cpu", "threads": 1, "log_with": "none"}  # fmt: skip

@@ -11,11 +11,11 @@ import pytest
 from safetensors.torch import load_file
 
 from factor_transfer import distill
-from factor_transfer.checks import free
 from factor_transfer.config import Config
-from factor_transfer.errors import Interrupted
-from factor_transfer.files import state_fingerprint
-from factor_transfer.train import Trainer
+from factor_transfer.training.trainer import Trainer
+from factor_transfer.util.checks import free
+from factor_transfer.util.errors import Interrupted
+from factor_transfer.util.files import state_fingerprint
 
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 4, 8)}
 JOB: dict[str, Any] = {

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from factor_transfer.config import FIELDS, Config
-from factor_transfer.errors import RunError, TrainingError
-from factor_transfer.files import locked, read_json, state_fingerprint, write_atomic, write_json
-from factor_transfer.runs import Run, environment, open_run, saved_config, saved_summary
+from factor_transfer.training.run_folder import Run, environment, open_run, saved_config, saved_summary
+from factor_transfer.util.errors import RunError, TrainingError
+from factor_transfer.util.files import locked, read_json, state_fingerprint, write_atomic, write_json
 
 
 def config(**changed: Any) -> Config:

@@ -19,11 +19,11 @@ from PIL import Image
 
 from factor_transfer import distill
 from factor_transfer.config import DataConfig
-from factor_transfer.data import open_data
-from factor_transfer.errors import ConfigError, DataError, RunError
-from factor_transfer.finished import rebuild
-from factor_transfer.predict import find_images, open_student
-from factor_transfer.shipping import Choices, export_run
+from factor_transfer.data.dataset import open_data
+from factor_transfer.export.predict import find_images, open_student
+from factor_transfer.export.shipping import Choices, export_run
+from factor_transfer.training.finished import rebuild
+from factor_transfer.util.errors import ConfigError, DataError, RunError
 from processes import Command
 
 ROOT = Path(__file__).parent.parent
@@ -78,7 +78,7 @@ def test_export__writes_what_agrees_and_a_card(run: Path, tmp_path: Path) -> Non
 
 def test_export__does_not_write_what_disagrees(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that gets one weight wrong, behind the real checks."""
-    from factor_transfer import shipping
+    from factor_transfer.export import shipping
 
     real = shipping.export_safetensors
 

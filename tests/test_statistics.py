@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from factor_transfer.statistics import Difference, against, gap_closed, holm, paired, spread, verdict
+from factor_transfer.compare.statistics import Difference, against, gap_closed, holm, paired, spread, verdict
 
 Figures = list[float]
 tops = st.floats(1, 99).map(lambda value: round(value, 2))

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from factor_transfer import suggest as suggesting
 from factor_transfer.cli import app
 from factor_transfer.config import Config, DataConfig, SuggestConfig
-from factor_transfer.errors import ConfigError
-from factor_transfer.models import count_parameters, load_network
+from factor_transfer.networks.load import count_parameters, load_network
 from factor_transfer.suggest import _command, suggest
+from factor_transfer.util.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)

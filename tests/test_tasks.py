@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 import factor_transfer.zoo  # noqa: F401
 from factor_transfer.config import Config
-from factor_transfer.features import Tapped
-from factor_transfer.files import state_fingerprint
-from factor_transfer.frozen import FrozenTeacher
-from factor_transfer.method import Paraphraser, Translator, load_reference_paraphraser
-from factor_transfer.schedule import Plan, optimizer_and_schedule
-from factor_transfer.tasks import DistillationTask, ParaphraserTask, TeacherSide
-from factor_transfer.terms import FactorTransfer, Labels, SoftTargets, StudentOutputs
+from factor_transfer.method.factor_transfer import Paraphraser, Translator, load_reference_paraphraser
+from factor_transfer.method.losses import FactorTransfer, Labels, SoftTargets, StudentOutputs
+from factor_transfer.networks.features import Tapped
+from factor_transfer.networks.frozen import FrozenTeacher
+from factor_transfer.training.schedule import Plan, optimizer_and_schedule
+from factor_transfer.training.step import DistillationTask, ParaphraserTask, TeacherSide
+from factor_transfer.util.files import state_fingerprint
 
 Golden = dict[str, Tensor]
 

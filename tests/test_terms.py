@@ -18,19 +18,27 @@ from torch import Tensor, nn
 
 import factor_transfer.zoo  # noqa: F401
 from factor_transfer import distill
-from factor_transfer.checks import flag
 from factor_transfer.config import Config
 from factor_transfer.doctor import diagnose
-from factor_transfer.errors import ConfigError, Interrupted, ModelError
-from factor_transfer.features import find_groups
-from factor_transfer.method import Paraphraser
-from factor_transfer.methods import METHODS, method_of, settings_of
-from factor_transfer.models import load_network
-from factor_transfer.objective import Objective, groups_of
-from factor_transfer.pairs import Pair, load_side
-from factor_transfer.seeds import part_seed, seeded
-from factor_transfer.terms import AttentionTransfer, FactorTransfer, Group, Hint, SoftTargets, StudentOutputs, attention
-from factor_transfer.train import Trainer
+from factor_transfer.method.factor_transfer import Paraphraser
+from factor_transfer.method.losses import (
+    AttentionTransfer,
+    FactorTransfer,
+    Group,
+    Hint,
+    SoftTargets,
+    StudentOutputs,
+    attention,
+)
+from factor_transfer.method.presets import METHODS, method_of, settings_of
+from factor_transfer.networks.features import find_groups
+from factor_transfer.networks.load import load_network
+from factor_transfer.networks.pair import Pair, load_side
+from factor_transfer.training.objective import Objective, groups_of
+from factor_transfer.training.trainer import Trainer
+from factor_transfer.util.checks import flag
+from factor_transfer.util.errors import ConfigError, Interrupted, ModelError
+from factor_transfer.util.seeds import part_seed, seeded
 
 ROOT = Path(__file__).parent.parent
 LABELS = torch.zeros(4, dtype=torch.long)

@@ -15,10 +15,10 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from factor_transfer.export import export_pt2
-from factor_transfer.features import Tapped, find_layer
-from factor_transfer.models import Network, load_network
-from factor_transfer.weights import load_weights
+from factor_transfer.export.formats import export_pt2
+from factor_transfer.networks.features import Tapped, find_layer
+from factor_transfer.networks.load import Network, load_network
+from factor_transfer.networks.weights import load_weights
 
 FAMILIES: dict[str, tuple[int, str]] = {
     # name: (side of the images, layer)

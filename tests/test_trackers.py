@@ -9,10 +9,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from factor_transfer import distill
-from factor_transfer.errors import ConfigError
-from factor_transfer.files import sha256_file
-from factor_transfer.runs import Run
-from factor_transfer.trackers import wanted
+from factor_transfer.report.trackers import wanted
+from factor_transfer.training.run_folder import Run
+from factor_transfer.util.errors import ConfigError
+from factor_transfer.util.files import sha256_file
 
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 4, 8)}
 JOB: dict[str, Any] = {"teacher_args": SMALL, "student_args": SMALL, "teacher_epochs": 2, "paraphraser_epochs": 1,

@@ -20,19 +20,19 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from factor_transfer.config import Config, DataConfig
-from factor_transfer.data import Dataset, open_data
-from factor_transfer.engine import Engine, stop_signals
-from factor_transfer.errors import ConfigError, Interrupted, RunError, TrainingError
-from factor_transfer.evaluation import evaluate
-from factor_transfer.features import Tapped
-from factor_transfer.method import Translator
-from factor_transfer.models import load_network
-from factor_transfer.runs import Run
-from factor_transfer.schedule import Plan, optimizer_and_schedule
-from factor_transfer.seeds import part_seed, seeded
-from factor_transfer.tasks import DistillationTask
-from factor_transfer.terms import FactorTransfer, Labels, Term
-from factor_transfer.train import Trainer, training_chunks
+from factor_transfer.data.dataset import Dataset, open_data
+from factor_transfer.method.factor_transfer import Translator
+from factor_transfer.method.losses import FactorTransfer, Labels, Term
+from factor_transfer.networks.features import Tapped
+from factor_transfer.networks.load import load_network
+from factor_transfer.training.engine import Engine, stop_signals
+from factor_transfer.training.evaluation import evaluate
+from factor_transfer.training.run_folder import Run
+from factor_transfer.training.schedule import Plan, optimizer_and_schedule
+from factor_transfer.training.step import DistillationTask
+from factor_transfer.training.trainer import Trainer, training_chunks
+from factor_transfer.util.errors import ConfigError, Interrupted, RunError, TrainingError
+from factor_transfer.util.seeds import part_seed, seeded
 from processes import Command
 
 
@@ -208,7 +208,7 @@ def test_stop_signals__what_is_ignored_stays_ignored() -> None:
 
 @pytest.mark.usefixtures("interruptible")
 def test_stop_signals__a_second_one_acts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("factor_transfer.engine.SAME_SIGNAL_SECONDS", 0.0)
+    monkeypatch.setattr("factor_transfer.training.engine.SAME_SIGNAL_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt), stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.signum == signal.SIGINT
@@ -357,7 +357,7 @@ def test_optimizer__of_second_order_is_refused() -> None:
 
 
 def test_engine__precision_is_ours_whatever_accelerates_environment_says(python: Command) -> None:
-    script = "from factor_transfer.engine import Engine; print(Engine('cpu').accelerator.mixed_precision)"
+    script = "from factor_transfer.training.engine import Engine; print(Engine('cpu').accelerator.mixed_precision)"
     done = python(script, ACCELERATE_MIXED_PRECISION="bf16")
     assert done.stdout.split() == ["no"]
 
@@ -365,7 +365,7 @@ def test_engine__precision_is_ours_whatever_accelerates_environment_says(python:
 def test_engine__keeps_freed_memory_for_the_next_step(python: Command) -> None:
     program = """
 import resource, torch
-from factor_transfer.engine import Engine
+from factor_transfer.training.engine import Engine
 Engine("cpu")
 faults = []
 for turn in range(20):

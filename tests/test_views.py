@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from factor_transfer.frames import Frame
-from factor_transfer.seeds import part_seed
-from factor_transfer.views import crop_and_flip, evenly, hashed, held_out, permutation, random_resized_crop
+from factor_transfer.data.frames import Frame
+from factor_transfer.data.views import crop_and_flip, evenly, hashed, held_out, permutation, random_resized_crop
+from factor_transfer.util.seeds import part_seed
 
 MASK = 2**64 - 1
 

@@ -20,13 +20,13 @@ from timm.models import _hub
 from torch import Tensor, nn
 
 from factor_transfer import distill
-from factor_transfer.errors import ModelError
-from factor_transfer.export import export_pt2
-from factor_transfer.files import read_json, state_fingerprint
-from factor_transfer.method import Paraphraser
-from factor_transfer.models import Network, load_network
-from factor_transfer.weightfiles import TIMMS, identify, split_key
-from factor_transfer.weights import load_paraphraser, load_weights, paraphraser_metadata
+from factor_transfer.export.formats import export_pt2
+from factor_transfer.method.factor_transfer import Paraphraser
+from factor_transfer.networks.load import Network, load_network
+from factor_transfer.networks.weightfiles import TIMMS, identify, split_key
+from factor_transfer.networks.weights import load_paraphraser, load_weights, paraphraser_metadata
+from factor_transfer.util.errors import ModelError
+from factor_transfer.util.files import read_json, state_fingerprint
 
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 4, 8)}
 State = dict[str, Tensor]

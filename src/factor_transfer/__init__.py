@@ -11,25 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from factor_transfer.distillation import distill as distill
-    from factor_transfer.errors import FactorTransferError as FactorTransferError
-    from factor_transfer.method import Paraphraser as Paraphraser
-    from factor_transfer.method import Translator as Translator
-    from factor_transfer.method import factor_transfer_loss as factor_transfer_loss
-    from factor_transfer.method import load_reference_paraphraser as load_reference_paraphraser
-    from factor_transfer.method import normalize_factor as normalize_factor
-    from factor_transfer.method import reconstruction_loss as reconstruction_loss
+    from factor_transfer.method.factor_transfer import Paraphraser as Paraphraser
+    from factor_transfer.method.factor_transfer import Translator as Translator
+    from factor_transfer.method.factor_transfer import factor_transfer_loss as factor_transfer_loss
+    from factor_transfer.method.factor_transfer import load_reference_paraphraser as load_reference_paraphraser
+    from factor_transfer.method.factor_transfer import normalize_factor as normalize_factor
+    from factor_transfer.method.factor_transfer import reconstruction_loss as reconstruction_loss
+    from factor_transfer.util.errors import FactorTransferError as FactorTransferError
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "distill": "distillation",
-    "FactorTransferError": "errors",
-    "Paraphraser": "method",
-    "Translator": "method",
-    "factor_transfer_loss": "method",
-    "load_reference_paraphraser": "method",
-    "normalize_factor": "method",
-    "reconstruction_loss": "method",
+    "FactorTransferError": "util.errors",
+    "Paraphraser": "method.factor_transfer",
+    "Translator": "method.factor_transfer",
+    "factor_transfer_loss": "method.factor_transfer",
+    "load_reference_paraphraser": "method.factor_transfer",
+    "normalize_factor": "method.factor_transfer",
+    "reconstruction_loss": "method.factor_transfer",
 }
 
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 (names, computed)
@@ -39,7 +39,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "distill":
-        from factor_transfer.machines import check_supported
+        from factor_transfer.training.machines import check_supported
 
         check_supported()
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

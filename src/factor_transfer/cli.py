@@ -13,13 +13,13 @@ from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
 from cyclopts.config import Dict
 
 from factor_transfer import __version__
-from factor_transfer.arguments import is_callable_name
-from factor_transfer.checks import flag
+from factor_transfer.compare.plan import CompareConfig
 from factor_transfer.config import Config, SuggestConfig
-from factor_transfer.errors import ConfigError, FactorTransferError, Interrupted
-from factor_transfer.machines import check_supported
-from factor_transfer.plan import CompareConfig
 from factor_transfer.settings import RECIPE, read_settings, recipe, recipes
+from factor_transfer.training.machines import check_supported
+from factor_transfer.util.arguments import is_callable_name
+from factor_transfer.util.checks import flag
+from factor_transfer.util.errors import ConfigError, FactorTransferError, Interrupted
 
 Flattened = Parameter(name="*")
 SettingsFile = Annotated[str | None, Parameter(
@@ -65,7 +65,7 @@ def _check_trust(path: str, values: dict[str, Any], *, trusted: bool) -> None:
 
 def _trusted(run: Path, *, trust_config: bool) -> Config:
     """The settings of a run whose networks are to be built. (Its transform is not run again.)"""
-    from factor_transfer.runs import saved_config
+    from factor_transfer.training.run_folder import saved_config
 
     saved = saved_config(run)
     networks = {name: getattr(saved, name) for name in ("teacher", "student")}
@@ -91,7 +91,7 @@ def distill(
 ) -> None:
     """Train a student by Factor Transfer from a teacher. The same command again continues an interrupted run."""
     from factor_transfer.distillation import run_distillation
-    from factor_transfer.report import show
+    from factor_transfer.report.terminal import show
 
     result = run_distillation(settings)
     show(result.folder, result.summary)
@@ -105,8 +105,8 @@ def compare(
     trust_config: TrustFile = False,
 ) -> None:
     """Run methods under one protocol, several seeds each, and say what is shown. The same command continues."""
-    from factor_transfer.compare import compare as run_all
-    from factor_transfer.outcome import show_outcome
+    from factor_transfer.compare.result import show_outcome
+    from factor_transfer.compare.run import compare as run_all
 
     show_outcome(*run_all(settings))
 
@@ -120,7 +120,7 @@ def doctor(
 ) -> None:
     """Look before the hours are spent: flags of `distill`, one batch, nothing written. Exit 0 fit, 1 warned, 2 not."""
     from factor_transfer.doctor import diagnose
-    from factor_transfer.report import show_diagnosis
+    from factor_transfer.report.terminal import show_diagnosis
 
     found = diagnose(settings)
     show_diagnosis(found.tables, found.findings)
@@ -136,9 +136,9 @@ def suggest(
     """Measure timm's networks on this machine, at the size of the images, and print those that fit, with commands."""
     from dataclasses import asdict
 
-    from factor_transfer.report import show_suggestions
-    from factor_transfer.sizes import brief
+    from factor_transfer.report.terminal import show_suggestions
     from factor_transfer.suggest import suggest as measure
+    from factor_transfer.util.sizes import brief
 
     found, size = measure(settings)
     if as_json:
@@ -180,7 +180,7 @@ def evaluate(
     from dataclasses import replace
 
     from factor_transfer.distillation import evaluate_run
-    from factor_transfer.report import show_evaluation
+    from factor_transfer.report.terminal import show_evaluation
 
     saved = _trusted(run, trust_config=trust_config)
     where = {"data_dir": data_dir, "label_column": label_column, "image_column": image_column}
@@ -211,9 +211,9 @@ def report(
     out
         The comparison's file. Default: comparison.html in the working folder.
     """
-    from factor_transfer.comparison import runs_in, write_comparison
-    from factor_transfer.outcome import tabulated
-    from factor_transfer.page import write_report
+    from factor_transfer.compare.result import tabulated
+    from factor_transfer.report.html import write_report
+    from factor_transfer.report.several import runs_in, write_comparison
 
     folders = runs_in(runs)
     for folder in folders:
@@ -265,9 +265,9 @@ def export(
     intended
         What the student is meant for, for the model card.
     """
-    from factor_transfer.page import scored, write_report
-    from factor_transfer.report import show_exports
-    from factor_transfer.shipping import Choices, export_run
+    from factor_transfer.export.shipping import Choices, export_run
+    from factor_transfer.report.html import scored, write_report
+    from factor_transfer.report.terminal import show_exports
 
     _trusted(run, trust_config=trust_config)
     said = {"license": license, "data_license": data_license, "teacher_license": teacher_license, "intended": intended}
@@ -300,7 +300,7 @@ def predict(
     threads
         CPU threads. Default: the runtime's choice.
     """
-    from factor_transfer.predict import predict_images
+    from factor_transfer.export.predict import predict_images
 
     sys.exit(predict_images(student, images, top=top, threads=threads, as_json=as_json))
 
@@ -319,7 +319,7 @@ def demo(*, out: str = "runs/demo", seed: int = 0, overwrite: bool = False) -> N
         Delete the run that is there and start anew.
     """
     from factor_transfer.distillation import run_distillation
-    from factor_transfer.report import show
+    from factor_transfer.report.terminal import show
 
     result = run_distillation(recipe("demo", out=out, seed=seed, overwrite=overwrite))
     show(result.folder, result.summary)

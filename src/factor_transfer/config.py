@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal
 from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
-from factor_transfer.arguments import MODEL_ARGS, ModelArgs, names_in
-from factor_transfer.checks import ActsOn, check, flag
-from factor_transfer.errors import ConfigError
-from factor_transfer.sizes import SIZE, Size, brief
+from factor_transfer.util.arguments import MODEL_ARGS, ModelArgs, names_in
+from factor_transfer.util.checks import ActsOn, check, flag
+from factor_transfer.util.errors import ConfigError
+from factor_transfer.util.sizes import SIZE, Size, brief
 
 _ORDER = ("Data", "Teacher", "Student", "Factor transfer", "Other terms", "Training", "Machine", "Run")
 _GROUPS = {name: Group(name, sort_key=place) for place, name in enumerate(_ORDER)}

@@ -11,24 +11,24 @@ from typing import Any
 
 from torch import nn
 
-from factor_transfer.checks import flag, of_a_machine
 from factor_transfer.config import FIELDS, Config, DataConfig
-from factor_transfer.console import say, silence, warn
+from factor_transfer.data.views import Transform
 from factor_transfer.doctor import quick
-from factor_transfer.engine import Engine
-from factor_transfer.errors import ConfigError, RunError, listed, near
-from factor_transfer.evaluation import evaluate
-from factor_transfer.finished import ROLES, answers, open_images, rebuild
-from factor_transfer.machines import first_difference
-from factor_transfer.orders import check_orders
-from factor_transfer.page import write_report
-from factor_transfer.pairs import Modules
+from factor_transfer.networks.pair import Modules
 from factor_transfer.rehearsal import rehearse
+from factor_transfer.report.html import write_report
+from factor_transfer.report.trackers import watched
 from factor_transfer.result import finish
-from factor_transfer.runs import environment, open_run, saved_config, saved_summary
-from factor_transfer.stages import Job
-from factor_transfer.trackers import watched
-from factor_transfer.views import Transform
+from factor_transfer.training.engine import Engine
+from factor_transfer.training.evaluation import evaluate
+from factor_transfer.training.finished import ROLES, answers, open_images, rebuild
+from factor_transfer.training.machines import first_difference
+from factor_transfer.training.orders import check_orders
+from factor_transfer.training.run_folder import environment, open_run, saved_config, saved_summary
+from factor_transfer.training.stages import Job
+from factor_transfer.util.checks import flag, of_a_machine
+from factor_transfer.util.console import say, silence, warn
+from factor_transfer.util.errors import ConfigError, RunError, listed, near
 
 
 @dataclass(frozen=True)

@@ -27,28 +27,28 @@ from timm.data.constants import (
 )
 from torch import Tensor, nn
 
-from factor_transfer.checks import flag
 from factor_transfer.config import Config, Rgb
-from factor_transfer.data import Dataset
-from factor_transfer.engine import Engine
-from factor_transfer.errors import FactorTransferError
-from factor_transfer.features import maps
-from factor_transfer.files import state_fingerprint
-from factor_transfer.followers import follower
-from factor_transfer.frozen import FrozenTeacher
-from factor_transfer.method import factor_channels
-from factor_transfer.methods import method_of
-from factor_transfer.models import InputNorm, Network, Role, count_parameters
-from factor_transfer.objective import fresh_paraphrasers
-from factor_transfer.orders import misordered
-from factor_transfer.pairs import Modules, Pair, Side, check_alive, check_knows
-from factor_transfer.pulls import pulls
+from factor_transfer.data.dataset import Dataset
+from factor_transfer.data.splits import Batch, Sample, Split
+from factor_transfer.method.factor_transfer import factor_channels
+from factor_transfer.method.presets import method_of
+from factor_transfer.networks.features import maps
+from factor_transfer.networks.followers import follower
+from factor_transfer.networks.frozen import FrozenTeacher
+from factor_transfer.networks.load import InputNorm, Network, Role, count_parameters
+from factor_transfer.networks.pair import Modules, Pair, Side, check_alive, check_knows
 from factor_transfer.rehearsal import rehearse
-from factor_transfer.runs import Run
-from factor_transfer.sizes import written
-from factor_transfer.splits import Batch, Sample, Split
-from factor_transfer.stages import Job
-from factor_transfer.tasks import TeacherSide
+from factor_transfer.training.engine import Engine
+from factor_transfer.training.objective import fresh_paraphrasers
+from factor_transfer.training.orders import misordered
+from factor_transfer.training.pulls import pulls
+from factor_transfer.training.run_folder import Run
+from factor_transfer.training.stages import Job
+from factor_transfer.training.step import TeacherSide
+from factor_transfer.util.checks import flag
+from factor_transfer.util.errors import FactorTransferError
+from factor_transfer.util.files import state_fingerprint
+from factor_transfer.util.sizes import written
 
 SAMPLE = 512
 """Images of each split that are looked at."""

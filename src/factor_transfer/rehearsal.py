@@ -19,22 +19,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from factor_transfer.arguments import is_callable_name
 from factor_transfer.config import plain
-from factor_transfer.console import warn
-from factor_transfer.errors import ConfigError, FactorTransferError, ModelError, RunError, first_line
-from factor_transfer.export import export_pt2, metadata_of, plain_copy
-from factor_transfer.finished import build_again
-from factor_transfer.frozen import FrozenTeacher
-from factor_transfer.method import Paraphraser
-from factor_transfer.objective import fresh_paraphrasers
-from factor_transfer.pairs import Pair, Side, check_can_teach
-from factor_transfer.runs import Run
-from factor_transfer.seeds import seeded
-from factor_transfer.stages import Job
-from factor_transfer.tasks import DistillationTask, ParaphraserTask, TeacherSide
-from factor_transfer.terms import Labels
-from factor_transfer.weights import load_weights
+from factor_transfer.export.formats import export_pt2, metadata_of, plain_copy
+from factor_transfer.method.factor_transfer import Paraphraser
+from factor_transfer.method.losses import Labels
+from factor_transfer.networks.frozen import FrozenTeacher
+from factor_transfer.networks.pair import Pair, Side, check_can_teach
+from factor_transfer.networks.weights import load_weights
+from factor_transfer.training.finished import build_again
+from factor_transfer.training.objective import fresh_paraphrasers
+from factor_transfer.training.run_folder import Run
+from factor_transfer.training.stages import Job
+from factor_transfer.training.step import DistillationTask, ParaphraserTask, TeacherSide
+from factor_transfer.util.arguments import is_callable_name
+from factor_transfer.util.console import warn
+from factor_transfer.util.errors import ConfigError, FactorTransferError, ModelError, RunError, first_line
+from factor_transfer.util.seeds import seeded
 
 ENOUGH = 8
 """Images of a batch on which a step fails only where it fails on more, too; but for memory."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from factor_transfer.config import plain
-from factor_transfer.console import warn
-from factor_transfer.errors import first_line
-from factor_transfer.export import EXPORT_IMAGES, export_pt2, latency_ms, metadata_of
-from factor_transfer.files import state_fingerprint, write_json
-from factor_transfer.methods import method_of
-from factor_transfer.models import Network, count_parameters
-from factor_transfer.pairs import Pair, Side
-from factor_transfer.sizes import brief
-from factor_transfer.stages import Job
+from factor_transfer.export.formats import EXPORT_IMAGES, export_pt2, latency_ms, metadata_of
+from factor_transfer.method.presets import method_of
+from factor_transfer.networks.load import Network, count_parameters
+from factor_transfer.networks.pair import Pair, Side
+from factor_transfer.training.stages import Job
+from factor_transfer.util.console import warn
+from factor_transfer.util.errors import first_line
+from factor_transfer.util.files import state_fingerprint, write_json
+from factor_transfer.util.sizes import brief
 
 
 def finish(job: Job, pair: Pair, student: Side, baseline: Side | None) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from factor_transfer.config import Config
-from factor_transfer.errors import ConfigError, near
+from factor_transfer.util.errors import ConfigError, near
 
 RECIPES = resources.files("factor_transfer") / "recipes"
 

@@ -15,7 +15,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from factor_transfer.errors import ConfigError
+from factor_transfer.util.errors import ConfigError
 
 Model = TypeVar("Model", bound="CifarNet")
 EntryPoint = TypeVar("EntryPoint", bound=Callable[..., nn.Module])

@@ -16,7 +16,7 @@ from typing import Any
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from factor_transfer.errors import ConfigError
+from factor_transfer.util.errors import ConfigError
 from factor_transfer.zoo.base import CifarNet, Group, build, cifar_cfg, conv3x3, rectified, registered
 
 

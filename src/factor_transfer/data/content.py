@@ -1,0 +1,196 @@
+"""What of the files' content the networks do not see, or see otherwise: counted, named, with what mends it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from factor_transfer.data.frames import Frame
+from factor_transfer.data.images import Images, Unreadable
+from factor_transfer.data.rgb import DEEP, KINDS, Decoded, Kind, needs_decoding, of_header, upright_size
+from factor_transfer.data.views import spaced
+from factor_transfer.util.errors import SHOWN_CHOICES, DataError, listed
+from factor_transfer.util.sizes import Size, as_flag, written
+
+SAMPLE, DECODED = 256, 32
+"""Images whose headers are read, and how many of them are decoded where only that tells."""
+
+STRETCHED, SHARE = 1.6, 0.1
+"""An aspect so many times off the networks' is worth a warning in this share of the images. (3:2 photographs are 1.5
+off a square, and are usually cropped.)"""
+
+DARK = 14
+"""16-bit images that use no more bits than this are most likely of fewer bits: at 16 they would be nearly black."""
+
+HINTS: dict[Kind, str] = {
+    "transparent": "where transparency matters, put them on a background first",
+    "bands": "where the others matter, make RGB images of three bands",
+    "frames": "where the others matter, make an image of each",
+    "cmyk": "where their colours matter, convert them to RGB with their profile",
+}
+
+
+class Lost(NamedTuple):
+    """Something that the networks do not see, and what mends it."""
+
+    what: str
+    hint: str
+
+
+@dataclass
+class Content:
+    """What was met in so many images."""
+
+    looked: int = 0
+    counts: dict[Kind, int] = field(default_factory=dict)
+    names: dict[Kind, list[str]] = field(default_factory=dict)
+    """The first of each kind."""
+    largest: int | None = None
+    """The largest sample of 16-bit images that do not say how many bits they use."""
+
+    def add(self, name: str, found: Decoded) -> None:
+        """One more image."""
+        self.add_all(Content(1, dict.fromkeys(found.kinds, 1), {kind: [name] for kind in found.kinds}, found.largest))
+
+    def add_all(self, other: Content) -> None:
+        """What was met in others."""
+        self.looked += other.looked
+        for kind, count in other.counts.items():
+            self.counts[kind] = self.counts.get(kind, 0) + count
+            self.names[kind] = (self.names.get(kind, []) + other.names[kind])[:SHOWN_CHOICES]
+        if other.largest is not None:
+            self.largest = max(other.largest, self.largest or 0)
+
+    def told(self) -> Iterator[tuple[Kind, str]]:
+        """A sentence for each kind."""
+        for kind, what in KINDS.items():
+            count = self.counts.get(kind, 0)
+            if count:
+                more = f" and {count - len(self.names[kind])} more" if count > len(self.names[kind]) else ""
+                yield kind, f"{count:,} of {self.looked:,} images are {what} ({listed(self.names[kind])}{more})"
+
+    def lost(self) -> list[Lost]:
+        """Of these, what loses something."""
+        return [Lost(what, HINTS[kind]) for kind, what in self.told() if kind in HINTS]
+
+    def darkness(self, bits: int | None) -> int | None:
+        """The largest sample, where 16-bit images would be nearly black because they use fewer bits.
+
+        Args:
+            bits: `--bit-depth`: what was said of them is believed.
+        """
+        doubtful = bits is None and self.largest is not None and self.largest.bit_length() <= DARK
+        return self.largest if doubtful else None
+
+    def check_depth(self, given: str, bits: int | None) -> None:
+        """That 16-bit images are not nearly black because they use fewer bits.
+
+        Args:
+            given: what the user gave, for the message.
+            bits: `--bit-depth`.
+
+        Raises:
+            DataError: they are.
+        """
+        largest = self.darkness(bits)
+        if largest is not None:
+            raise DataError(
+                given,
+                found=dark(largest),
+                valid="--bit-depth N: how many bits are in use; 0 becomes black and the largest of N bits white",
+                hint=f"--bit-depth {likely_bits(largest)}; or --bit-depth {DEEP} where they are as dark as that",
+            )
+
+
+def dark(largest: int) -> str:
+    """What is said of 16-bit images that would be nearly black."""
+    return (
+        f"16-bit images without a value above {largest:,}, as images of {likely_bits(largest)} bits have: read as "
+        f"{DEEP} bits they would be nearly black"
+    )
+
+
+def likely_bits(largest: int) -> int:
+    """The usual depth that holds a value.
+
+    >>> likely_bits(3000), likely_bits(900)
+    (12, 10)
+    """
+    return next((bits for bits in (10, 12, 14) if largest < 1 << bits), DEEP)
+
+
+class Looked(NamedTuple):
+    """What a sample of the images says of all."""
+
+    sizes: list[Size]
+    """Heights and widths, upright."""
+    content: Content
+
+
+def look(images: Images, bits: int | None) -> Looked:
+    """Read the headers of a sample of images; decode a few of those whose header does not tell."""
+    sizes: list[Size] = []
+    content, decoded = Content(), 0
+    for row in spaced(len(images), SAMPLE).tolist():
+        with suppress(Exception):  # whoever decodes it names it
+            image: Image.Image = images.open(row)
+            sizes.append(upright_size(image))
+            found = Decoded(image, of_header(image), None)
+            if needs_decoding(image) and decoded < DECODED:
+                decoded += 1
+                with suppress(Unreadable):
+                    found = images.decoded(row, bits)
+            content.add(images.names[row], found)
+    return Looked(sizes, content)
+
+
+def aspects(sizes: Sequence[Size], frame: Frame) -> list[Lost]:
+    """What a crop mode does to images of these heights and widths, where that is much."""
+    off = [size for size in sizes if frame.stretch(size) > STRETCHED]
+    if not off or len(off) < SHARE * len(sizes):
+        return []
+    middle = sorted(off, key=lambda size: size[1] / size[0])[len(off) // 2]
+    stretch, mode = frame.stretch(middle), frame.mode
+    does = {
+        "squash": f"squashes them by {stretch:.1f}",
+        "center": f"cuts {1 - frame.kept(middle):.0%} of them off",
+        "border": f"makes {1 - 1 / stretch:.0%} of what is seen border",
+    }[mode]
+    others = " or ".join(other for other in ("squash", "border") if other != mode)
+    return [
+        Lost(
+            f"{len(off) / len(sizes):.0%} of the images have another aspect ({written(middle)}) than the "
+            f"{written(frame.size)} that the networks see: --crop-mode {mode} {does}",
+            f"--img-size {as_flag(fitting(frame.size, middle))} (height, width)"
+            + (f", or --crop-mode {others}" if mode == "center" else ""),
+        )
+    ]
+
+
+def fitting(size: Size, image: Size) -> Size:
+    """The size with about the area of `size` and the aspect of an image, in steps that networks can halve.
+
+    >>> fitting((128, 128), (32, 128))
+    (64, 256)
+    """
+    area, aspect = size[0] * size[1], image[1] / image[0]
+    step = 4 if max(size) <= 32 else 8 if max(size) <= 96 else 32
+    height, width = (
+        max(step, round(side / step) * step) for side in (math.sqrt(area / aspect), math.sqrt(area * aspect))
+    )
+    return height, width
+
+
+def to_file(content: Content) -> dict[str, Any]:
+    """As JSON holds it."""
+    return {"looked": content.looked, "counts": content.counts, "names": content.names, "largest": content.largest}
+
+
+def from_file(values: Mapping[str, Any]) -> Content:
+    """What `to_file` wrote."""
+    return Content(int(values["looked"]), dict(values["counts"]), dict(values["names"]), values["largest"])

@@ -1,0 +1,331 @@
+"""One indexed source of images: our own splits and class numbers, decoded once where they are small.
+
+Shapes: N images, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from factor_transfer.config import DataConfig
+from factor_transfer.data.classes import number_classes
+from factor_transfer.data.content import HINTS, Content, Lost, aspects, look
+from factor_transfer.data.digests import digests
+from factor_transfer.data.frames import SMALL, Frame
+from factor_transfer.data.images import Images, Unreadable, corrupted, named, natural
+from factor_transfer.data.layouts import UNLABELLED
+from factor_transfer.data.pixels import Pixels, decode_once, read_all
+from factor_transfer.data.sources import WRITTEN, open_source
+from factor_transfer.data.splits import FileSplit, PixelSplit, Shown, Split
+from factor_transfer.data.views import VERSION, Transform, evenly, held_out
+from factor_transfer.util.arguments import imported, is_callable_name
+from factor_transfer.util.errors import ConfigError, DataError, listed
+from factor_transfer.util.files import cache_folder, fingerprint
+from factor_transfer.util.identity import code_fingerprint
+from factor_transfer.util.seeds import part_seed
+from factor_transfer.util.sizes import AnySize, Size, brief, written
+
+TRANSFORM = "a function from an RGB image to an image, or uint8 pixels (3, H, W), of the size that the networks see"
+TRACES = 8
+"""Images on which an augmentation of the user's is tried, and known again."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Training and validation images with one numbering of classes."""
+
+    name: str
+    train: Split
+    validation: Split
+    classes: tuple[str, ...]
+    """Class names in index order."""
+    frame: Frame
+    """The size at which the student sees them, and how they are brought to it."""
+    notes: tuple[str, ...]
+    """What the user should know about how the data was understood."""
+    held_out: bool
+    """The validation images are a share of the training set."""
+    described: Callable[[], dict[str, Any]] = field(repr=False)
+    """What `fingerprint` is of; to make it, the bytes of all images are hashed where they are not remembered."""
+    labelled: bool = True
+    """False: a flat folder, whose images have no classes."""
+    lost: tuple[Lost, ...] = ()
+    """What of the files the networks do not see."""
+    bit_depth: int | None = None
+    """Bits in use in grey images of more than 8 that do not say; None: nothing was said of them."""
+    transform: Transform | None = None
+    """The user's own augmentation."""
+
+    @property
+    def img_size(self) -> int | Size:
+        """One number for a square, else height and width, in pixels."""
+        return brief(self.frame.size)
+
+    def transform_code(self) -> str | None:
+        """A hash of the user's own augmentation, with the versions of the libraries that it uses."""
+        return code_fingerprint(self.transform) if self.transform is not None else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with any byte of an image, label, class order, split or augmentation."""
+        return fingerprint(self.described())
+
+
+def open_data(
+    config: DataConfig,
+    default_size: Callable[[], AnySize],
+    transform: Transform | None = None,
+    known: Sequence[str] | None = None,
+) -> Dataset:
+    """Find, check, number and split the images that `config` names; small ones are decoded here.
+
+    Args:
+        config: `--data` and its companions.
+        default_size: the size to use for images above 96 pixels without `--img-size`; called only for those.
+        transform: the user's own augmentation, where it is given as an object.
+        known: class names of a finished run, in index order. All images are then there to be measured: those of the
+            validation set, or of the whole where there is none; some classes may be absent.
+
+    Raises:
+        ConfigError: the user's augmentation cannot be loaded, or does not give images of the right size; or there are
+            classes that are not among the `known`.
+        DataError: images or classes are missing, unreadable or contradictory.
+
+    >>> found = open_data(DataConfig(data="digits"), default_size=lambda: 224)
+    >>> len(found.train), len(found.validation), found.classes[:3], found.img_size
+    (1258, 539, ('0', '1', '2'), 8)
+    """
+    source = open_source(config)
+    notes = list(source.notes)
+    if known is not None:
+        source = replace(source, train=source.validation or source.train, validation=None)
+    classes = number_classes(source, config, notes, known)
+    seen = look(source.train, config.bit_depth)
+    frame = Frame.of(config.img_size or _own_size(seen.sizes) or default_size(), config.crop_mode, config.crop_pct)
+    shown = _shown(frame, config)
+    apart = source.validation is None or config.validate_on == "train-holdout"
+    parts = [source.train] if apart or source.validation is None else [source.train, source.validation]
+    loaded = _load(parts, classes, shown, config, notes)
+    lost = _lost([part.content for part in loaded if part.content] or [seen.content], config, notes)
+    transform = transform or _imported(config)
+    holds_out = apart and known is None
+    aside = _held_out(loaded[0], config, notes) if holds_out else np.full(len(loaded[0].labels), known is not None)
+    chosen = _share(loaded[0], ~aside, config, notes)
+    train = loaded[0].split(shown, config, chosen, transform)
+    validation = loaded[0].split(shown, config, aside) if apart else loaded[1].split(shown, config)
+    acts = _shown_by(train, config) if isinstance(train, FileSplit) and transform else None
+    share = config.validation_share if apart else None
+    return Dataset(
+        name=config.data,
+        train=train,
+        validation=validation,
+        classes=classes,
+        frame=frame,
+        notes=tuple(notes),
+        held_out=holds_out,
+        described=lambda: _described(loaded, classes, shown, config, share, (acts, transform) if transform else None),
+        labelled=UNLABELLED not in source.train.labels,
+        bit_depth=config.bit_depth,
+        lost=(*lost, *aspects(seen.sizes, frame)),
+        transform=transform,
+    )
+
+
+def _shown(frame: Frame, config: DataConfig) -> Shown:
+    """How training images are shown.
+
+    Raises:
+        DataError: a padding as large as the images.
+    """
+    side = min(frame.size)
+    padding = side // 8 if config.crop_padding is None else config.crop_padding
+    if padding >= side:
+        raise DataError(f"--crop-padding {padding}", found=f"images of {written(frame.size)}", valid=f"below {side}")
+    return Shown(
+        frame=frame,
+        padding=padding,
+        hflip=(0.0 if config.data.lower() in WRITTEN else 0.5) if config.hflip is None else config.hflip,
+        scale=(config.scale[0], config.scale[1]),
+        color_jitter=config.color_jitter,
+        seed=config.data_seed,
+        bits=config.bit_depth,
+    )
+
+
+def _described(
+    parts: Sequence[_Loaded],
+    classes: tuple[str, ...],
+    shown: Shown,
+    config: DataConfig,
+    share: float | None,
+    transform: tuple[str | None, Transform] | None,
+) -> dict[str, Any]:
+    """What a dataset's fingerprint is of; the user's `transform` by its results and its code."""
+    return {
+        "views": VERSION,
+        "shown": asdict(shown) | {"frame": shown.frame.identity()},
+        "classes": classes,
+        "share": share,
+        "train": config.train_images,
+        "images": [part.digest(cache_folder(config.cache_dir)) for part in parts],
+        "transform": [transform[0], code_fingerprint(transform[1], versions=False)] if transform else None,
+    }
+
+
+def _lost(contents: Sequence[Content], config: DataConfig, notes: list[str]) -> list[Lost]:
+    """What the files hold that the networks do not see; notes say what is shown otherwise."""
+    content = Content()
+    for each in contents:
+        content.add_all(each)
+    content.check_depth(f"--data {config.data}", config.bit_depth)
+    notes += [what for kind, what in content.told() if kind not in HINTS]
+    return content.lost()
+
+
+def _share(train: _Loaded, there: np.ndarray, config: DataConfig, notes: list[str]) -> np.ndarray:
+    """Which of the training images that are `there`, (n,) bool, are trained on: `--train-images`, or all."""
+    count, rows = config.train_images, np.flatnonzero(there)
+    if count is None:
+        return there
+    fewest = len(np.unique(train.labels))
+    if not fewest <= count <= len(rows):
+        raise DataError(
+            f"--train-images {count}",
+            found=f"{len(rows):,} training images in {fewest:,} classes",
+            valid=f"{fewest} to {len(rows)}: one of each class or more",
+        )
+    chosen = np.zeros_like(there)
+    chosen[rows[evenly(train.labels[rows], count, part_seed(config.data_seed, "train images"))]] = True
+    notes.append(
+        f"{count:,} of {len(rows):,} training images, as many of each class (--train-images {count}, by --data-seed "
+        f"{config.data_seed})"
+    )
+    return chosen
+
+
+def _held_out(train: _Loaded, config: DataConfig, notes: list[str]) -> np.ndarray:
+    """Which training images are set aside for validation, (n,) bool."""
+    chosen = held_out(train.labels, config.validation_share, part_seed(config.data_seed, "split"))
+    why = "--validate-on train-holdout" if config.validate_on == "train-holdout" else "no validation set"
+    notes.append(
+        f"{why}: {chosen.sum():,} of {len(chosen):,} training images are held out "
+        f"({config.validation_share:.0%} of each class, by --data-seed {config.data_seed})"
+    )
+    if not chosen.any():
+        raise DataError(
+            f"--data {config.data}",
+            found=f"one training image in each class, and {why}",
+            valid="two images or more in a class",
+        )
+    return chosen
+
+
+# -- the user's own augmentation
+
+
+def _imported(config: DataConfig) -> Transform | None:
+    if config.transform is None:
+        return None
+    try:
+        if not is_callable_name(config.transform):
+            raise ValueError("no package.module:callable; one that is given in Python is given there again")
+        found = imported(config.transform)
+        if not callable(found):
+            raise ValueError(f"a {type(found).__name__}, which cannot be called")
+    except Exception as error:  # whatever importing code of the user's raises
+        raise ConfigError(f"--transform {config.transform}", found=str(error), valid=TRANSFORM) from error
+    return cast(Transform, found)
+
+
+def _shown_by(train: FileSplit, config: DataConfig) -> str:
+    """A hash of what the augmentation makes of a few images: code has no fingerprint, but its results have."""
+    found = hashlib.sha256()
+    for view in range(2):
+        try:
+            found.update(train.show(np.arange(min(len(train), TRACES)), view).image.numpy().tobytes())
+        except Unreadable as error:
+            raise ConfigError(f"--transform {config.transform}", found=error.reason, valid=TRANSFORM) from error
+    return found.hexdigest()
+
+
+# -- pixels
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """The readable images of one part of a source."""
+
+    images: Images
+    rows: np.ndarray  # indices of the readable ones
+    labels: np.ndarray  # their classes
+    pixels: Pixels | None  # of all; None: decoded when shown
+    content: Content | None  # of all; None: not all were read
+
+    def digest(self, cache: Path) -> str:
+        """Covers the bytes of every image, which are readable, and the labels; `cache` remembers the bytes' hashes."""
+        known = self.pixels.sources if self.pixels else None
+        found = hashlib.sha256(self.labels.tobytes() + self.rows.tobytes())
+        found.update(b"".join(digests(self.images, cache) if known is None else known))
+        return found.hexdigest()
+
+    def split(
+        self,
+        shown: Shown,
+        config: DataConfig,
+        chosen: np.ndarray | slice = slice(None),
+        transform: Transform | None = None,
+    ) -> Split:
+        """The chosen of the readable images; an augmentation of the user's works on images one by one, in workers."""
+        rows, labels = self.rows[chosen], self.labels[chosen]
+        if self.pixels is not None and transform is None:
+            return PixelSplit(self.pixels.array, rows, labels, shown)
+        return FileSplit(self.images, rows, labels, shown, config, transform)
+
+
+def _load(
+    parts: Sequence[Images], classes: tuple[str, ...], shown: Shown, config: DataConfig, notes: list[str]
+) -> list[_Loaded]:
+    """Decode small images; of large ones only make sure that they are readable, and only for `--skip-corrupt`."""
+    frame = shown.frame
+    bytes_needed = sum(map(len, parts)) * math.prod(frame.size) * 3
+    store = frame.small and bytes_needed <= config.pixel_cache_gb * 1e9
+    number = {UNLABELLED: 0} | {name: index for index, name in enumerate(classes)}
+    loaded: list[_Loaded] = []
+    corrupt: list[Unreadable] = []
+    for images in parts:
+        folder = cache_folder(config.cache_dir) / "pixels"
+        pixels = decode_once(images, frame, folder, shown.bits) if store else None
+        bad, content = (pixels.unreadable, pixels.content) if pixels else ({}, None)
+        if config.skip_corrupt and pixels is None:
+            bad, content = read_all(images, shown.bits)
+        rows = np.array([row for row in range(len(images)) if row not in bad], dtype=np.int64)
+        labels = np.array([number[images.labels[row]] for row in rows], dtype=np.int64)
+        loaded.append(_Loaded(images, rows, labels, pixels, content))
+        corrupt += bad.values()
+    if corrupt and not config.skip_corrupt:
+        raise corrupted(config.data, corrupt)
+    if corrupt:
+        notes.append(f"{named(corrupt)} left out (--skip-corrupt)")
+        gone = sorted(set(parts[0].labels) - {classes[label] for label in set(loaded[0].labels)}, key=natural)
+        if gone or not all(len(part.rows) for part in loaded):
+            raise DataError(
+                f"--data {config.data}",
+                found=f"after leaving out {named(corrupt)} nothing is left of {listed(gone) or 'the validation set'}",
+                valid="at least one readable image in each class",
+            )
+    return loaded
+
+
+def _own_size(sizes: Sequence[Size]) -> int | None:
+    """The median longer side of a sample of the images; None where that is above 96 pixels."""
+    sides = sorted(max(size) for size in sizes)
+    side = sides[len(sides) // 2] if sides else SMALL
+    return side if side <= SMALL else None

@@ -1,0 +1,229 @@
+"""What lies in a folder or a tar: the one walk that finds images, for every command, and counts what it leaves out.
+
+Folders and tars are walked here and not by timm's readers, whose tar handles are shared by forked workers.
+A tar member is a byte range of its tar, which every read opens for itself.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from PIL import Image, features
+
+from factor_transfer.util.errors import DataError, listed
+
+NO_IMAGES = frozenset({"PDF", "EPS", "PSD", "WMF", "BUFR", "GRIB", "HDF5", "IPTC", "MPEG"})
+"""Formats of Pillow's that are documents and drawings, which often lie beside the image that was made of them, or no
+images at all."""
+
+CODECS = {"AVIF": "avif", "JPEG": "jpg", "JPEG2000": "jpg_2000", "MPO": "jpg", "PNG": "zlib", "WEBP": "webp"}
+"""Formats that Pillow knows by name and decodes only where it was built with this."""
+
+BY_SYSTEMS = frozenset(
+    {"__macosx", "@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin",
+     "system volume information", "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini", "__pycache__"}
+)  # fmt: skip
+"""Names that file managers, network disks and systems leave in folders, in lower case."""
+
+LINKS = 40
+"""Links to links that are followed in a tar, as Linux does on a disk."""
+
+T = TypeVar("T")
+
+
+def image_formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read: what it can decode here, without documents."""
+    Image.init()
+    return _decodable(tuple(Image.ID))
+
+
+@cache
+def _decodable(known: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(
+        name for name in known if name not in NO_IMAGES and (name not in CODECS or features.check(CODECS[name]))
+    )
+
+
+def image_extensions() -> frozenset[str]:
+    """Endings, in lower case, of the files that are read as images: the one list of all commands.
+
+    >>> sorted({".jpg", ".jfif", ".png", ".tif", ".pdf", ".txt"} & image_extensions())
+    ['.jfif', '.jpg', '.png', '.tif']
+    """
+    formats = {*image_formats()}
+    if "JPEG" in formats:
+        formats.add("MPO")  # the JPEG reader opens it
+    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in formats)
+
+
+class Range(NamedTuple):
+    """Bytes of a file: all of an image file, or one member of a tar."""
+
+    path: str
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """The bytes; no handle stays open, so none is shared between processes."""
+        with open(self.path, "rb") as file:  # noqa: PTH123 (an open for every image: Path costs more than the read)
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Files and folders below a root, by relative name."""
+
+    files: dict[str, Range]
+    folders: frozenset[str]
+    left_out: dict[str, str] = field(default_factory=dict)
+    """What is not read, and of what kind it is."""
+
+    def below(self, name: str) -> Tree:
+        """What lies in folder `name`."""
+        start = name + "/"
+
+        def inner(names: Mapping[str, T]) -> dict[str, T]:
+            return {path.removeprefix(start): value for path, value in names.items() if path.startswith(start)}
+
+        folders = frozenset(path.removeprefix(start) for path in self.folders if path.startswith(start))
+        return Tree(inner(self.files), folders, inner(self.left_out))
+
+    def images(self) -> Tree:
+        """The images alone; the other files are left out."""
+        wanted = image_extensions()
+        images = {name: place for name, place in self.files.items() if kind_of_file(name) in wanted}
+        others = {name: kind_of_file(name) for name in self.files if name not in images}
+        return Tree(images, self.folders, self.left_out | others)
+
+    def tops(self) -> list[str]:
+        """Names of the folders at the top, sorted."""
+        inside = {name.partition("/")[0] for name in self.files if "/" in name}
+        return sorted(inside | {name.partition("/")[0] for name in self.folders})
+
+
+def kind_of_file(name: str) -> str:
+    """The ending of a file's name, in lower case.
+
+    >>> kind_of_file("a/one.JPG"), kind_of_file("a/README")
+    ('.jpg', 'file without an ending')
+    """
+    return posixpath.splitext(name)[1].lower() or "file without an ending"
+
+
+def left_by_system(name: str) -> str | None:
+    """What kind of thing a file or folder of this name is, if it is not a user's own: hidden, a thumbnail, a trash.
+
+    >>> left_by_system("@eaDir"), left_by_system("._cat.jpg"), left_by_system("cat.jpg")
+    ('@eaDir', 'hidden', None)
+    """
+    if name.startswith("."):
+        return "hidden"
+    return name if name.lower() in BY_SYSTEMS else None
+
+
+def counted(left_out: Mapping[str, str]) -> str:
+    """How many of each kind, with the first of each; nothing where nothing was left out.
+
+    >>> counted({"a/1.json": ".json", "b/2.json": ".json", "b/@eaDir": "@eaDir"})
+    '2 x .json (a/1.json), 1 x @eaDir (b/@eaDir)'
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in sorted(left_out):
+        kinds.setdefault(left_out[name], []).append(name)
+    ordered = sorted(kinds.items(), key=lambda kind: -len(kind[1]))
+    return listed([f"{len(names)} x {kind} ({names[0]})" for kind, names in ordered])
+
+
+def folder_tree(root: Path) -> Tree:
+    """The images below a folder. Linked folders are read too, each real folder once.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    wanted = image_extensions()
+    files: dict[str, Range] = {}
+    folders: set[str] = set()
+    left_out: dict[str, str] = {}
+    top = os.path.realpath(root)
+    own, linked, seen = [("", top)], list[tuple[str, str]](), set[str]()
+    while own or linked:  # the tree's own folders first: where one is linked to as well, the link is the double
+        inside, real = own.pop() if own else linked.pop(0)
+        if real in seen or top.startswith(os.path.join(real, "")):  # noqa: PTH118 (a million names, here and below)
+            left_out[inside] = "folder linked again"
+            continue
+        seen.add(real)
+        if inside:
+            folders.add(inside)
+        for entry in sorted(os.scandir(real), key=lambda entry: entry.name):
+            name = f"{inside}/{entry.name}" if inside else entry.name
+            kind = left_by_system(entry.name)
+            if kind is not None:
+                left_out[name] = kind
+            elif entry.is_dir():
+                link = entry.is_symlink()
+                (linked if link else own).append((name, os.path.realpath(entry.path) if link else entry.path))
+            elif kind_of_file(name) not in wanted:
+                left_out[name] = kind_of_file(name) if os.path.exists(entry.path) else "broken link"  # noqa: PTH110
+            elif not entry.is_file() and os.path.exists(entry.path):  # noqa: PTH110
+                left_out[name] = "no regular file"  # a pipe would be waited for
+            else:
+                size = entry.stat().st_size if entry.is_file() else 0  # 0: a broken link, which whoever reads it names
+                files[name] = Range(os.path.join(root, name), 0, size)  # noqa: PTH118
+    return Tree(files, frozenset(folders), left_out)
+
+
+def tar_tree(path: Path, given: str) -> Tree:
+    """All files of a tar, images and others; links to its own files are followed.
+
+    Raises:
+        DataError: it is not a whole, uncompressed tar; `given` is what the user gave.
+    """
+    files: dict[str, Range] = {}
+    folders: set[str] = set()
+    left_out: dict[str, str] = {}
+    links: dict[str, str] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                name = posixpath.normpath(member.name).lstrip("/")
+                apart = _apart(name)
+                if apart is not None:
+                    left_out[apart[0]] = apart[1]
+                elif member.isdir():
+                    folders.add(name)
+                elif member.islnk() or member.issym():
+                    start = "" if member.islnk() else posixpath.dirname(name)
+                    links[name] = posixpath.normpath(posixpath.join(start, member.linkname))
+                elif member.isreg() and not member.issparse():
+                    files[name] = Range(str(path), member.offset_data, member.size)
+                else:
+                    left_out[name] = "no regular file"
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DataError(given, found=f"{path}: {error}", valid="whole, uncompressed tar files") from error
+    for name, first in links.items():
+        target = first
+        for _ in range(LINKS):
+            target = links.get(target, target)
+        if target in files:
+            files[name] = files[target]
+        else:
+            left_out[name] = "link to a folder or out of the tar"
+    return Tree(files, frozenset(folders - {"."}), left_out)
+
+
+def _apart(name: str) -> tuple[str, str] | None:
+    """The outermost part of a path that a system left there, and its kind."""
+    parts = name.split("/")
+    for place, part in enumerate(parts):
+        kind = left_by_system(part) if part != "." else None
+        if kind is not None:
+            return "/".join(parts[: place + 1]), kind
+    return None

@@ -1,0 +1,201 @@
+"""`factor-transfer predict`: what an exported student sees on images, through the runtime that its user has."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from array import array
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from math import exp
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts.validators import Number
+from PIL import Image
+
+from factor_transfer.config import MOST_THREADS
+from factor_transfer.data.content import Content, dark
+from factor_transfer.data.frames import Frame
+from factor_transfer.data.images import natural
+from factor_transfer.data.rgb import decoded
+from factor_transfer.data.trees import counted, folder_tree, image_formats
+from factor_transfer.export.runtimes import Runtime, kind_of, load
+from factor_transfer.util.checks import check_arguments
+from factor_transfer.util.console import say, warn
+from factor_transfer.util.errors import DataError, RunError, first_line
+
+BATCH = 32
+
+ORDER = ("student.onnx", "student.pt2", "student.int8.onnx")
+"""Which export of a folder is used: the first that is there and can be run."""
+
+
+def predict_images(
+    student: Path,
+    images: Sequence[str],
+    *,
+    top: Annotated[int, Number(gte=1)],
+    threads: Annotated[int | None, Number(gte=1, lte=MOST_THREADS)],
+    as_json: bool,
+) -> int:
+    """Print the likeliest classes of each image.
+
+    Args:
+        student: a run folder, a folder of exports, or one exported file.
+        images: files, folders, or `-`.
+        top: classes for each image.
+        threads: CPU threads.
+        as_json: print one JSON list.
+
+    Returns:
+        0; 2 where an image could not be read: the others are answered all the same.
+
+    Raises:
+        ConfigError: a number out of range.
+        RunError: no export that can be run here.
+        DataError: no images.
+    """
+    check_arguments(predict_images, top=top, threads=threads)
+    runtime = open_student(student, threads)
+    classes, frame, bits = runtime.metadata["classes"], Frame.read(runtime.metadata), runtime.metadata.get("bit_depth")
+    answers, unread, content = [], 0, Content()
+    batch: list[tuple[str, bytes]] = []
+
+    def answer() -> None:
+        logits = array("f", runtime.logits(b"".join(pixels for _, pixels in batch), len(batch)))
+        for place, (name, _) in enumerate(batch):
+            found = likeliest(logits[place * len(classes) : (place + 1) * len(classes)], classes, top)
+            answers.append({"image": name, "top": found})
+            if not as_json:
+                shown = "  ".join(f"{each['class']} {100 * each['probability']:.1f} %" for each in found)
+                print(f"{name}: {shown}")  # noqa: T201 (the command's output)
+        batch.clear()
+
+    for name, source in find_images(images):
+        try:
+            with Image.open(source, formats=image_formats()) as opened:
+                found = decoded(opened, bits)
+            pixels = frame.show(found.image).permute(1, 2, 0).numpy().tobytes()
+        except Exception as error:  # decoders raise anything
+            unread += 1
+            warn(f"{name} is no image that PIL can decode ({error})")
+            continue
+        content.add(name, found)
+        batch.append((name, pixels))
+        if len(batch) == BATCH:
+            answer()
+    if batch:
+        answer()
+    for _, what in content.told():
+        warn(what)
+    darkest = content.darkness(bits)
+    if darkest is not None:
+        warn(dark(darkest))
+    if as_json:
+        print(json.dumps(answers, ensure_ascii=False, indent=1))  # noqa: T201
+    return 2 if unread else 0
+
+
+def likeliest(logits: Sequence[float], classes: Sequence[str], top: int) -> list[dict[str, Any]]:
+    """The `top` classes with their probabilities, likeliest first.
+
+    >>> likeliest([0.0, 0.0], ["cat", "dog"], top=1)
+    [{'class': 'cat', 'index': 0, 'probability': 0.5}]
+    """
+    largest = max(logits)
+    weights = [exp(value - largest) for value in logits]
+    order = sorted(range(len(weights)), key=lambda place: -weights[place])[:top]
+    return [{"class": classes[at], "index": at, "probability": weights[at] / sum(weights)} for at in order]
+
+
+def open_student(given: Path, threads: int | None = None) -> Runtime:
+    """The export that `given` names, or the first of a folder's that this machine can run.
+
+    Raises:
+        RunError: there is none, or it does not say how its images are prepared.
+    """
+    path = _export_in(given)
+    try:
+        runtime = load(path, threads)
+    except ImportError as error:
+        raise RunError(str(path), found=str(error), hint="pip install 'factor-transfer[export]'") from error
+    except Exception as error:  # whatever a library raises on a foreign or damaged file
+        reason = first_line(error)
+        raise RunError(str(path), found=f"no exported student: {reason}", hint="export the run again") from error
+    if runtime.metadata.get("classes") == []:
+        raise RunError(
+            str(path),
+            found="a student without a head: it gives features and names no classes",
+            valid="a student that was trained with labels, or with --kd-weight and --class-map",
+            hint="read its features through onnxruntime or torch, as the README.md beside it shows",
+        )
+    if not runtime.metadata.keys() >= {"img_size", "mean", "std"} or not runtime.metadata.get("classes"):
+        raise RunError(
+            str(path),
+            found="an export of another program, or of an early version: it does not say how images are prepared",
+            hint="make it again with: factor-transfer export RUN",
+        )
+    return runtime
+
+
+def _export_in(given: Path) -> Path:
+    if not given.exists():
+        raise RunError(str(given), found="nothing there", valid="a run folder, a folder of exports, or a file of them")
+    if given.is_file():
+        try:
+            kind_of(given)
+        except ValueError as error:
+            raise RunError(str(given), found=str(error), valid="a .pt2, .onnx or .safetensors file") from error
+        return given
+    if (given / "model.safetensors").exists():
+        return given
+    for folder in (given / "export", given):
+        for name in ORDER:
+            if (folder / name).exists() and (name.endswith(".pt2") or find_spec("onnxruntime")):
+                return folder / name
+    unfinished = (given / "config.json").exists() and not (given / "summary.json").exists()
+    raise RunError(
+        str(given),
+        found="a run that is not finished" if unfinished else "no exported student",
+        valid=f"a folder with {', '.join(ORDER)}, or a timm folder",
+        hint="give the command that began it again" if unfinished else "make one with: factor-transfer export RUN",
+    )
+
+
+def find_images(given: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """(name, file or stream) of every image: files as given, folders through and through, `-` from standard input.
+
+    Raises:
+        DataError: a file that is not there, or a folder without images.
+    """
+    if not given:
+        raise DataError("no images", valid="files, folders, or - for standard input")
+    missing = [name for name in given if name != "-" and not Path(name).exists()]
+    if missing:
+        hint = "`factor-transfer predict --help` has the flags" if missing[0].startswith("-") else None
+        valid = "files, folders, or - for standard input"
+        raise DataError(missing[0], found="no such file or folder", valid=valid, hint=hint)
+    for name in given:
+        path = Path(name)
+        if name == "-":
+            yield "-", io.BytesIO(sys.stdin.buffer.read())
+        elif path.is_dir():
+            yield from ((str(file), file) for file in _images_in(path, name))
+        else:
+            yield name, path
+
+
+def _images_in(folder: Path, given: str) -> list[Path]:
+    try:
+        tree = folder_tree(folder)
+    except OSError as error:
+        raise DataError(given, found=str(error), valid="a folder that can be read") from error
+    left_out = counted(tree.left_out)
+    if not tree.files:
+        found = "no images in it" + (f", but {left_out}" if left_out else "")
+        raise DataError(given, found=found, valid=".jpg, .png, .webp and what else PIL reads")
+    if left_out:
+        say(f"in {given}, not read: {left_out}")
+    return [folder / name for name in sorted(tree.files, key=natural)]

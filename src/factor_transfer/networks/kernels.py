@@ -1,0 +1,131 @@
+"""Kernels of torch that write past their memory on some CPUs, and what is computed in their place.
+
+Known: the gradient of the weights of a convolution of one pixel (1x1) with a stride, channels-last, of fewer input
+channels than oneDNN's kernel takes at once: 8 with AVX2, 16 with AVX-512. It kills the process, or gives wrong values
+without a word. The cause is known to oneDNN (its issue 6035: the offset into a workspace). `benchmarks/kernels.py`
+searches for such shapes, and `results/kernels.json` tells which were tried, and with which versions.
+
+The gradient is taken over from torch at its dispatcher, so it makes no difference who calls the convolution, in which
+layout, or whether the backward pass computes a part of the forward pass anew. All CPUs are treated alike: which kernels
+oneDNN chooses depends on environment variables, too, and the same shape then gives the same bits everywhere.
+
+Shapes: B samples, C input channels, O output channels, H x W the map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import Library
+
+from factor_transfer.util.console import say
+
+BACKWARD = torch.ops.aten.convolution_backward.default
+
+BLOCK = 16
+"""Input channels that the widest of these kernels takes at once."""
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Of a convolution's input, weight and bias."""
+
+_said: set[tuple[int, ...]] = set()
+_library: Library | None = None
+
+
+def guard() -> None:
+    """Compute in another way what would corrupt memory, in this process and on CPUs; each shape is said once."""
+    global _library  # noqa: PLW0603 # it is torch's dispatcher that is changed, and there is one
+    _said.clear()
+    if _library is not None:
+        return
+    usual = _usual()
+
+    def backward(keys: Any, *given: Any) -> Any:
+        found = gradients(*given)
+        return usual(keys, *given) if found is NotImplemented else found
+
+    _library = Library("aten", "IMPL")  # type: ignore[no-untyped-call] # torch's own, and so is `impl`
+    _library.impl("convolution_backward", backward, "CPU", with_keyset=True)  # type: ignore[no-untyped-call]
+
+
+def _usual() -> Callable[..., Any]:
+    """Torch's own `convolution_backward`, once another one stands in its place."""
+    if hasattr(torch.library, "get_kernel"):
+        return torch.library.get_kernel(BACKWARD, "CPU").call_boxed
+    # Before torch 2.10. It is one kernel for all devices, so that of a device that nobody has changed is the same.
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.MkldnnCPU)
+    return lambda _, *given: BACKWARD.redispatch(keys, *given)
+
+
+def broken(weight: Tensor, stride: list[int], transposed: bool) -> bool:
+    """Whether the gradient of such weights (O, C, ...) may be computed by a kernel that corrupts memory."""
+    pixel = all(side == 1 for side in weight.shape[2:])
+    return pixel and not transposed and weight.shape[1] < BLOCK and any(step > 1 for step in stride)
+
+
+def gradients(
+    gradient: Tensor, x: Tensor, weight: Tensor, bias: list[int] | None, stride: list[int], padding: list[int],
+    dilation: list[int], transposed: bool, output_padding: list[int], groups: int, wanted: list[bool],
+) -> Any:  # fmt: skip
+    """As `torch.ops.aten.convolution_backward`, for convolutions that are `broken`; NotImplemented for all others.
+
+    A convolution of one pixel reads every `stride`-th pixel alone: with these taken out first, its stride is 1.
+
+    Args:
+        gradient: of the output, (B, O, ...).
+        x: the input, (B, C, ...).
+        weight: (O, C / groups, 1, ...).
+        bias: its shape, or None.
+        stride: of each side.
+        padding: of each side.
+        dilation: is not read: one pixel has none.
+        transposed: is False.
+        output_padding: is not read.
+        groups: of channels.
+        wanted: which of the three gradients.
+    """
+    if not broken(weight, stride, transposed) or not (wanted[1] or wanted[2]):
+        return NotImplemented
+    _tell(weight, stride)
+    sides = len(stride)
+    kept = F.pad(x, [value for side in reversed(padding) for value in (side, side)]) if any(padding) else x
+    for place, (step, size) in enumerate(zip(stride, gradient.shape[2:], strict=True), start=2):
+        kept = kept[(slice(None),) * place + (slice(0, (size - 1) * step + 1, step),)]
+    ones, zeros = [1] * sides, [0] * sides
+    _, of_weight, of_bias = BACKWARD(
+        gradient, kept, weight, bias, ones, zeros, ones, False, zeros, groups, [False, *wanted[1:]]
+    )
+    of_input = None
+    if wanted[0]:
+        of_input, _, _ = BACKWARD(
+            gradient, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups,
+            [True, False, False],
+        )  # fmt: skip
+    return of_input, of_weight, of_bias
+
+
+def _tell(weight: Tensor, stride: list[int]) -> None:
+    shape = (*weight.shape, *stride)
+    if shape in _said:
+        return
+    _said.add(shape)
+    sides = "x".join("1" for _ in stride)
+    say(
+        f"a {sides} convolution with stride {max(stride)} of {weight.shape[1]} channels: torch's kernel for the "
+        "gradient of its weights corrupts memory on some CPUs; it is computed with stride 1 from every "
+        f"{_nth(max(stride))} pixel instead"
+    )
+
+
+def _nth(step: int) -> str:
+    """An ordinal.
+
+    >>> _nth(2), _nth(4), _nth(12), _nth(21), _nth(33)
+    ('second', '4th', '12th', '21st', '33rd')
+    """
+    ending = "th" if step % 100 in {11, 12, 13} else {1: "st", 2: "nd", 3: "rd"}.get(step % 10, "th")
+    return {2: "second", 3: "third"}.get(step, f"{step}{ending}")

@@ -1,0 +1,378 @@
+"""A network from a name, an input normalisation, and a teacher that stays as it is.
+
+Names are timm's (its registry, `local-dir:FOLDER`, `hf-hub:NAME`; the paper's CIFAR families are in `zoo`), or
+`torchvision/NAME`, or `package.module:callable` for a network of the user's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision.models
+from accelerate.utils import extract_model_from_parallel
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import parse_model_name, resolve_model_input_args
+from torch import Tensor, nn
+
+import factor_transfer.zoo  # noqa: F401 (registers the paper's families with timm)
+from factor_transfer.config import Rgb
+from factor_transfer.networks.outputs import choose, given_by, tensors, unwrap
+from factor_transfer.networks.torchvisions import TORCHVISION, TORCHVISION_CLASSES, build
+from factor_transfer.networks.weightfiles import check_config, check_folder, identify
+from factor_transfer.networks.weights import check_finite, load_but_head
+from factor_transfer.util.arguments import imported, is_callable_name
+from factor_transfer.util.errors import FactorTransferError, ModelError, listed, near
+from factor_transfer.util.seeds import part_seed, seeded
+from factor_transfer.util.sizes import AnySize, Size, as_size, brief, written
+
+Role = Literal["teacher", "student"]
+
+LOCAL = "local-dir:"
+"""How names of timm's folders begin."""
+
+DEFAULT_SIZE = 224
+"""Side of the images of a network that does not say, in pixels."""
+
+
+class InputNorm(nn.Module):
+    """uint8 pixels (B, 3, H, W) -> floats normalised by a network's own channel means and deviations (for 0..1).
+
+    Images of another size than `size` are resized to it (bilinear, with antialiasing).
+
+    >>> InputNorm((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))(torch.zeros(1, 3, 1, 1, dtype=torch.uint8)).flatten().tolist()
+    [-1.0, -1.0, -1.0]
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, mean: Rgb, std: Rgb, size: AnySize | None = None) -> None:
+        super().__init__()
+        self.size = None if size is None else as_size(size)
+        mean_, std_ = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
+        self.register_buffer("scale", 1 / (255 * std_), persistent=False)
+        self.register_buffer("shift", -mean_ / std_, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 3, *size)."""
+        if self.size is not None and self.size != tuple(images.shape[-2:]):
+            images = F.interpolate(images.float(), self.size, mode="bilinear", antialias=True)
+        return torch.addcmul(self.shift, images.to(self.scale.dtype), self.scale)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network and what is known of it."""
+
+    module: nn.Module
+    name: str
+    size: Size
+    """Height and width of its images, in pixels."""
+    mean: Rgb
+    std: Rgb
+    pretrained: bool
+    """It came with trained weights (its head may be new all the same)."""
+    new_head: bool = False
+    """Its last layer is untrained, because the weights were for other classes."""
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    """Constructor arguments; with `architecture` they rebuild it."""
+    notes: tuple[str, ...] = ()
+    """What its user should know."""
+    headless: bool = False
+    """It has no head for the data's classes, as a self-supervised backbone: only a teacher may be so."""
+    output: str | None = None
+    """Which of its own outputs the logits are; None where it gives one tensor."""
+    origin: str = ""
+    """Which tensors of its file of weights were taken, where the file holds more than the weights alone."""
+
+    @property
+    def norm(self) -> InputNorm:
+        """From uint8 pixels to its input."""
+        return InputNorm(self.mean, self.std, self.size)
+
+    @property
+    def knows_classes(self) -> bool:
+        """Its trained head tells the data's classes apart."""
+        return self.pretrained and not self.new_head and not self.headless
+
+    @property
+    def classifier(self) -> nn.Module:
+        """From uint8 pixels to its logits (B, N)."""
+        return nn.Sequential(self.norm, self.module)
+
+
+def load_network(
+    given: str | nn.Module,
+    *,
+    role: Role,
+    num_classes: int,
+    img_size: AnySize,
+    args: Mapping[str, Any] | None = None,
+    weights: str | None = None,
+    output: str | None = None,
+    seed: int = 0,
+    mean: Rgb | None = None,
+    std: Rgb | None = None,
+) -> Network:
+    """A network that takes (B, 3, *img_size) and gives logits (B, num_classes), or a teacher of features.
+
+    The module gives one tensor, whatever its own output is: see `outputs`.
+
+    Args:
+        given: a timm name, or a module (copied, without torch.compile and parallel wrappers; the one given stays as
+            it is).
+        role: whose flags the messages name.
+        num_classes: classes of the data; a head of another size is replaced, and `new_head` says so. 0: no head.
+        img_size: height and width of its input, in pixels; or one number for a square.
+        args: constructor arguments.
+        weights: a safetensors or torch file, or `pretrained` for timm's own.
+        output: which of its outputs the logits are, by name; default: the one that can only be them.
+        seed: owns the weights that are drawn here.
+        mean: channel means of its input; default: the model's own.
+        std: channel deviations likewise.
+
+    Raises:
+        ModelError: no such network, arguments or weights that do not fit it, or an output that is not logits, or that
+            could be so in several places.
+    """
+    notes: list[str] = []
+    if isinstance(given, nn.Module):
+        built = _Built(deepcopy(extract_model_from_parallel(given, keep_torch_compile=False)), pretrained=True)
+    else:
+        with seeded(part_seed(seed, role)):
+            built = _built(given, role, num_classes, img_size, dict(args or {}), weights, notes)
+    pretrained, new_head, origin = _filled(built, f"--{role} {name_of(given)}", role, num_classes, weights, notes)
+    module = built.module
+    own = getattr(module, "pretrained_cfg", None) or {}
+    if getattr(module, "in_chans", 3) != 3:
+        raise ModelError(f"--{role} {given}", found=f"{module.in_chans} input channels", valid="3: images are RGB")
+    network = Network(
+        module,
+        name_of(given),
+        as_size(img_size),
+        mean or tuple(own.get("mean", IMAGENET_DEFAULT_MEAN)),
+        std or tuple(own.get("std", IMAGENET_DEFAULT_STD)),
+        pretrained,
+        new_head,
+        built.model_args,
+        tuple(notes),
+        origin=origin,
+    )
+    foreign = isinstance(given, nn.Module) or built.source in {"torchvision", "callable"}
+    return _unwrapped(network, role, num_classes, output, foreign=foreign)
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A network as its name or its owner gives it."""
+
+    module: nn.Module
+    pretrained: bool
+    """Its weights are trained ones."""
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    source: str | None = None
+    """See `parse_name`."""
+    from_name: bool = False
+
+
+def _built(
+    name: str,
+    role: Role,
+    num_classes: int,
+    img_size: AnySize,
+    args: dict[str, Any],
+    weights: str | None,
+    notes: list[str],
+) -> _Built:
+    """The network of a name, with timm's or torchvision's weights where they are wanted, else with drawn ones."""
+    if "img_size" in args:
+        raise ModelError(
+            f"--{role}-args img_size",
+            found="set by the data",
+            hint="leave it out there; --img-size sets both networks' images",
+        )
+    source, plain = parse_name(name, role)
+    pretrained = weights == "pretrained" or (weights is None and source in {"local-dir", "hf-hub"})
+    if pretrained and source == "local-dir":
+        notes += filter(None, [check_folder(Path(plain), f"--{role} {name}")])
+    module, model_args = _create(name, role, num_classes, img_size, args, pretrained)
+    return _Built(module, pretrained, model_args, source, from_name=True)
+
+
+def _filled(
+    built: _Built, given: str, role: Role, num_classes: int, weights: str | None, notes: list[str]
+) -> tuple[bool, bool, str]:
+    """Whether it has trained weights, whether its head is new, and where its weights come from; a file's are loaded."""
+    new_head, origin, pretrained = False, "", built.pretrained
+    if pretrained and built.from_name:
+        classes = {"num_classes": TORCHVISION_CLASSES} if built.source == "torchvision" else {}
+        own_classes = (getattr(built.module, "pretrained_cfg", None) or classes).get("num_classes")
+        new_head = own_classes not in {None, num_classes} and num_classes > 0
+    if weights is not None and weights != "pretrained":
+        (new_head, origin), pretrained = load_but_head(built.module, weights, f"--{role}-weights {weights}"), True
+        notes += [origin] if origin else []
+    elif pretrained:
+        check_finite(built.module, given)
+    if new_head:
+        notes.append(f"its weights have no head for {num_classes} classes, so that it has a new one")
+    return pretrained, new_head, origin
+
+
+def parse_name(name: str, role: Role) -> tuple[str | None, str]:
+    """(source, name): `callable`, `torchvision` and a name of its, or timm's: `local-dir`, `hf-hub` or None.
+
+    Raises:
+        ModelError: there is no such network; the message has near names.
+    """
+    if name.startswith(TORCHVISION):
+        plain, known = name.removeprefix(TORCHVISION), torchvision.models.list_models(torchvision.models)
+        if plain not in known:
+            valid = f"a name such as {listed([TORCHVISION + other for other in near(plain, known) or known])}"
+            raise ModelError(f"--{role} {name}", found="torchvision has no such network", valid=valid)
+        return "torchvision", plain
+    if is_callable_name(name):
+        return "callable", name
+    path, known_to_timm = Path(name), timm.is_model(name)
+    if (path.is_dir() and not known_to_timm) or (path.is_file() and not (known_to_timm and not path.suffix)):
+        hint = f"name the network, and give the file as --{role}-weights"
+        hint = identify(path, "").hint if path.is_dir() else hint
+        raise ModelError(f"--{role} {name}", found="a path, which names no network", hint=hint)
+    try:
+        source, plain = parse_model_name(name)
+    except ValueError as error:
+        raise ModelError(f"--{role} {name}", found=str(error)) from error
+    if source is None and not timm.is_model(plain):
+        known = timm.list_models()
+        tag = plain.partition(".")[0]
+        raise ModelError(
+            f"--{role} {name}",
+            found="no such network",
+            valid=f"a name of timm's, such as {listed(near(tag, known) or timm.list_models('cifar_*'))}",
+            hint="list them with: python -c \"import timm, factor_transfer.zoo; print(timm.list_models('*net*'))\"",
+        )
+    return source, plain
+
+
+def name_of(given: str | nn.Module) -> str:
+    """What a network is called: its name, or the class of a module."""
+    return given if isinstance(given, str) else type(given).__name__
+
+
+def own_size(given: str | nn.Module, role: Role = "student") -> int | Size:
+    """Size of the images that a network was made for, in pixels: one number for a square, else height and width."""
+    if isinstance(given, nn.Module):
+        own = getattr(given, "pretrained_cfg", None) or {}
+    elif parse_name(given, role)[0] in {"torchvision", "callable"}:
+        own = {}
+    else:
+        own = _resolved(given, role, {})["pretrained_cfg"]
+    return brief(tuple(map(int, (own.get("input_size") or (3, DEFAULT_SIZE, DEFAULT_SIZE))[-2:])))
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of trainable and frozen weights; buffers do not count."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _resolved(name: str, role: Role, args: dict[str, Any]) -> dict[str, Any]:
+    """timm's arguments for `create_model`, with the image size where an architecture is built for one."""
+    img_size = args.pop("img_size", None)
+    if name.startswith(LOCAL):
+        check_config(Path(name.removeprefix(LOCAL)), f"--{role} {name}")
+    try:
+        return resolve_model_input_args(name, {"img_size": img_size}, **args)  # type: ignore[no-any-return]
+    except FactorTransferError:
+        raise
+    except Exception as error:  # a hub out of reach, a folder without config.json, an unknown tag
+        raise ModelError(f"--{role} {name}", found=_first_line(error)) from error
+
+
+def _create(
+    name: str, role: Role, num_classes: int, img_size: AnySize, args: dict[str, Any], pretrained: bool
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network, and the arguments that rebuild it with `timm.create_model` (or torchvision's `get_model`)."""
+    made = {"model_name": name, **args}
+    if not (name.startswith(TORCHVISION) or is_callable_name(name)):
+        made = _resolved(name, role, {"num_classes": num_classes, "img_size": img_size, **args})
+    try:
+        if name.startswith(TORCHVISION):
+            module, more = build(name, num_classes, args, pretrained=pretrained)
+            made |= more
+        else:
+            create: Callable[..., nn.Module] = _call if is_callable_name(name) else timm.create_model
+            module = create(**made, pretrained=pretrained)
+            own_classes = (made.get("pretrained_cfg") or {}).get("num_classes")
+            if pretrained and own_classes not in {None, num_classes}:
+                # For another head timm loads all of the weights loosely; with their own head it is strict.
+                create(**{**made, "num_classes": own_classes}, pretrained=True)
+    except TypeError as error:
+        raise ModelError(
+            f"--{role} {name} with {args}",
+            found=_first_line(error),
+            valid="constructor arguments of that network",
+            hint=f"see --{role}-args",
+        ) from error
+    except Exception as error:  # weights that cannot be fetched or do not fit, sizes that contradict each other
+        source = f"--{role}-weights pretrained" if pretrained else f"--{role} {name} with {args}"
+        source = f"--{role} {name}" if pretrained and ":" in name else source  # a folder's, or a hub's
+        raise ModelError(source, found=_first_line(error), hint=f"give a file with --{role}-weights") from error
+    kept = {key: value for key, value in made.items() if key not in {"pretrained_cfg", "model_name"}}
+    return module, {"architecture": made["model_name"], **kept}
+
+
+def _unwrapped(network: Network, role: Role, num_classes: int, wanted: str | None, *, foreign: bool) -> Network:
+    """The network, with a hook that makes one tensor of its outputs where they are several or another kind."""
+    given, count = f"--{role}-output", 3 if num_classes == 2 else 2  # a matrix between images is no logits
+    try:
+        output, training = given_by(network.module, network.size, count, foreign=foreign)
+    except Exception as error:  # whatever a foreign network raises on a size that it cannot take
+        raise ModelError(
+            f"--{role} {network.name}",
+            found=f"it fails on images of {written(network.size)} pixels: {_first_line(error)}",
+            hint="give a size that it can take with --img-size" + (" or --teacher-size" if role == "teacher" else ""),
+        ) from error
+    plain = all(each is None or isinstance(each, Tensor) for each in (output, training))
+    if plain and wanted is not None:
+        raise ModelError(f"{given} {wanted}", found="a network that gives one tensor", hint=f"leave {given} out")
+    chosen = choose(output, num_classes, wanted, given) if num_classes or wanted is not None else None
+    first = chosen.output if chosen else next((each for _, each in tensors(output)), None)
+    if not plain and first is not None:
+        hook, name, note = unwrap(output, training, chosen, num_classes, wanted, given)
+        network.module.register_forward_hook(hook)
+        network = replace(network, output=name, notes=(*network.notes, note))
+    shape = tuple(first.shape) if first is not None else type(output).__name__
+    if shape == (count, num_classes) or num_classes == 0:
+        return replace(network, headless=num_classes == 0)
+    if role == "teacher" and network.pretrained:
+        note = f"it gives {shape} for {count} images, no logits for {num_classes} classes"
+        return replace(network, headless=True, notes=(*network.notes, note))
+    raise ModelError(
+        f"--{role} {network.name}",
+        found=f"an output of {shape} for {count} images",
+        valid=f"logits ({count}, {num_classes}): the data has {num_classes} classes, and every label needs its place",
+        hint=f"give a network with {num_classes} outputs, or data with the network's classes",
+    )
+
+
+def _call(model_name: str, pretrained: bool, **args: Any) -> nn.Module:
+    """The user's own network, from `package.module:callable`."""
+    if pretrained:
+        raise ValueError("`pretrained` is a word for timm's and torchvision's weights")
+    module = imported(model_name)(**args)
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"it gave a {type(module).__name__}, not a torch.nn.Module")
+    return module
+
+
+def _first_line(error: Exception) -> str:
+    """With the next one, where the first only announces it."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    shown = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+    return shown or type(error).__name__

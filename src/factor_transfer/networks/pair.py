@@ -1,0 +1,220 @@
+"""Teacher and student side by side: where each feature map is read, and the size at which the two meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from factor_transfer.config import Config
+from factor_transfer.data.content import STRETCHED
+from factor_transfer.data.frames import SMALL, Frame
+from factor_transfer.networks.features import Tapped, feature_map, feature_shape, find_layer
+from factor_transfer.networks.load import Network, Role, load_network, own_size
+from factor_transfer.util.arguments import names_in
+from factor_transfer.util.checks import flag
+from factor_transfer.util.console import say, warn
+from factor_transfer.util.errors import ConfigError, ModelError, TrainingError
+from factor_transfer.util.sizes import AnySize, Size, as_size, written
+
+NEAR_CHANCE = 0.1
+"""A teacher that covers less than this share of the way from chance to perfection teaches nothing."""
+
+DEAD = 1e-6
+"""A channel whose spread over images is less than this share of the map's largest value says nothing of them."""
+
+Modules = Mapping[Role, nn.Module]
+"""Networks that are given as modules, by role."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A network, and where its feature map is read."""
+
+    role: Role
+    network: Network
+    layer: str
+    shape: tuple[int, int, int]  # (C, H, W)
+    more: tuple[tuple[str, tuple[int, int, int]], ...] = ()
+    """Further layers, and their shapes."""
+
+    def each(self) -> list[Side]:
+        """A side of its own for each layer."""
+        layers = ((self.layer, self.shape), *self.more)
+        return [replace(self, layer=layer, shape=shape, more=()) for layer, shape in layers]
+
+    def tapped(self, also: Sequence[str] = (), *, ends: bool = False) -> Tapped:
+        """The network with its feature map, and those of other layers; with `ends` it runs no further than its own."""
+        return Tapped(self.network.module, self.layer, flag=f"--{self.role}-layer", also=also, ends=ends)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Teacher and student, and the size at which their maps meet."""
+
+    teacher: Side
+    student: Side
+
+    def each(self) -> list[Pair]:
+        """A pair of its own for each two layers."""
+        return [Pair(*sides) for sides in zip(self.teacher.each(), self.student.each(), strict=True)]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the factor: the smaller of the two maps'."""
+        (_, *teacher), (_, *student) = self.teacher.shape, self.student.shape
+        return min(teacher[0], student[0]), min(teacher[1], student[1])
+
+
+@dataclass(frozen=True)
+class Health:
+    """What a feature map says of a few images."""
+
+    finite: bool
+    dead: float
+    """Share of its channels that are the same for every image."""
+
+
+def feature_health(side: Side, images: Tensor) -> Health:
+    """Whether a network's features are alive, for two uint8 images (B, 3, H, W) or more."""
+    place = next((parameter.device for parameter in side.network.module.parameters()), images.device)
+    feature = feature_map(side.tapped(), side.network.norm.to(place)(images.to(place))).float()
+    spread = feature.std(0).amax((1, 2))  # (C,)
+    return Health(bool(feature.isfinite().all()), float((spread <= DEAD * feature.abs().max()).float().mean()))
+
+
+def check_alive(side: Side, images: Tensor) -> Health:
+    """Look at the teacher's feature map of a few images, uint8 (B, 3, H, W).
+
+    Raises:
+        TrainingError: it is not finite, or the same for all of them.
+    """
+    health = feature_health(side, images)
+    if not health.finite or health.dead == 1:
+        raise TrainingError(
+            f"--teacher-layer {side.layer}",
+            found="a feature map that is the same for every image" if health.finite else "features that are not finite",
+            valid="features that tell images apart",
+            hint="check the teacher's weights and normalisation, or name another --teacher-layer",
+        )
+    return health
+
+
+def check_can_teach(teacher: Network, config: Config, labelled: bool) -> None:
+    """That a teacher can do what the settings ask of it, on images that are `labelled` or not.
+
+    Raises:
+        ModelError: it has no trained weights, or cannot be trained on these images.
+        ConfigError: it has no head that --kd-weight could ask.
+    """
+    if config.teacher_epochs and (teacher.headless or not labelled):
+        raise ModelError(
+            f"--teacher-epochs {config.teacher_epochs}",
+            found="a teacher that gives no logits for these classes" if labelled else "no labels",
+            valid="0 passes: its features are used as they are",
+        )
+    if not (config.teacher_epochs or teacher.pretrained):
+        raise ModelError(
+            f"--teacher {config.teacher}",
+            found="no trained weights",
+            valid="a trained network; its head does not matter",
+            hint="give --teacher-weights FILE (or `pretrained`), or train it here with --teacher-epochs 20",
+        )
+    if config.kd_weight and not (config.teacher_epochs or teacher.knows_classes):
+        raise ConfigError(f"--kd-weight {config.kd_weight:g}", found="a teacher without a head for these classes")
+
+
+def check_knows(
+    top1: float, labels: np.ndarray, classes: Sequence[str], teacher: str, trained: Path | None = None
+) -> str | None:
+    """That a teacher is right on more of the images than a guess would be.
+
+    Args:
+        top1: on how many it is right, percent.
+        labels: of the images, (n,).
+        classes: names of the data's classes.
+        teacher: its name.
+        trained: its file of weights, where it was trained in this run.
+
+    Returns:
+        A warning, where it is right on no more of them than one that always gives one answer. (Weak teachers may be
+        wanted, and where most images are of one class this says little of the others.)
+
+    Raises:
+        TrainingError: it is near chance, as many of each class.
+
+    >>> check_knows(60.0, np.array([0, 0, 1]), ("cat", "dog"), "resnet18")
+    '--teacher resnet18: right on 60.00 % of the validation images; always answering `cat` would be on 66.67 %'
+    >>> check_knows(70.0, np.array([0, 0, 1]), ("cat", "dog"), "resnet18")
+    """
+    chance, counts = 100 / len(classes), np.bincount(labels, minlength=len(classes))
+    if top1 > chance + NEAR_CHANCE * (100 - chance):
+        guess = 100 * float(counts.max()) / len(labels)
+        what = f"right on {top1:.2f} % of the validation images; always answering `{classes[int(counts.argmax())]}`"
+        return f"--teacher {teacher}: {what} would be on {guess:.2f} %" if top1 <= guess else None
+    hint = (
+        "check its normalisation (--teacher-mean, --teacher-std), the order of the classes (--class-map) and its "
+        "weights (--teacher-weights); train it here (--teacher-epochs); or, where it was made for other classes, drop "
+        "its head (--teacher-args num_classes=0)"
+    )
+    if trained is not None:
+        hint = f"train on from --teacher-weights {trained}, or longer (--teacher-epochs), with another --out"
+    raise TrainingError(
+        f"--teacher {teacher}",
+        found=f"{top1:.2f} % of the validation images right, where chance is {chance:.2f} %",
+        valid="a teacher that knows these images",
+        hint=hint,
+    )
+
+
+def teacher_size(config: Config, img_size: AnySize, module: nn.Module | None = None) -> Size:
+    """Height and width of the images that the teacher sees where the student's are `img_size`, in pixels."""
+    if config.teacher_size is not None or config.img_size is not None or max(as_size(img_size)) <= SMALL:
+        return as_size(config.teacher_size or img_size)
+    return as_size(own_size(config.teacher if module is None else module, "teacher"))
+
+
+def load_side(role: Role, config: Config, num_classes: int, img_size: AnySize, module: nn.Module | None = None) -> Side:
+    """A network as the settings name it, tapped. --data-seed owns the teacher's fresh weights, --seed the student's.
+
+    Args:
+        role: teacher or student.
+        config: all settings.
+        num_classes: classes of the data.
+        img_size: height and width of the images, in pixels.
+        module: the network itself, where it is given as a module.
+
+    Raises:
+        ModelError: an unknown network or layer, or weights that do not fit it.
+    """
+    own, teacher = vars(config), role == "teacher"
+    size = teacher_size(config, img_size, module) if teacher else as_size(img_size)
+    network = load_network(
+        own[role] if module is None else module,
+        role=role,
+        num_classes=num_classes,
+        img_size=size,
+        args=own[f"{role}_args"],
+        weights=own[f"{role}_weights"],
+        output=own[f"{role}_output"],
+        seed=config.data_seed if teacher else config.seed,
+        mean=config.teacher_mean if teacher else None,
+        std=config.teacher_std if teacher else None,
+    )
+    for note in network.notes:
+        say(f"{role}: {note}")
+    if size != as_size(img_size):
+        say(f"{role}: sees the images at {written(size)}")
+    if Frame.of(size).stretch(as_size(img_size)) > STRETCHED:
+        squashed = f"{written(img_size)} images are squashed to {written(size)}"
+        warn(f"{role}: {squashed}, another aspect (--{role}-size takes height and width)")
+    example = torch.zeros(2, 3, *size)
+    shapes = [
+        (layer, feature_shape(Tapped(network.module, layer, flag=flag(f"{role}_layer")), example))
+        for layer in names_in(own[f"{role}_layer"]) or [find_layer(network.module, example)]
+    ]
+    return Side(role, network, *shapes[0], more=tuple(shapes[1:]))

@@ -1,0 +1,134 @@
+"""The one evaluation of a classifier, and that of a paraphraser: each image once, on the processes there are.
+
+Shapes: B images, N classes, C channels, H x W the feature map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from factor_transfer.data.splits import Batch, Split
+from factor_transfer.method.factor_transfer import Paraphraser
+from factor_transfer.method.health import DEAD, relative_variety
+from factor_transfer.training.engine import Engine
+from factor_transfer.util.console import say, warn
+
+POOR_RECONSTRUCTION = 0.8
+"""A paraphraser whose error is more than this share of a mean predictor's has learned little."""
+
+
+def evaluate(
+    model: nn.Module, images: Split | Sequence[Split], engine: Engine, *, batch_size: int = 128, precise: bool = False
+) -> dict[str, float]:
+    """`top1` in percent and `loss` (cross-entropy) of `model`, each image counted once.
+
+    Args:
+        model: uint8 images (B, 3, H, W) -> logits (B, N); evaluated in eval mode, and left in the mode it was in.
+        images: a split or several, shown without augmentation.
+        engine: device and processes.
+        batch_size: images a step, over all processes.
+        precise: compute in float32 whatever the precision of training.
+    """
+    engine.place(model)
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    sums = torch.zeros(3, device=engine.device)  # right, loss, images
+    splits = [images] if isinstance(images, Split) else images
+    with torch.no_grad():
+        for batch in chain.from_iterable(_shown(split, batch_size, engine) for split in splits):
+            labels = batch.label.to(engine.device)
+            with torch.autocast(engine.device.type, enabled=False) if precise else engine.autocast():
+                logits = model(batch.image.to(engine.device))
+            right = (logits.argmax(1) == labels).sum()
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+            sums += torch.stack([right.float(), loss, torch.full_like(loss, len(labels))])
+    for module, mode in training.items():
+        module.training = mode
+    right, loss, count = engine.total(sums).tolist()
+    return {"top1": 100 * right / count, "loss": loss / count}
+
+
+@torch.no_grad()
+def answers(model: nn.Module, images: Split, engine: Engine, *, batch_size: int = 128) -> tuple[np.ndarray, np.ndarray]:
+    """(largest output, label) of every image, (n,) each, in float32; all processes get those of all.
+
+    Args:
+        model: uint8 images (B, 3, H, W) -> logits (B, N); left in eval mode on the engine's device.
+        images: shown without augmentation.
+        engine: device and processes.
+        batch_size: images a step, over all processes.
+    """
+    engine.place(model).eval()
+    own: list[tuple[list[int], list[int]]] = []
+    for batch in _shown(images, batch_size, engine):
+        with torch.autocast(engine.device.type, enabled=False):
+            said = model(batch.image.to(engine.device)).argmax(1)
+        own.append((said.tolist(), batch.label.tolist()))
+    parts = [part for each in engine.all_of(own) for part in each]
+    said, labels = (np.array(list(chain.from_iterable(part)), np.int64) for part in zip(*parts, strict=True))
+    return said, labels
+
+
+def _shown(split: Split, batch_size: int, engine: Engine) -> Iterator[Batch]:
+    """This process's part of a split, as evaluation shows it."""
+    parts = [engine.shard(chunk) for chunk in chunks_of(np.arange(len(split)), batch_size)]
+    return split.batches([part for part in parts if len(part)], view=None)
+
+
+@torch.no_grad()
+def evaluate_paraphraser(
+    paraphraser: Paraphraser, teacher: nn.Module, images: Split, engine: Engine, *, batch_size: int
+) -> dict[str, float]:
+    """`relative_error`: the mean absolute reconstruction error over that of the mean feature map; `factor_variety`: how
+    much the factor varies over images, as a share of how much the feature map does.
+
+    Two passes, so that no set of feature maps has to fit into memory; every process sees all images.
+
+    Args:
+        paraphraser: evaluated, and left in eval mode.
+        teacher: a frozen `TeacherSide`.
+        images: shown without augmentation.
+        engine: device and precision.
+        batch_size: images a step.
+    """
+    engine.place(paraphraser).eval()
+
+    def features() -> Iterator[Tensor]:
+        chunks = np.array_split(np.arange(len(images)), -(-len(images) // batch_size))
+        for batch in images.batches(chunks, view=None):
+            with engine.autocast():
+                feature = teacher(batch.image.to(engine.device))["feature"]  # (B, C, H, W)
+            yield feature.float()
+
+    mean = torch.stack([feature.sum(0) for feature in features()]).sum(0) / len(images)
+    error = spread = variety = 0.0
+    for feature in features():
+        factor = paraphraser.encode(feature)
+        error += float((paraphraser.decode(factor) - feature).abs().sum())
+        spread += float((feature - mean).abs().sum())
+        variety += float(relative_variety(factor, feature)) * len(feature) / len(images)
+    return {"relative_error": error / max(spread, 1e-12), "factor_variety": variety}
+
+
+def chunks_of(indices: np.ndarray, size: int) -> list[np.ndarray]:
+    """`indices` in batches of `size`, and the rest."""
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def say_paraphraser(name: str, found: Mapping[str, float]) -> None:
+    """Say how good a paraphraser is."""
+    say(f"{name}: its reconstruction error is {found['relative_error']:.3f} of a mean predictor's")
+    if found.get("factor_variety", 1.0) < DEAD:
+        share = f"{found['factor_variety']:.1e} of the variety of the teacher's maps"
+        warn(
+            f"the {name} is collapsed: its factor is nearly the same for every image ({share}), so it teaches "
+            "nothing: try a lower --paraphraser-lr, more --paraphraser-epochs or more --k"
+        )
+    elif found["relative_error"] > POOR_RECONSTRUCTION:
+        warn(f"the {name} learned little: try more --paraphraser-epochs, another --paraphraser-lr or more --k")

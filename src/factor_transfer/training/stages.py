@@ -1,0 +1,442 @@
+"""The stages of a run, each a method of `Job`; `distill` calls them in order.
+
+Each is skipped where the run folder says that it is finished, and continued where it is not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor, nn
+
+from factor_transfer.config import Config
+from factor_transfer.data.dataset import open_data
+from factor_transfer.data.views import VERSION, Transform
+from factor_transfer.method.factor_transfer import Paraphraser, Straight
+from factor_transfer.method.losses import FactorTransfer, Labels, Reader, SoftTargets, Term, numbered
+from factor_transfer.networks.compiled import Compiled, check_compiler, check_exports
+from factor_transfer.networks.features import Tapped
+from factor_transfer.networks.frozen import Folding, FrozenTeacher, folded
+from factor_transfer.networks.load import Network, Role, count_parameters, own_size
+from factor_transfer.networks.pair import Modules, Pair, Side, check_alive, check_knows, load_side
+from factor_transfer.networks.weights import load_weights, paraphraser_metadata
+from factor_transfer.training.cache import CachedTeacher, choose_views
+from factor_transfer.training.engine import Engine
+from factor_transfer.training.evaluation import evaluate, evaluate_paraphraser, say_paraphraser
+from factor_transfer.training.objective import (
+    Objective,
+    fresh_paraphrasers,
+    given_paraphrasers,
+    new_paraphraser,
+    trained_up_to,
+)
+from factor_transfer.training.run_folder import Run
+from factor_transfer.training.schedule import Plan
+from factor_transfer.training.step import DistillationTask, ParaphraserTask, TeacherSide
+from factor_transfer.training.teacher_cache import behind_cache, identity_of
+from factor_transfer.training.trainer import Trainer, check_shares, training_chunks
+from factor_transfer.util.console import say, warn
+from factor_transfer.util.errors import TrainingError
+from factor_transfer.util.files import cache_folder, state_fingerprint
+from factor_transfer.util.identity import code_fingerprint
+from factor_transfer.util.sizes import written
+
+SAMPLE = 64
+"""Validation images on which the teacher's features are looked at, and an export is compared with its student."""
+
+
+class Job:
+    """One run: its data, machine and folder, and its stages.
+
+    Args:
+        config: all settings.
+        engine: device, processes and precision.
+        run: the open run folder.
+        modules: networks given as modules, by role.
+        transform: the user's own augmentation, where it is given as an object.
+
+    Raises:
+        DataError: the images are missing or unreadable.
+        ConfigError: a process would have too few images of a batch.
+    """
+
+    def __init__(
+        self, config: Config, engine: Engine, run: Run, modules: Modules, transform: Transform | None = None
+    ) -> None:
+        self.config, self.engine, self.run, self.modules = config, engine, run, modules
+        self._compiled: dict[str, Compiled] = {}
+        self.data = open_data(config, lambda: own_size(modules.get("student", config.student)), transform)
+        self.chunks = training_chunks(np.arange(len(self.data.train)), config.batch_size)
+        """Batches of one pass, unshuffled: their sizes are those of every pass."""
+        check_shares(self.chunks, engine.processes, config.batch_size)
+        for note in self.data.notes:
+            say(f"data: {note}")
+        for lost in self.data.lost:
+            warn(f"data: {lost.what} ({lost.hint})")
+        counts = f"{len(self.data.train):,} training and {len(self.data.validation):,} validation images"
+        size = written(self.data.img_size)
+        say(f"data: {self.data.name}, {counts} of {size}, {len(self.data.classes)} classes")
+        self.teacher_weights = ""
+        """Fingerprint of the teacher that teaches."""
+        self.code = ""
+        """Of the teacher's code, with the versions of libraries."""
+
+    # -- what all processes, and all continuations, have in common
+
+    def hold(self, name: str, value: str, given: str, changed: str) -> None:
+        """Hold a fingerprint to that of every process, and to what it was when the run began; see `Run.pin`.
+
+        Args:
+            name: of the fingerprint.
+            value: the fingerprint.
+            given: the flag that it depends on, or what it is of.
+            changed: what is wrong with that where the run began with another fingerprint, as the rest of a sentence.
+        """
+        valid = f"the same {name} in all processes"
+        self.engine.check_same(value, given, valid, f"give every process the same {given}")
+        self.run.pin(name, value, f"{given} {changed}")
+
+    def hold_data(self) -> None:
+        """Hold the run to its images, and to how they are shown."""
+        self.hold("pixels", str(VERSION), "images", "are decoded otherwise than by the version that began the run")
+        changed = "holds other images than when the run began, or shows them otherwise"
+        with self.engine.unhurried():  # to hash many images takes long, the first time
+            fingerprint = self.data.fingerprint
+        self.hold("data", fingerprint, "--data", changed)
+
+    def recorded(self, stage: str) -> dict[str, Any] | None:
+        """What a finished stage found, as the first process sees it; None if it is not finished."""
+        return self.engine.told(self.run.recorded(stage))
+
+    # -- stage 0: both networks, and the teacher
+
+    def pair(self) -> Pair:
+        """Both networks, and the shapes that meet; what does not fit is found before any hours are spent."""
+        if self.config.torchcompile:
+            check_compiler(self.engine.device)
+            if self.engine.device.type == "cpu":
+                warn("--torchcompile: it is for GPUs; on a CPU it is not known to help")
+        with self.engine.unhurried():  # one machine may have to fetch their weights
+            pair = Pair(self.load("teacher"), self.load("student"))
+        if self.config.torchcompile:
+            for side in (pair.teacher, pair.student):
+                tapped = deepcopy(side.tapped()).train(side is pair.student)
+                check_exports(tapped, side.network.norm(self.sample(2)))
+        for side in (pair.teacher, pair.student):
+            # Now, since some networks write to their attributes when they run.
+            code = code_fingerprint(side.network.module, versions=False)
+            changed = "is built by other code than when the run began, or with other attributes"
+            self.hold(f"{side.role} code", code, f"--{side.role}", changed)
+        self.code = code_fingerprint(pair.teacher.network.module)
+        first = state_fingerprint(pair.student.network.module.state_dict())
+        self.hold("student", first, "--student", "has other first weights than when the run began")
+        for each in pair.each():
+            for side in (each.teacher, each.student):
+                channels, *size = side.shape
+                pooled = "" if tuple(size) == each.size else f", pooled to {each.size[0]}x{each.size[1]}"
+                feature = f"{channels} channels of {size[0]}x{size[1]}{pooled}"
+                say(f"{side.role}: {side.network.name}, layer {side.layer}, {feature}")
+            if each.size == (1, 1):
+                warn("the maps meet at 1x1: factors say what and not where (try another layer, or a larger --img-size)")
+        kept = [paraphraser.factor_channels for paraphraser in fresh_paraphrasers(self.config, pair)]
+        self.objective = Objective(self.config, pair, kept, len(self.data.classes))
+        if self.config.beta == "auto":
+            for place, factor in enumerate(self.objective.factors):
+                changed = "auto set another beta when the run began"
+                self.hold(numbered("beta", place), repr(factor.beta), "--beta", changed)
+        self.views = self._choose_views()
+        return pair
+
+    def _choose_views(self) -> int:
+        """Views that are shown in turn; what `auto` chose when the run began stays, and holds for all processes."""
+        config, run = self.config, self.run
+        if config.views != "auto":
+            return config.views
+        before = self.engine.told(run.pins().get("views"))
+        if before is not None:
+            return int(before)
+        shapes = list(self.objective.outputs.values())
+        row_bytes = 2 * sum(math.prod(shape) for shape in shapes if shape is not None)
+        chosen = 0
+        if row_bytes and None not in shapes:
+            folder = cache_folder(config.cache_dir)
+            room = self.engine.all_of(choose_views(row_bytes, len(self.data.train), config.epochs, folder))
+            chosen = min(room)
+        self.hold("views", str(chosen), "--views", "auto chose otherwise when the run began")
+        say(f"factor cache: --views auto chose {f'{chosen} views' if chosen else 'a live teacher'}")
+        return chosen
+
+    def teacher(self, side: Side) -> None:
+        """The teacher, as loaded, or trained or fine-tuned here; evaluated before anything else."""
+        config, run = self.config, self.run
+        self._teacher = side
+        if config.teacher_epochs:
+            self._train_teacher(side)
+        self.teacher_weights = state_fingerprint(side.network.module.state_dict())
+        self.hold("teacher", self.teacher_weights, "--teacher", "has other weights than when the run began")
+        for each in side.each():
+            check_alive(each, self.sample(SAMPLE))
+        knows = self.data.labelled and (bool(config.teacher_epochs) or side.network.knows_classes)
+        found = self.recorded("teacher")
+        if found is None or (knows and "top1" not in found):
+            assessed = self._assess(side.network) if knows else {}
+            found = run.record("teacher", {"seconds": 0.0, **(found or {}), **assessed})
+        size = f"{count_parameters(side.network.module):,} parameters"
+        if knows:
+            right = f"{found['top1']:.2f} % of the validation images right in float32"
+            say(f"teacher: {side.network.name}, {size}, {right}")
+            trained = run.path("teacher.safetensors") if config.teacher_epochs else None
+            labels, classes = self.data.validation.labels, self.data.classes
+            if less := check_knows(found["top1"], labels, classes, config.teacher, trained):
+                warn(less)
+        else:
+            say(f"teacher: {side.network.name}, {size}, its accuracy cannot be measured here: its features teach")
+        self._folding = self._folded(side)
+        if self._folding.count:
+            say(
+                f"teacher: {self._folding.count} batch norms folded into their convolutions "
+                f"(its outputs differ by {self._folding.difference:.0e}, relatively)"
+            )
+
+    def _folded(self, side: Side) -> Folding:
+        """The teacher with its batch norms folded: which, the first process decides."""
+        tapped, images = side.tapped(self.objective.teacher_layers), side.network.norm(self.sample(2))
+        mine = folded(tapped, images) if self.engine.main else None
+        pairs = self.engine.told(mine.pairs if mine is not None else ())
+        return mine or folded(tapped, images, pairs)
+
+    def _train_teacher(self, side: Side) -> None:
+        config, network = self.config, side.network
+        if self.recorded("teacher") is not None:
+            self._fetch(network, "teacher")
+            return
+        kind, usual = ("fine-tuning", config.lr / 10) if network.pretrained else ("training", config.lr)
+        lr = config.teacher_lr or usual
+        say(f"teacher: {kind} for {config.teacher_epochs} passes, learning rate {lr:g}")
+        plan = Plan(stage="teacher", epochs=config.teacher_epochs, lr=lr, seed=config.data_seed)
+        self.run.record("teacher", self._train(side, [Labels()], None, plan))
+
+    def sample(self, count: int) -> Tensor:
+        """The first `count` validation images, or as many as there are twice over: uint8 (B, 3, S, S)."""
+        (batch,) = self.data.validation.batches([np.arange(count) % len(self.data.validation)], view=None)
+        return batch.image
+
+    def _check_unchanged(self, stage: str, teacher: FrozenTeacher | CachedTeacher) -> None:
+        """Prove that the teacher is as it was; what a changing one has taught is not kept.
+
+        Raises:
+            TrainingError: its weights or buffers have another hash than when the run began.
+        """
+        now = state_fingerprint(self._teacher.network.module.state_dict())
+        if now == self.teacher_weights and teacher.unchanged():
+            return
+        self.run.forget(stage)
+        raise TrainingError(
+            f"--teacher {self.config.teacher}",
+            found="its weights or buffers changed while it taught: its own code trains, or updates statistics",
+            valid="a teacher that stays as it was",
+            hint="look for code in its forward that writes to parameters or buffers in eval mode",
+        )
+
+    # -- stage 1: the paraphraser
+
+    def paraphrasers(self, pair: Pair) -> list[Paraphraser | Straight]:
+        """One for each pair of layers; none, where no factor is transferred."""
+        if not self.config.beta:
+            say("no factor transfer (--beta 0), so no paraphraser")
+            return []
+        if self.config.paraphraser == "none":
+            say("no paraphraser: the factor is the teacher's feature map itself")
+            return fresh_paraphrasers(self.config, pair)
+        return [self._paraphraser(each, place) for place, each in enumerate(pair.each())]
+
+    def _paraphraser(self, pair: Pair, place: int) -> Paraphraser:
+        """The trained paraphraser, given or trained here without labels; its error is measured either way."""
+        config, run, name = self.config, self.run, numbered("paraphraser", place)
+        found = self.recorded(name)
+        given = given_paraphrasers(config, 1 + len(self._teacher.more))[place]
+        file = str(run.path(f"{name}.safetensors")) if found else given
+        paraphraser = new_paraphraser(config, pair, file, place)
+        assert isinstance(paraphraser, Paraphraser)
+        if config.paraphraser is not None and found is None:
+            weights = state_fingerprint(paraphraser.state_dict())
+            self.hold(name, weights, "--paraphraser", "holds other weights than when the run began")
+        if found is None:
+            teacher = self._teacher_side(pair)
+            training = self._train_paraphraser(name, paraphraser, teacher) if file is None else {"seconds": 0.0}
+            with self.engine.unhurried():  # each process sees all images, and one may be slower
+                quality = evaluate_paraphraser(
+                    paraphraser, teacher, self.data.validation, self.engine, batch_size=config.batch_size
+                )
+                self._check_unchanged(name, teacher)
+            run.save_weights(name, paraphraser.state_dict(), paraphraser_metadata(paraphraser))
+            found = run.record(name, {**quality, **training})
+        weights, given = state_fingerprint(paraphraser.state_dict()), f"--paraphraser {file or 'that was trained here'}"
+        self.engine.check_same(weights, given, "one paraphraser for all processes", "give --paraphraser one file")
+        say_paraphraser(name, found)
+        return paraphraser
+
+    def _train_paraphraser(self, stage: str, paraphraser: Paraphraser, teacher: nn.Module) -> dict[str, float]:
+        config = self.config
+        plan = Plan(
+            stage=stage,
+            epochs=config.paraphraser_epochs,
+            lr=config.paraphraser_lr,
+            seed=config.data_seed,
+            views=self.views,
+            constant=True,
+        )
+        task = ParaphraserTask(paraphraser, teacher, config.reconstruction)
+        return Trainer(task, plan, self.data.train, self.engine, config, self.run).fit().record()
+
+    # -- stages 2 and 3: the student, and the student alone
+
+    def student(self, pair: Pair, paraphrasers: Sequence[Paraphraser | Straight]) -> Side:
+        """The student, by the terms that the settings name: by Factor Transfer, if there are paraphrasers."""
+        readers = self.objective.readers(paraphrasers)
+        teacher = self._teacher_side(pair, next(iter(paraphrasers), None), readers)
+        found = {**self.objective.record, "views": self.views}
+        for line in self.objective.lines():
+            say(line)
+        if not (self.config.label_weight or self.config.kd_weight):
+            say("student: nothing trains a head, so it is not measured: what it has learned are features")
+        if self.objective.hint_epochs:
+            self._hint(pair)
+        shown: FrozenTeacher | CachedTeacher = teacher
+        if self.views and self.objective.outputs:
+            identity = identity_of(pair, paraphrasers, self.objective, self.data, self.engine, self.code)
+            shown = behind_cache(teacher, identity, self.objective, self.data, self.engine, self.views)
+        try:
+            return self._student("student", pair.student, self.objective.terms, shown, found)
+        finally:
+            if isinstance(shown, CachedTeacher):
+                shown.cache.close()
+
+    def _hint(self, pair: Pair) -> None:
+        """FitNets' first stage: the student up to its guided layer, and a regressor, learn the teacher's hint."""
+        config, network, term = self.config, pair.student.network, self.objective.hint()
+        if self.recorded("hint") is not None:
+            self._fetch(network, "hint")
+            return
+        epochs = self.objective.hint_epochs
+        say(f"hint: {term.group.student} learns the teacher's {term.group.teacher} for {epochs} passes, teacher live")
+        guided = replace(pair.student, layer=term.group.student)
+        plan = Plan(stage="hint", epochs=epochs, lr=config.lr, seed=config.seed, views=self.views)
+        teacher = self._teacher_side(pair, None, term.readers())
+        with trained_up_to(guided.tapped(ends=True), network.norm(self.sample(2))):
+            training = self._train(guided, [term], teacher, plan, ends=True)
+        self._check_unchanged("hint", teacher)
+        self.run.record("hint", training)
+
+    def baseline(self) -> Side:
+        """The same student alone: same initial weights, order, views and schedule, labels only."""
+        return self._student("baseline", self.load("student"), [Labels()], None, {})
+
+    def _student(
+        self,
+        stage: Literal["student", "baseline"],
+        side: Side,
+        terms: Sequence[Term],
+        teacher: FrozenTeacher | CachedTeacher | None,
+        found: dict[str, Any],
+    ) -> Side:
+        """Train and evaluate one student, or fetch it from the run folder."""
+        if self.recorded(stage) is not None:
+            self._fetch(side.network, stage)
+            return side
+        epochs, lr, average = self.config.epochs, self.config.lr, self.config.model_ema
+        plan = Plan(stage=stage, epochs=epochs, lr=lr, seed=self.config.seed, views=self.views, average=average)
+        training = self._train(side, terms, teacher, plan)
+        if teacher is not None:
+            self._check_unchanged(stage, teacher)
+        measured = self._assess(side.network) if self._measured(terms) else {}
+        self.run.record(stage, {**measured, **training, **found})
+        return side
+
+    # -- what stages share
+
+    def load(self, role: Role) -> Side:
+        """One of the two networks, as the settings name it, tapped."""
+        data = self.data
+        return load_side(role, self.config, len(data.classes), data.img_size, self.modules.get(role))
+
+    @staticmethod
+    def student_task(
+        side: Side, terms: Sequence[Term], teacher: nn.Module | None, *, ends: bool = False
+    ) -> DistillationTask:
+        """A network and its terms."""
+        tapped = side.tapped([layer for term in terms for layer in term.taps], ends=ends)
+        return DistillationTask(tapped, side.network.norm, terms, teacher)
+
+    def _train(
+        self, side: Side, terms: Sequence[Term], teacher: nn.Module | None, plan: Plan, *, ends: bool = False
+    ) -> dict[str, float]:
+        """Train a network on its terms and save it under the stage's name; returns what is recorded of it.
+
+        With `ends` the network runs no further than the side's layer.
+        """
+        network, task = side.network, self.student_task(side, terms, teacher, ends=ends)
+        if self.config.torchcompile:
+            self._compile(task, plan.stage)
+        validation = self.data.validation if self._measured(terms) else None
+        trainer = Trainer(task, plan, self.data.train, self.engine, self.config, self.run, validation)
+        training = trainer.fit().record()
+        trained = task.trained()
+        network.module.load_state_dict(trained.student.module.state_dict())
+        for term in trained.terms.values():
+            if isinstance(term, FactorTransfer):  # no part of the student, but the report shows its factors
+                name = numbered("translator", term.place)
+                self.run.save_weights(name, term.translator.state_dict(), {"format": "pt"})
+        self.run.save_weights(plan.stage, network.module.state_dict(), {"format": "pt"})
+        return training
+
+    def _compile(self, task: DistillationTask, stage: str) -> None:
+        """Have the trained network compiled, unless its head learns nothing.
+
+        A graph gives a gradient to every weight, if only zero, and the optimizer would then decay those of the head.
+        """
+        if _train_head(task.terms):
+            trainee = task.trainable_module
+            trainee.student = Compiled(trainee.student, self._part(), trains=True)
+        else:
+            say(f"{stage}: not compiled, because nothing trains its head")
+
+    def _part(self) -> int:
+        """Images of a whole batch that this process computes."""
+        return len(self.engine.shard(self.chunks[0]))
+
+    def _measured(self, terms: Sequence[Term]) -> bool:
+        """Whether top-1 means something: there are labels, and something trains the head."""
+        return self.data.labelled and _train_head(terms)
+
+    def _fetch(self, network: Network, stage: str) -> None:
+        """Load what `_train` saved."""
+        path = self.run.path(f"{stage}.safetensors")
+        load_weights(network.module, path, str(path))
+
+    def _assess(self, network: Network) -> dict[str, float]:
+        """Top-1 and loss on the validation images, in float32: that is what is shipped."""
+        return evaluate(
+            network.classifier, self.data.validation, self.engine, batch_size=self.config.batch_size, precise=True
+        )
+
+    def _teacher_side(
+        self,
+        pair: Pair,
+        paraphraser: Paraphraser | Straight | None = None,
+        readers: Mapping[str, Reader] | None = None,
+    ) -> FrozenTeacher:
+        tapped = Tapped(self._folding.network.module, pair.teacher.layer, also=self.objective.teacher_layers)
+        if self.config.torchcompile:
+            tapped = self._compiled.setdefault(tapped.layer, Compiled(tapped, self._part(), trains=False))
+        side = TeacherSide(tapped, pair.teacher.network.norm, pair.size, paraphraser, readers)
+        return self.engine.place(FrozenTeacher(side))
+
+
+def _train_head(terms: Sequence[Term]) -> bool:
+    return any(isinstance(term, (Labels, SoftTargets)) for term in terms)

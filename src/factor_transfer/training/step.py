@@ -1,0 +1,152 @@
+"""The objectives: one distillation task, which adds up its terms (see `terms`) over one shared forward of teacher and
+student; and the paraphraser's.
+
+Shapes: B samples, C channels, K factor channels, H x W the feature map, N classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from factor_transfer.method.factor_transfer import Paraphraser, Straight, reconstruction_loss
+from factor_transfer.method.health import DEAD
+from factor_transfer.method.losses import Labels, Reader, StudentOutputs, Term, align
+from factor_transfer.networks.features import Tapped
+
+Result = dict[str, Any]
+"""What a task's forward returns: `loss`, `output` (logits or None), and its parts by name."""
+
+
+class TeacherSide(nn.Module):
+    """From pixels to what the terms need of the teacher; frozen by its owner.
+
+    Args:
+        network: the teacher, tapped at its layer.
+        norm: its own input normalisation.
+        size: height and width (H, W) that its feature map is pooled to where it is the larger one.
+        paraphraser: makes the factors; None while it is itself being trained, and where no term reads them.
+        readers: make further outputs, by name, of the maps of other layers, which `network` taps too.
+    """
+
+    def __init__(
+        self,
+        network: Tapped,
+        norm: nn.Module,
+        size: tuple[int, int],
+        paraphraser: Paraphraser | Straight | None = None,
+        readers: Mapping[str, Reader] | None = None,
+    ) -> None:
+        super().__init__()
+        self.network, self.norm, self.size, self.paraphraser = network, norm, size, paraphraser
+        self.readers = nn.ModuleDict(readers)
+
+    def forward(self, images: Tensor, index: Tensor | None = None, view: int = 0) -> dict[str, Tensor]:
+        """uint8 images (B, 3, H, W) -> `logits` (B, N), `feature` (B, C, H, W), `factor` (B, K, H, W), the readers'.
+
+        `index` and `view` say which images they are; only a cached teacher needs to know.
+        """
+        output, maps = self.network.maps(self.norm(images))
+        feature = align(maps[self.network.layer], self.size)
+        outputs = {"logits": output, "feature": feature}
+        if self.paraphraser is not None:
+            outputs["factor"] = self.paraphraser.encode(feature)
+        for name, reader in self.readers.items():
+            outputs[name] = reader(maps[str(reader.layer)])
+        return outputs
+
+
+class Trainee(nn.Module):
+    """Student and terms behind one forward: all that is trained, as distributed wrappers want it."""
+
+    def __init__(self, student: Tapped, norm: nn.Module, terms: Sequence[Term]) -> None:
+        super().__init__()
+        self.student, self.norm = student, norm
+        self.terms = nn.ModuleDict({term.name: term for term in terms})
+
+    def forward(self, images: Tensor, labels: Tensor, teacher: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """uint8 images (B, 3, H, W) -> logits (B, N) and the weighted loss of every term."""
+        output, maps = self.student.maps(self.norm(images))
+        student = StudentOutputs(output, maps[self.student.layer], maps)
+        return student.logits, {name: term(student, teacher, labels) for name, term in self.terms.items()}
+
+    def classifier(self) -> nn.Module:
+        """uint8 images (B, 3, H, W) -> logits (B, N)."""
+        return nn.Sequential(self.norm, self.student.module)
+
+
+class DistillationTask(TrainingTask):  # type: ignore[misc] # timm ships no types
+    """The student's objective: the sum of its terms. With `Labels` alone it is plain training.
+
+    Args:
+        student: the network to train, tapped at its layer.
+        norm: its input normalisation.
+        terms: the summands.
+        teacher: a frozen `TeacherSide`; needed by terms that read teacher outputs.
+    """
+
+    trainable_module: Trainee
+
+    def __init__(
+        self, student: Tapped, norm: nn.Module, terms: Sequence[Term], teacher: nn.Module | None = None
+    ) -> None:
+        super().__init__(verbose=False)
+        needs = frozenset[str]().union(*(term.needs for term in terms))
+        assert teacher is not None or not needs, f"terms need {sorted(needs)} of a teacher"
+        self.terms = tuple(terms)  # no submodules: the trainee has them
+        self.trainable_module = Trainee(student, norm, terms)
+        self.teacher = teacher if needs else None
+
+    def forward(self, input: Tensor, target: Tensor, index: Tensor | None = None, view: int = 0) -> Result:
+        """One step's losses for uint8 images (B, 3, H, W) and labels (B,); `index` (B,) and `view` say which images."""
+        teacher = self.teacher(input, index, view) if self.teacher is not None else {}
+        logits, losses = self.trainable_module(input, target, teacher)
+        output = logits if Labels.name in losses else None  # without labels there is no top-1 to show
+        seen = {name: value for term in unwrap_model(self.trainable_module).terms.values()
+                for name, value in term.seen().items()}  # fmt: skip
+        return {"loss": torch.stack(list(losses.values())).sum(), "output": output, **losses, **seen}
+
+    def troubles(self, means: dict[str, float]) -> list[str]:
+        """What a user should know of a pass with these mean values."""
+        dead = [value for name, value in means.items() if name.startswith("factor_variety") and value < DEAD]
+        return [
+            f"the translator is dead: its output is nearly the same for every image ({value:.1e} of the variety of the "
+            "factors it should follow); lower --lr or --beta"
+            for value in dead
+        ]
+
+    def trained(self) -> Trainee:
+        """What is evaluated and shipped: the trained module, or the average of its weights where one is kept."""
+        average = self.get_trainable_module(ema=True)
+        trained: Trainee = unwrap_model(self.trainable_module if average is None else average.module)
+        return trained
+
+
+class ParaphraserTask(TrainingTask):  # type: ignore[misc] # timm ships no types
+    """The paraphraser's objective: reconstruct the frozen teacher's feature map, without labels (equation 1).
+
+    Args:
+        paraphraser: what is trained.
+        teacher: a frozen `TeacherSide` without paraphraser.
+        norm: the reconstruction loss, `l1` or `l2`.
+    """
+
+    trainable_module: nn.Module
+
+    def __init__(self, paraphraser: Paraphraser, teacher: nn.Module, norm: Literal["l1", "l2"] = "l1") -> None:
+        super().__init__(verbose=False)
+        self.trainable_module, self.teacher, self.norm = paraphraser, teacher, norm
+
+    def forward(self, input: Tensor, target: Tensor, index: Tensor | None = None, view: int = 0) -> Result:
+        """One step's loss for uint8 images (B, 3, H, W); `target` is not read."""
+        feature = self.teacher(input, index, view)["feature"]
+        return {"loss": reconstruction_loss(self.trainable_module(feature), feature, self.norm), "output": None}
+
+    def troubles(self, means: dict[str, float]) -> list[str]:
+        """Nothing yet: a paraphraser begins with the mean map, and is judged when it is trained."""
+        return []

@@ -1,0 +1,388 @@
+"""The one training loop, used by every stage.
+
+Whatever happens in step s of pass e is a function of the settings, e and s: the order, the views and the noise inside
+layers are addressed (see `views`), the learning rate is timm's function of the step. So a checkpoint holds weights,
+optimizer, position and sums, and a run that continues from it ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from factor_transfer.config import Config
+from factor_transfer.data.splits import Batch, Split
+from factor_transfer.data.views import permutation
+from factor_transfer.method.health import first_bad_layer, not_finite
+from factor_transfer.networks.frozen import untrained
+from factor_transfer.training.engine import Engine, StopRequest, stop_signals
+from factor_transfer.training.evaluation import chunks_of, evaluate
+from factor_transfer.training.run_folder import Run
+from factor_transfer.training.schedule import Plan, optimizer_and_schedule
+from factor_transfer.training.step import DistillationTask, ParaphraserTask
+from factor_transfer.util.console import PassBar, formatted, pass_bar, say, warn
+from factor_transfer.util.errors import ConfigError, Interrupted, RunError, TrainingError
+from factor_transfer.util.files import state_fingerprint
+from factor_transfer.util.seeds import part_seed
+
+
+@dataclass
+class Progress:
+    """Where training stands, and the sums of the pass under way."""
+
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    """Steps of all passes that left no trace, because loss or gradient was not finite."""
+    in_a_row: int = 0
+    """The last of them that followed each other."""
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def skip(self) -> None:
+        """Count a step that left no trace."""
+        self.step, self.skipped, self.in_a_row = self.step + 1, self.skipped + 1, self.in_a_row + 1
+
+    def add(self, images: int, values: dict[str, float]) -> None:
+        """Add the values of one step, as sums over images."""
+        self.step, self.in_a_row = self.step + 1, 0
+        for name, value in {"images": 1.0, **values}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value * images
+
+    def means(self) -> dict[str, float]:
+        """Averages over the images of the pass so far."""
+        images = self.sums.get("images", 0.0)
+        return {name: value / images for name, value in self.sums.items() if name != "images"}
+
+    def record(self) -> dict[str, float]:
+        """What is kept of a finished training: its seconds, and its skipped steps where there were any."""
+        return {"seconds": self.seconds} | ({"skipped_steps": self.skipped} if self.skipped else {})
+
+    def next_pass(self) -> None:
+        """Begin the next pass."""
+        self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
+
+
+class Trainer:
+    """One stage's training; `fit` runs it to its end, or on from the run folder's checkpoint.
+
+    Args:
+        task: gives `loss` (and `output`, logits) for images and labels; its `trainable_module` is trained in place. Its
+            `troubles` are said after every pass.
+        plan: passes, learning rate and seed of this stage.
+        train: the images.
+        engine: device, processes and precision.
+        config: optimizer, schedule, batch size and the seed of order and views.
+        run: metrics and checkpoints go there.
+        validation: where given, the network is evaluated on it after every pass, for the curves.
+    """
+
+    def __init__(
+        self,
+        task: DistillationTask | ParaphraserTask,
+        plan: Plan,
+        train: Split,
+        engine: Engine,
+        config: Config,
+        run: Run,
+        validation: Split | None = None,
+    ) -> None:
+        self.task, self.plan, self.engine, self.config, self.run = task, plan, engine, config, run
+        self.train, self.validation = train, validation
+        self.steps = len(training_chunks(np.arange(len(train)), config.batch_size))
+        engine.place(task)
+        self.module: nn.Module = task.get_trainable_module()
+        if plan.average:
+            task.setup_ema(decay=config.model_ema_decay, use_warmup=True)
+        self._collect()
+        self.optimizer, self.scheduler = optimizer_and_schedule(self.module, plan, config, self.steps)
+        self.progress = self._restore()
+
+    def fit(self) -> Progress:
+        """Train to the last pass.
+
+        Returns:
+            The progress at the end; its `seconds` count training only, over all interruptions.
+
+        Raises:
+            Interrupted: a signal came, to any of the processes; the state is saved.
+            TrainingError: too many steps in a row were not finite; the last good checkpoint is kept.
+        """
+        with self._all_reached():
+            self.task.trainable_module = self.engine.wrap(self.module)
+            self._collect()
+            with stop_signals() as stop:
+                while self.progress.epoch < self.plan.epochs:
+                    self._pass(stop)
+                    self._end_pass()
+                    self._leave(self.engine.largest(stop.signum))
+            self.task.trainable_module = self.module
+        return self.progress
+
+    @contextmanager
+    def _all_reached(self) -> Iterator[None]:
+        """Inside the block, with several processes, only weights that the loss depends on require a gradient.
+
+        DDP expects a gradient of each such weight in every step. A head without labels gets none: one process leaves it
+        as it is, and so do several with this.
+        """
+        trained = [weight for weight in self._weights if weight.requires_grad]
+        reached = [True] * len(trained)
+        if self.engine.processes > 1 and self.progress.epoch < self.plan.epochs:
+            reached = [any(each) for each in zip(*self.engine.all_of(self._reached(trained)), strict=True)]
+        beyond = [weight for weight, there in zip(trained, reached, strict=True) if not there]
+        with untrained(beyond):
+            yield
+
+    def _reached(self, weights: Sequence[Tensor]) -> list[bool]:
+        """Which weights the loss of the next step depends on; nothing of the step stays."""
+        chunks, view = self._ahead()
+        (batch,) = self._shown(chunks[:1], view)
+        buffers = [buffer.clone() for buffer in self._buffers]
+        self.task.train()
+        images, labels = batch.image.to(self.engine.device), batch.label.to(self.engine.device)
+        with self.engine.autocast():
+            loss = self.task(images, labels, batch.index, view)["loss"]
+        gradients = torch.autograd.grad(loss, list(weights), allow_unused=True)
+        for buffer, value in zip(self._buffers, buffers, strict=True):
+            buffer.copy_(value)
+        return [gradient is not None for gradient in gradients]
+
+    def _ahead(self) -> tuple[list[np.ndarray], int]:
+        """The batches that are left of the pass under way, and its view."""
+        progress, plan = self.progress, self.plan
+        order = permutation(self.config.data_seed, progress.epoch, len(self.train))
+        view = progress.epoch % plan.views if plan.views else progress.epoch
+        return training_chunks(order, self.config.batch_size)[progress.step :], view
+
+    def _shown(self, chunks: Sequence[np.ndarray], view: int) -> Iterator[Batch]:
+        """This process's part of each of the batches."""
+        parts = [self.engine.shard(chunk, by_host=bool(self.plan.views)) for chunk in chunks]
+        return self.train.batches(parts, view=view)
+
+    def _collect(self) -> None:
+        """Walk over the module's tensors once, and not in every step."""
+        self._weights, self._buffers = list(self.module.parameters()), list(self.module.buffers())
+
+    def _pass(self, stop: StopRequest) -> None:
+        """The rest of the pass under way."""
+        progress, plan = self.progress, self.plan
+        chunks, view = self._ahead()
+        saved = started = time.monotonic()
+        before = progress.seconds
+        self.task.train()
+        with pass_bar(f"{plan.stage} {progress.epoch + 1}/{plan.epochs}", len(self.train)) as bar:
+            self._show(bar, round(progress.sums.get("images", 0)))
+            for chunk, batch in zip(chunks, self._shown(chunks, view), strict=True):
+                values = self._step(batch, len(chunk), view)
+                if values is None:
+                    progress.skip()
+                else:
+                    progress.add(len(chunk), values)
+                progress.seconds = before + time.monotonic() - started
+                self._show(bar, len(chunk))
+                signum = self.engine.largest(stop.signum)  # any process's signal is for all
+                late = time.monotonic() - saved > 60 * self.config.checkpoint_minutes
+                if (late or signum) and progress.step < self.steps:
+                    self._save()
+                    saved = time.monotonic()
+                    self._leave(signum)
+
+    def _step(self, batch: Batch, size: int, view: int) -> dict[str, float] | None:
+        """One update from this process's part of a batch of `size` images.
+
+        Returns:
+            Means over the whole batch; None where loss or gradient is not finite, and then nothing has changed.
+        """
+        engine, task = self.engine, self.task
+        update = self.progress.epoch * self.steps + self.progress.step
+        images, labels = batch.image.to(engine.device), batch.label.to(engine.device)
+
+        def forward() -> dict[str, Any]:
+            engine.seed_noise(part_seed(self.plan.seed, "noise", self.plan.stage, update, engine.rank))
+            with engine.autocast():
+                found: dict[str, Any] = task(images, labels, batch.index, view)
+            return found
+
+        buffers = [buffer.clone() for buffer in self._buffers]
+        result = forward()
+        share = len(labels) / size
+        self.optimizer.zero_grad(set_to_none=True)
+        # Gradients are averaged over processes, and the parts of one batch can differ in size.
+        (result["loss"] * (share * engine.processes)).backward()
+        norm = nn.utils.get_total_norm([weight.grad for weight in self._weights if weight.grad is not None])
+        if self.config.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(self._weights, self.config.clip_grad, norm)
+        values = {name: value.detach() for name, value in result.items() if name != "output"} | {"gradient_norm": norm}
+        if result["output"] is not None:
+            values["train_top1"] = 100 * (result["output"].detach().argmax(1) == labels).float().mean()
+        totals = engine.total(torch.stack([value.to(result["loss"].dtype) for value in values.values()]) * share)
+        means = dict(zip(values, totals.tolist(), strict=True))
+        # Sums over processes and the averaged gradient: all processes decide alike.
+        if not (math.isfinite(means["loss"]) and norm.isfinite()):
+            self._skip(means, forward)
+            for buffer, value in zip(self._buffers, buffers, strict=True):
+                buffer.copy_(value)
+            self.scheduler.step_update(update + 1)
+            return None
+        self.optimizer.step()
+        self.scheduler.step_update(update + 1)
+        engine.share_buffers(self.module)
+        task.update_ema(step=update)
+        return means
+
+    def _skip(self, means: dict[str, float], forward: Callable[[], Any]) -> None:
+        """Say what was not finite, and stop where that is so too often."""
+        bad = [name for name in getattr(self.module, "terms", {}) if not math.isfinite(means[name])]
+        what = " and ".join(bad) if bad else "loss" if not math.isfinite(means["loss"]) else "gradient"
+        if self.progress.in_a_row < self.config.max_skipped:
+            if not self.progress.in_a_row:
+                place = f"pass {self.progress.epoch + 1}, step {self.progress.step + 1}"
+                warn(f"{self.plan.stage}: {what} not finite in {place}; the step is skipped ({formatted(means)})")
+            return
+        self.task.trainable_module = self.module
+        layers = [found for found in self.engine.all_of(first_bad_layer(self.task, forward)) if found]
+        if not layers:  # backward comes to the last parameters first
+            layers = not_finite((name, weight.grad) for name, weight in self.module.named_parameters())[:-2:-1]
+        where = f", first in {layers[0].removeprefix('trainable_module.')}" if layers else ""
+        raise self._not_finite(f"the {what}{where}; {formatted(means)}")
+
+    def _leave(self, signum: int) -> None:
+        """Leave training if a signal came, when all is saved.
+
+        Raises:
+            Interrupted: one came.
+        """
+        if signum:
+            self.engine.wait()
+            raise Interrupted(signum)
+
+    def _end_pass(self) -> None:
+        """Evaluate, write the pass down, and save."""
+        progress, plan = self.progress, self.plan
+        means = progress.means()
+        row = {"lr": self.optimizer.param_groups[0]["lr"], **means}
+        if self.validation is not None:
+            found = evaluate(
+                self.task.trained().classifier(), self.validation, self.engine, batch_size=self.config.batch_size
+            )
+            row |= {f"validation_{name}": value for name, value in found.items()}
+        if not all(map(math.isfinite, row.values())):
+            raise self._not_finite(formatted(row))
+        if progress.skipped:
+            row["skipped_steps"] = progress.skipped
+        for trouble in self.task.troubles(means):
+            warn(f"{plan.stage}: {trouble}")
+        with self.engine.unhurried():  # a tracker may speak with a slow server
+            self.run.log(plan.stage, progress.epoch + 1, {**row, "seconds": round(progress.seconds, 3)})
+            for watcher in self.run.watchers:
+                watcher(self, row)
+        shown = {name: value for name, value in row.items() if name not in {"lr", "gradient_norm"}}
+        say(f"{plan.stage} {progress.epoch + 1}/{plan.epochs}  {formatted(shown)}  {progress.seconds:.0f} s")
+        progress.next_pass()
+        self.scheduler.step(progress.epoch)
+        self._save()
+
+    def _save(self) -> None:
+        bad = not_finite(self.module.state_dict().items())
+        if bad:
+            raise self._not_finite(f"the weights of {bad[0]}, after the last step")
+        if self.progress.in_a_row:
+            return  # what makes these steps fail may be in the weights; the checkpoints before them are kept
+        ema = self.task.get_trainable_module(ema=True)
+        state = {
+            "progress": vars(self.progress),
+            "module": self.module.state_dict(),
+            "ema": ema.module.state_dict() if ema is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        self.run.save_checkpoint(self.plan.stage, self.progress.epoch, self.progress.step, state)
+
+    def _restore(self) -> Progress:
+        state = self.run.load_checkpoint(self.plan.stage)
+        try:
+            progress = Progress(**state["progress"]) if state is not None else Progress()
+            seen = state_fingerprint(state["module"]) if state is not None else ""
+        except (KeyError, TypeError, AttributeError) as error:
+            raise self._foreign(str(error)) from error
+        self.engine.check_same(
+            f"{progress.epoch} {progress.step} {seen}",
+            str(self.run.path("checkpoints")),
+            f"one newest checkpoint of {self.plan.stage} for all processes",
+            "a file system that is slow to show new files: give the same command again",
+        )
+        self.run.trim_metrics(self.plan.stage, progress.epoch)
+        if state is not None:
+            try:
+                self.module.load_state_dict(state["module"])
+                if self.plan.average:
+                    self.task.get_trainable_module(ema=True).module.load_state_dict(state["ema"])
+                self.optimizer.load_state_dict(state["optimizer"])
+            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+                raise self._foreign(str(error)) from error
+            say(f"{self.plan.stage}: continued after {progress.epoch} passes and {progress.step} steps")
+        return progress
+
+    def _foreign(self, reason: str) -> RunError:
+        where = self.run.path("checkpoints")
+        hint = f"delete its {self.plan.stage}-* files to begin that stage anew"
+        return RunError(str(where), found=f"a checkpoint of something else: {reason[:200]}", hint=hint)
+
+    def _not_finite(self, what: str) -> TrainingError:
+        plan, progress = self.plan, self.progress
+        row = f", the last of {progress.in_a_row + 1} in a row" if progress.in_a_row else ""
+        precision = "bf16" if self.engine.bf16 else "fp32"
+        rate = self.optimizer.param_groups[0]["lr"]
+        terms: Any = getattr(self.module, "terms", nn.ModuleDict())
+        weight = "".join(f", --beta {term.beta:g}" for term in terms.values() if hasattr(term, "beta"))
+        return TrainingError(
+            f"{plan.stage}: not finite in pass {progress.epoch + 1}, step {progress.step + 1}{row}: {what}",
+            found=f"--lr {plan.lr:g} (now {rate:.3g}){weight}, --precision {precision}",
+            valid="finite losses; the last good checkpoint is kept",
+            hint="give a lower --lr or --beta, --clip-grad 5, or --precision fp32, with another --out or --overwrite",
+        )
+
+    def _show(self, bar: PassBar, images: int) -> None:
+        if images:
+            means = self.progress.means()
+            bar(images, {name: means[name] for name in ("loss", "train_top1") if name in means})
+
+
+def check_shares(chunks: Sequence[np.ndarray], processes: int, batch_size: int) -> None:
+    """That every process has images of every batch.
+
+    Raises:
+        ConfigError: it has fewer than two of one.
+    """
+    least = min(map(len, chunks))
+    if processes > 1 and least < 2 * processes:
+        raise ConfigError(
+            f"--batch-size {batch_size}",
+            found=f"a batch of {least} images for {processes} processes",
+            valid="two images for each process in every batch: batch norm cannot train on one",
+            hint=f"give --batch-size {4 * processes} or more, or start fewer processes",
+        )
+
+
+def training_chunks(indices: np.ndarray, size: int) -> list[np.ndarray]:
+    """`indices` in batches of `size`; a rest of less than half a batch shares evenly with the batch before it.
+
+    Batch norm cannot train on one image, and every process needs two. The same for any number of processes, so that
+    another number of them can continue a pass.
+
+    >>> [len(chunk) for chunk in training_chunks(np.arange(33), 10)]
+    [10, 10, 7, 6]
+    """
+    chunks = chunks_of(indices, size)
+    if len(chunks) > 1 and len(chunks[-1]) < max(size / 2, 2):
+        last = np.concatenate(chunks[-2:])
+        chunks[-2:] = np.array_split(last, 2) if len(last) >= 4 else [last]
+    return chunks

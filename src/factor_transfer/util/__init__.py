@@ -1,0 +1,1 @@
+"""What every wing uses: errors, files, the console, addressed randomness, the check of settings."""
