@@ -20,10 +20,8 @@ from pathlib import Path
 
 from safetensors.numpy import load_file
 
-COMMON = (
-    "distill --config recipe:demo --paraphraser-epochs 2 --epochs 4 --precision fp32 --threads 1 --device cpu "
-    "--log-with none"
-).split()
+COMMON = """distill --config recipe:demo --paraphraser-epochs 2 --epochs 4 --precision fp32 --threads 1 --device cpu
+            --log-with none"""
 
 STUDENT = '"stage": "student"'
 
@@ -46,7 +44,7 @@ def main(folder: Path) -> None:
         out = folder / name.replace(" ", "-")
         teacher = f"--teacher-epochs 0 --teacher-weights {folder / 'ft-live' / 'teacher.safetensors'}"
         words = f"{settings} {teacher if 'label-free' in name else '--teacher-epochs 4'}".split()
-        command = [sys.executable, "-m", "factor_transfer", *COMMON, *words, "--out", str(out)]
+        command = [sys.executable, "-m", "factor_transfer", *COMMON.split(), *words, "--out", str(out)]
         if "interrupted" in name and not out.exists():
             interrupt(command, out)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

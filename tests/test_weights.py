@@ -203,6 +203,15 @@ def test_split_key__a_colon_in_the_files_name_is_its_own(
     assert split_key("C:\\none.pth") == (Path("C:\\none.pth"), "")
 
 
+def test_split_key__the_longest_name_that_exists_is_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("w.pth", "w.pth:a"):
+        Path(name).write_bytes(b"x")
+    assert split_key("w.pth:a") == (Path("w.pth:a"), "")
+    assert split_key("w.pth:a:b") == (Path("w.pth:a"), "b")
+    assert split_key("w.pth:b:a") == (Path("w.pth"), "b:a")
+
+
 # -- values
 
 
