@@ -76,10 +76,8 @@ def page() -> Iterator[Page]:
 def factor_transfer() -> Command:
     """Run the command in a process of its own: `factor_transfer("distill", "--data", ...)`."""
 
-    def run(
-        *arguments: object, cwd: Path | None = None, timeout: float = 300, forks: bool = False
-    ) -> subprocess.CompletedProcess[str]:
-        return Started(arguments, cwd=cwd, forks=forks).finished(timeout)
+    def run(*arguments: object, timeout: float = 300, **how: Any) -> subprocess.CompletedProcess[str]:
+        return Started(arguments, **how).finished(timeout)
 
     return run
 
@@ -92,6 +90,12 @@ def python() -> Command:
         return Started([], code=code, cwd=cwd, environment=environment).finished(timeout)
 
     return run
+
+
+@pytest.fixture
+def unexported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process write no student.pt2, which takes a small one half of its time."""
+    monkeypatch.setattr("factor_transfer.result.export_pt2", lambda *_: 0.0)
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ def test_distill__a_head_of_another_size_is_replaced_and_said(
 ) -> None:
     four = image_folder(tmp_path / "four", classes=4)
     arguments = flags(four, teacher_weights=teacher, teacher_epochs=12, teacher_lr=0.1)
-    done = factor_transfer(*arguments, "--threads", 1, cwd=tmp_path)
+    done = factor_transfer(*arguments, "--threads", 1, cwd=tmp_path, exports=False)
     assert "no head for 4 classes, so that it has a new one" in done.stderr
     assert "fine-tuning for 12 passes" in done.stderr
     assert done.returncode in {0, 2}, done.stderr  # 2: four classes in three colours are hard
@@ -121,7 +121,9 @@ def test_distill__a_teacher_of_other_classes_teaches_its_features(
     factor_transfer: Command, teacher: Path, image_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     four = image_folder(tmp_path / "four", classes=4)
-    done = factor_transfer(*flags(four, teacher_weights=teacher, teacher_epochs=0), "--threads", 1, cwd=tmp_path)
+    done = factor_transfer(
+        *flags(four, teacher_weights=teacher, teacher_epochs=0), "--threads", 1, cwd=tmp_path, exports=False
+    )
     assert done.returncode == 0, done.stderr
     assert "its accuracy cannot be measured here: its features teach" in done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -174,7 +176,7 @@ def test_distill__names_what_is_wrong_with_the_images(told: Told, images: Path, 
 def test_distill__goes_on_without_corrupt_images_when_told_to(factor_transfer: Command, images: Path) -> None:
     broken(images, "corrupt")
     arguments = flags(images, teacher_epochs=10, lr=0.05)
-    done = factor_transfer(*arguments, "--skip-corrupt", "--threads", 1, cwd=images.parent)
+    done = factor_transfer(*arguments, "--skip-corrupt", "--threads", 1, cwd=images.parent, exports=False)
     assert done.returncode == 0, done.stderr
     assert "2 unreadable images" in done.stderr
     assert "35 training and 17 validation images" in done.stderr
@@ -231,7 +233,7 @@ def test_distill__runs_the_users_own_code_only_when_the_user_names_it(
     arguments = [*arguments[:place], *arguments[place + 4 :], "--config", "job.yaml"]
     assert re.search(r"--config job.yaml\n.*mynets:small, which is code.*--trust-config", told(*arguments), re.DOTALL)
     assert not (tmp_path / "ran").exists()
-    done = factor_transfer(*arguments, "--trust-config", "--threads", 1, cwd=tmp_path)
+    done = factor_transfer(*arguments, "--trust-config", "--threads", 1, cwd=tmp_path, exports=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "ran").exists()
     assert "student: mynets:small, layer 2, 8 channels" in done.stderr

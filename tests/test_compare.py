@@ -308,7 +308,9 @@ def figures(folder: Path) -> dict[str, tuple[Any, ...]]:
 def straight(tmp_path_factory: pytest.TempPathFactory, factor_transfer: Command) -> Path:
     """A comparison that nothing disturbs, one run after another."""
     folder = tmp_path_factory.mktemp("straight")
-    done = factor_transfer("compare", *JOB, *WHICH, "--out", folder / "c", cwd=folder, timeout=900, forks=True)
+    done = factor_transfer(
+        "compare", *JOB, *WHICH, "--out", folder / "c", cwd=folder, timeout=900, forks=True, exports=False
+    )
     assert done.returncode == 0, done.stderr
     assert "to alone" in done.stdout
     assert "no difference" in done.stderr or "gains" in done.stderr or "loses" in done.stderr
@@ -333,7 +335,9 @@ def test_compare__makes_what_is_shared_once(straight: Path, factor_transfer: Com
 
 @pytest.mark.slow
 def test_compare__alone_is_the_baseline_of_distill(straight: Path, factor_transfer: Command, tmp_path: Path) -> None:
-    done = factor_transfer("distill", *JOB, "--baseline", "--out", "run", "--seed", 1, cwd=tmp_path, timeout=900)
+    done = factor_transfer(
+        "distill", *JOB, "--baseline", "--out", "run", "--seed", 1, cwd=tmp_path, timeout=900, exports=False
+    )
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     both = figures(straight)
@@ -342,7 +346,7 @@ def test_compare__alone_is_the_baseline_of_distill(straight: Path, factor_transf
 
 
 def start(folder: Path, *more: str) -> Started:
-    return Started(["compare", *JOB, *WHICH, "--jobs", "2", "--out", "c", *more], cwd=folder, forks=True)
+    return Started(["compare", *JOB, *WHICH, "--jobs", "2", "--out", "c", *more], cwd=folder, forks=True, exports=False)
 
 
 def until(there: Callable[[], bool], process: Started) -> None:
@@ -395,7 +399,7 @@ def test_compare__fills_a_factor_cache_once(factor_transfer: Command, tmp_path: 
 def test_compare__says_why_a_run_failed_and_lets_the_others_go_on(factor_transfer: Command, tmp_path: Path) -> None:
     job = [*JOB, "--seeds", 1, "--out", "c"]
     sweep = ["--methods", "alone,ft", "--sweep", "k=0.001,0.5"]
-    done = factor_transfer("compare", *job, *sweep, cwd=tmp_path, timeout=900, forks=True)
+    done = factor_transfer("compare", *job, *sweep, cwd=tmp_path, timeout=900, forks=True, exports=False)
     assert done.returncode == 2
     assert "1 of 3 runs failed: ft-k=0.001-s0" in done.stderr
     assert "0 factor channels" in done.stderr
@@ -407,7 +411,7 @@ def test_compare__says_why_a_run_failed_and_lets_the_others_go_on(factor_transfe
     assert found["data"]["validation"] == round(0.1 * len(whole.train)) != len(whole.validation)
     shutil.rmtree(tmp_path / "c")
     both = ["--methods", "ft,alone", "--k", 0.001]
-    done = factor_transfer("compare", *job, *both, cwd=tmp_path, timeout=900, forks=True)
+    done = factor_transfer("compare", *job, *both, cwd=tmp_path, timeout=900, forks=True, exports=False)
     assert done.returncode == 2
     assert "1 of 2 runs failed" in done.stderr, "the first failed before any was through: none is started after it"
 

@@ -352,6 +352,7 @@ def learned(wide: Path, out: Path, **how: Any) -> dict[str, Any]:
     return distill(network(0), network(1), str(wide), out=out, **{**settings, **how}).summary
 
 
+@pytest.mark.usefixtures("unexported")
 @pytest.mark.parametrize(
     "how",
     [{"img_size": 128, "crop_mode": "border"}, {"img_size": (32, 128), "crop_pct": 1.0}],

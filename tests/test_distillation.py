@@ -139,6 +139,7 @@ def test_distill__is_the_same_from_python_and_from_the_shell(finished: Path, tmp
     assert not result.student.training
 
 
+@pytest.mark.usefixtures("unexported")
 def test_distill__a_seed_owns_the_student_alone(finished: Path, tmp_path: Path) -> None:
     job(tmp_path / "other", seed=1, epochs=1)
     one, other = bits(finished), bits(tmp_path / "other")
@@ -156,7 +157,9 @@ def test_distill__reads_settings_from_yaml_and_flags_win(
         f"teacher_weights: {finished / 'teacher.safetensors'}\nparaphraser: {finished / 'paraphraser.safetensors'}\n"
         "lr: 0.05\nbatch_size: 64\nthreads: 1\ndevice: cpu\n"
     )
-    done = factor_transfer("distill", "--config", "job.yaml", "--epochs", "3", "--out", "run", cwd=tmp_path)
+    done = factor_transfer(
+        "distill", "--config", "job.yaml", "--epochs", "3", "--out", "run", cwd=tmp_path, exports=False
+    )
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["settings"]["epochs"], summary["settings"]["lr"]) == (3, 0.05)
@@ -177,7 +180,7 @@ def test_distill__the_same_command_continues(
     finished: Path, tmp_path: Path, factor_transfer: Command, signum: signal.Signals, code: int, stage: str
 ) -> None:
     flags = [*FLAGS, "--out", "run"]
-    process = Started(["distill", *flags, "--checkpoint-minutes", "0.0001"], cwd=tmp_path)
+    process = Started(["distill", *flags, "--checkpoint-minutes", "0.0001"], cwd=tmp_path, exports=False)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "run" / "checkpoints").glob(f"{stage}-*.sha256")):
         assert time.monotonic() < deadline
@@ -189,7 +192,7 @@ def test_distill__the_same_command_continues(
     assert "Traceback" not in stopped.stderr
     if signum != signal.SIGKILL:
         assert "the same command continues" in stopped.stderr
-    again = factor_transfer("distill", *flags, cwd=tmp_path)
+    again = factor_transfer("distill", *flags, cwd=tmp_path, exports=False)
     assert again.returncode == 0, again.stderr
     assert bits(tmp_path / "run") == bits(finished)
     rows = [(row["stage"], row["epoch"]) for row in Run(tmp_path / "run").metrics()]
@@ -314,6 +317,7 @@ def test_distill__takes_classes_as_constructor_arguments(tmp_path: Path) -> None
     assert "SiLU" in json.dumps(result.summary["teacher"]["model_args"])
 
 
+@pytest.mark.usefixtures("unexported")
 def test_evaluate__of_a_run_made_of_modules_says_why_it_cannot(tmp_path: Path, factor_transfer: Command) -> None:
     settings = {**JOB, "teacher_args": None, "student_args": None, "teacher_epochs": 8, "teacher_lr": 0.5}
     distill(Small(16), Small(4), "digits", out=tmp_path / "run", **settings)
@@ -322,6 +326,7 @@ def test_evaluate__of_a_run_made_of_modules_says_why_it_cannot(tmp_path: Path, f
     assert "was given in Python as a module, Small" in done.stderr
 
 
+@pytest.mark.usefixtures("unexported")
 def test_distill__a_teacher_near_chance_is_an_error_with_likely_causes(finished: Path, tmp_path: Path) -> None:
     state = load_file(finished / "teacher.safetensors")
     for name in ("linear.weight", "linear.bias"):
@@ -335,6 +340,7 @@ def test_distill__a_teacher_near_chance_is_an_error_with_likely_causes(finished:
     assert (tmp_path / "trained" / "teacher.safetensors").exists()
 
 
+@pytest.mark.usefixtures("unexported")
 def test_distill__says_that_a_paraphraser_is_collapsed(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -456,6 +462,7 @@ def test_distill__runs_under_torchrun(finished: Path, tmp_path: Path) -> None:
     assert set(bits(tmp_path / "run")) == set(bits(finished)) - {"teacher.safetensors"}
 
 
+@pytest.mark.usefixtures("unexported")
 def test_distill__takes_the_users_own_augmentation_and_knows_it_again(tmp_path: Path) -> None:
     def lighter(image: Image.Image) -> Image.Image:
         return image.point(lambda value: min(255, value + random.randrange(32)))

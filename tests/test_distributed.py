@@ -183,7 +183,9 @@ def test_torchrun__without_labels_and_with_a_report_longer_than_the_timeout(imag
     flat.mkdir()
     for place, path in enumerate(sorted((images / "train").rglob("*.png"))):
         shutil.copy(path, flat / f"{place}.png")
-    done = Started([*TWO, "alone.py", flat, "two"], code=TORCHRUN, cwd=tmp_path, forks=True).finished(BOUND)
+    done = Started([*TWO, "alone.py", flat, "two"], code=TORCHRUN, cwd=tmp_path, forks=True, exports=False).finished(
+        BOUND
+    )
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.glob("returned-*")} == {"returned-two-0", "returned-two-1"}
     assert (tmp_path / "run" / "report.html").exists()
@@ -231,7 +233,7 @@ BOUND = 150
 def launch(folder: Path, *more: str, code: str = TORCHRUN, how: Sequence[str] = TWO, **environ: str) -> Started:
     """The job on two processes."""
     arguments = [*how, "-m", "factor_transfer", *JOB, *more]
-    return Started(arguments, code=code, cwd=folder, environment=environ, forks=True)
+    return Started(arguments, code=code, cwd=folder, environment=environ, forks=True, exports=False)
 
 
 def process_of_rank(folder: Path, rank: int) -> int:
@@ -289,7 +291,7 @@ def test_torchrun__a_signal_to_any_process_saves_and_one_process_continues(strai
     assert said.count("stopped by SIGTERM; the same command continues") == 2
     saved = sorted((tmp_path / "run/checkpoints").glob("*.pt"))[-1].name
     assert saved > "student-000001-00000000.pt", "the step under way was saved, not only the pass before it"
-    again = Started(JOB, cwd=tmp_path).finished(BOUND)
+    again = Started(JOB, cwd=tmp_path, exports=False).finished(BOUND)
     assert again.returncode == 0, again.stderr
     assert "student: continued after 1 passes" in again.stderr
     assert "processes 2 -> 1" in again.stderr

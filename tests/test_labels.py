@@ -51,6 +51,7 @@ def test_distill__from_images_without_labels_gives_features(
         evaluate_run(tmp_path / "run")
 
 
+@pytest.mark.usefixtures("unexported")
 @pytest.mark.parametrize("views", [0, 2])
 def test_distill__the_teachers_predictions_train_a_head_where_it_has_one(
     flat: Path, images: Path, tmp_path: Path, views: int

@@ -27,6 +27,7 @@ from factor_transfer.training.orders import find_order
 from factor_transfer.util.errors import ModelError, TrainingError
 from processes import TORCHRUN, Command, Started
 
+pytestmark = pytest.mark.usefixtures("unexported")
 NUMBERS = [str(number) for number in range(1, 13)]  # plain strings: 1, 10, 11, 12, 2, ...
 WORDS = ["apple", "Zebra", "cherry", "Banana", "fig", "Date", "elder", "Grape", "item10", "item9", "Item11", "kiwi"]
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 4, 8)}

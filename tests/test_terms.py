@@ -337,6 +337,7 @@ def test_config__refuses_a_student_that_would_learn_nothing() -> None:
 # -- several layers, and the paper's ablations
 
 
+@pytest.mark.usefixtures("unexported")
 def test_layers__have_a_paraphraser_and_a_translator_each(
     taught: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -394,6 +395,7 @@ def test_layers__that_cannot_be_paired_are_told(taught: dict[str, Any], tmp_path
         run({**two, "student_layer": "layer2,layer3", "paraphraser": "one.safetensors"}, tmp_path / "c")
 
 
+@pytest.mark.usefixtures("unexported")
 def test_ablations__change_what_they_say(
     taught: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -437,7 +439,7 @@ def test_term__of_the_users_own_is_added_and_cached(
     example = ROOT / "examples"
     arguments += ["--beta", "0", "--term", "new_method:Distances"]
     for out in ("a", "b"):
-        done = factor_transfer("distill", *arguments, "--out", tmp_path / out, cwd=example)
+        done = factor_transfer("distill", *arguments, "--out", tmp_path / out, cwd=example, exports=False)
         assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] == pytest.approx(rows[-1]["cross_entropy"] + rows[-1]["distances"])

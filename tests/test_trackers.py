@@ -19,6 +19,7 @@ JOB: dict[str, Any] = {"teacher_args": SMALL, "student_args": SMALL, "teacher_ep
                        "epochs": 3, "batch_size": 8, "device": "cpu", "threads": 1, "lr": 0.05}  # fmt: skip
 
 
+@pytest.mark.usefixtures("unexported")
 def test_watched__tells_tensorboard_what_metrics_jsonl_holds(images: Path, tmp_path: Path) -> None:
     for name, log_with in (("watched", "auto"), ("alone", "none")):
         distill("cifar_resnet20", "cifar_resnet20", images, out=tmp_path / name, log_with=log_with, **JOB)

@@ -447,6 +447,7 @@ def test_local_dir__is_strict_where_its_head_is_for_other_classes(folder: Path) 
 # -- the run says it too
 
 
+@pytest.mark.usefixtures("unexported")
 def test_distill__writes_down_which_weights_were_taken(
     image_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
