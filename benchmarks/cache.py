@@ -22,7 +22,7 @@ from torch import Tensor
 from factor_transfer.data.splits import Batch
 from factor_transfer.method.factor_transfer import Translator
 from factor_transfer.method.losses import FactorTransfer, Labels
-from factor_transfer.networks.frozen import FrozenTeacher
+from factor_transfer.networks.features import FrozenTeacher
 from factor_transfer.networks.weights import load_paraphraser
 from factor_transfer.training.cache import CachedTeacher, FactorCache
 from factor_transfer.training.engine import Engine

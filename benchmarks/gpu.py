@@ -39,8 +39,7 @@ from factor_transfer.method.factor_transfer import (
     reconstruction_loss,
 )
 from factor_transfer.method.losses import FactorTransfer, Labels
-from factor_transfer.networks.features import Tapped
-from factor_transfer.networks.frozen import FrozenTeacher
+from factor_transfer.networks.features import FrozenTeacher, Tapped
 from factor_transfer.training.engine import Engine
 from factor_transfer.training.run_folder import environment
 from factor_transfer.training.schedule import Plan, optimizer_and_schedule

@@ -19,7 +19,7 @@ from factor_transfer.data.splits import PixelSplit
 from factor_transfer.method.factor_transfer import Paraphraser, Translator
 from factor_transfer.method.losses import FactorTransfer, Labels, Term
 from factor_transfer.networks.compiled import Compiled
-from factor_transfer.networks.frozen import FrozenTeacher, folded
+from factor_transfer.networks.features import FrozenTeacher
 from factor_transfer.training.cache import CachedTeacher, FactorCache
 from factor_transfer.training.engine import Engine
 from factor_transfer.training.run_folder import Run, environment
@@ -77,9 +77,6 @@ class Measured:
         self.teacher = self.job.load("teacher")
         with seeded(0):
             self.paraphraser = Paraphraser(64, 32)
-        norm = self.teacher.network.norm
-        (batch,) = self.train.batches([np.arange(2)], view=None)
-        self.folded = folded(self.teacher.tapped(), norm(batch.image)).network
         self.live = self.frozen(self.paraphraser)
         self.cache = self.new_cache("shared", 1)
 
@@ -89,12 +86,12 @@ class Measured:
 
     def frozen(self, paraphraser: Paraphraser | None, size: tuple[int, int] = (8, 8)) -> FrozenTeacher:
         """Our teacher, with a paraphraser or without, its map pooled to `size`."""
-        side = TeacherSide(self.folded, self.teacher.network.norm, size, paraphraser)
+        side = TeacherSide(self.teacher.tapped(), self.teacher.network.norm, size, paraphraser)
         return self.engine.place(FrozenTeacher(side))
 
     def compiled(self) -> FrozenTeacher:
         """Our teacher as --torchcompile makes it."""
-        network = Compiled(self.folded, self.config.batch_size, trains=False)
+        network = Compiled(self.teacher.tapped(), self.config.batch_size, trains=False)
         side = TeacherSide(network, self.teacher.network.norm, (8, 8), self.paraphraser)
         return self.engine.place(FrozenTeacher(side))
 

@@ -20,7 +20,6 @@ import pytest
 import torch
 from PIL import Image
 
-import factor_transfer.networks.frozen
 import factor_transfer.rehearsal
 import factor_transfer.training.cache
 import factor_transfer.training.engine
@@ -128,23 +127,6 @@ def no_cache_folder(folder: Path, patch: pytest.MonkeyPatch) -> Any:
     patch.setattr(factor_transfer.training.stages, "DistillationTask", task)
     job(folder, views=2)
     return kinds[-1]
-
-
-@case
-def other_folding(folder: Path, patch: pytest.MonkeyPatch) -> Any:
-    """Numbers of process 1 let it fold nothing."""
-    patch.setattr(factor_transfer.networks.frozen, "TOLERANCE", 1e-4 if RANK == 0 else 0.0)
-    counts = []
-    real = factor_transfer.training.stages.Job._folded
-
-    def folded(self: Any, side: Any) -> Any:
-        found = real(self, side)
-        counts.append(found.count)
-        return found
-
-    patch.setattr(factor_transfer.training.stages.Job, "_folded", folded)
-    job(folder, epochs=1)
-    return counts
 
 
 @case

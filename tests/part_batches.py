@@ -20,8 +20,7 @@ from factor_transfer.data.dataset import open_data
 from factor_transfer.method.factor_transfer import Paraphraser, Translator
 from factor_transfer.method.losses import FactorTransfer, Labels, Term
 from factor_transfer.networks.compiled import Compiled
-from factor_transfer.networks.features import Tapped
-from factor_transfer.networks.frozen import FrozenTeacher
+from factor_transfer.networks.features import FrozenTeacher, Tapped
 from factor_transfer.networks.load import InputNorm
 from factor_transfer.training.cache import CachedTeacher, FactorCache
 from factor_transfer.training.engine import Engine

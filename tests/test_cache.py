@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from factor_transfer import distill
-from factor_transfer.networks.frozen import FrozenTeacher
+from factor_transfer.networks.features import FrozenTeacher
 from factor_transfer.training.cache import (
     HALF_ROWS,
     PROBES,

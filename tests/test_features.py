@@ -13,8 +13,8 @@ from torch import Tensor, distributed, nn
 
 import factor_transfer.zoo  # noqa: F401
 from factor_transfer.method.losses import align
-from factor_transfer.networks.features import Tapped, feature_shape, find_layer
-from factor_transfer.networks.followers import follower
+from factor_transfer.networks.features import Tapped, feature_shape
+from factor_transfer.networks.layers import find_layer, follower
 from factor_transfer.networks.load import load_network
 from factor_transfer.util.errors import ModelError
 

@@ -20,8 +20,7 @@ from torch import Tensor
 from factor_transfer import distill
 from factor_transfer.distillation import evaluate_run
 from factor_transfer.method.factor_transfer import Paraphraser
-from factor_transfer.networks.features import Tapped
-from factor_transfer.networks.frozen import FrozenTeacher
+from factor_transfer.networks.features import FrozenTeacher, Tapped
 from factor_transfer.networks.load import load_network
 from factor_transfer.training import trainer as train
 from factor_transfer.training.cache import CachedTeacher, FactorCache

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import factor_transfer.zoo  # noqa: F401
-from factor_transfer.networks.features import Tapped, feature_shape, find_layer
+from factor_transfer.networks.features import Tapped, feature_shape
+from factor_transfer.networks.layers import find_layer
 from factor_transfer.networks.load import load_network
 
 PERSON: dict[str, tuple[int, str, tuple[int, int, int], str]] = {

@@ -44,11 +44,10 @@ def test_two_machines__one_that_is_slow_to_show_files_does_what_the_first_one_do
 
 
 @pytest.mark.slow
-def test_two_machines__decide_alike_on_precision_hosts_cache_and_folding(said: dict[str, list[Any]]) -> None:
+def test_two_machines__decide_alike_on_precision_hosts_and_cache(said: dict[str, list[Any]]) -> None:
     assert said["no_bf16"] == [False, False]
     assert said["uneven_hosts"] == [{"hosts": 1, "part": list(range(5))}, {"hosts": 1, "part": list(range(5, 10))}]
     assert said["no_cache_folder"] == ["FrozenTeacher", "FrozenTeacher"]
-    assert said["other_folding"] == [[7], [7]]
 
 
 REFUSED = {

@@ -19,7 +19,7 @@ from factor_transfer.config import Config
 from factor_transfer.export.formats import export_pt2
 from factor_transfer.method.factor_transfer import Paraphraser, Translator, factor_channels, portable_beta
 from factor_transfer.method.losses import FactorTransfer, Labels
-from factor_transfer.networks.frozen import FrozenTeacher
+from factor_transfer.networks.features import FrozenTeacher
 from factor_transfer.networks.load import Role
 from factor_transfer.networks.pair import Pair, Side, feature_health, load_side
 from factor_transfer.training.step import DistillationTask, ParaphraserTask, TeacherSide

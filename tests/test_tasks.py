@@ -14,8 +14,7 @@ import factor_transfer.zoo  # noqa: F401
 from factor_transfer.config import Config
 from factor_transfer.method.factor_transfer import Paraphraser, Translator, load_reference_paraphraser
 from factor_transfer.method.losses import FactorTransfer, Labels, SoftTargets, StudentOutputs
-from factor_transfer.networks.features import Tapped
-from factor_transfer.networks.frozen import FrozenTeacher
+from factor_transfer.networks.features import FrozenTeacher, Tapped
 from factor_transfer.training.schedule import Plan, optimizer_and_schedule
 from factor_transfer.training.step import DistillationTask, ParaphraserTask, TeacherSide
 from factor_transfer.util.files import state_fingerprint

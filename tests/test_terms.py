@@ -31,7 +31,7 @@ from factor_transfer.method.losses import (
     attention,
 )
 from factor_transfer.method.presets import METHODS, method_of, settings_of
-from factor_transfer.networks.features import find_groups
+from factor_transfer.networks.layers import find_groups
 from factor_transfer.networks.load import load_network
 from factor_transfer.networks.pair import Pair, load_side
 from factor_transfer.training.objective import Objective, groups_of

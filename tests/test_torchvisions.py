@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from factor_transfer.export.formats import export_pt2
-from factor_transfer.networks.features import Tapped, find_layer
+from factor_transfer.networks.features import Tapped
+from factor_transfer.networks.layers import find_layer
 from factor_transfer.networks.load import Network, load_network
 from factor_transfer.networks.weights import load_weights
 

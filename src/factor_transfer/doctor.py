@@ -32,9 +32,8 @@ from factor_transfer.data.dataset import Dataset
 from factor_transfer.data.splits import Batch, Sample, Split
 from factor_transfer.method.factor_transfer import factor_channels
 from factor_transfer.method.presets import method_of
-from factor_transfer.networks.features import maps
-from factor_transfer.networks.followers import follower
-from factor_transfer.networks.frozen import FrozenTeacher
+from factor_transfer.networks.features import FrozenTeacher, maps
+from factor_transfer.networks.layers import follower
 from factor_transfer.networks.load import InputNorm, Network, Role, count_parameters
 from factor_transfer.networks.pair import Modules, Pair, Side, check_alive, check_knows
 from factor_transfer.rehearsal import rehearse

@@ -23,7 +23,7 @@ from factor_transfer.config import plain
 from factor_transfer.export.formats import export_pt2, metadata_of, plain_copy
 from factor_transfer.method.factor_transfer import Paraphraser
 from factor_transfer.method.losses import Labels
-from factor_transfer.networks.frozen import FrozenTeacher
+from factor_transfer.networks.features import FrozenTeacher
 from factor_transfer.networks.pair import Pair, Side, check_can_teach
 from factor_transfer.networks.weights import load_weights
 from factor_transfer.training.finished import build_again

@@ -24,7 +24,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from factor_transfer.method.factor_transfer import Translator, factor_transfer_loss, load_reference_paraphraser
-from factor_transfer.networks.features import find_layer
+from factor_transfer.networks.layers import find_layer
 from factor_transfer.util.errors import ConfigError
 from factor_transfer.zoo import CifarResNet
 from factor_transfer.zoo.resnet import PadShortcut

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch._dynamo import config as dynamo
 
 from factor_transfer.networks.features import Tapped
-from factor_transfer.networks.frozen import Maps
 from factor_transfer.util.errors import ModelError
+
+Maps = tuple[Any, dict[str, Tensor]]
+"""A network's output, and its maps (B, C, H, W) by layer."""
 
 
 class Compiled(Tapped):

@@ -1,4 +1,4 @@
-"""Feature maps of any `nn.Module`: find the last spatial map, tap it, give it the shape (B, C, H, W), align sizes.
+"""Feature maps of any `nn.Module`: read the output of a layer, in the shape (B, C, H, W); and the frozen teacher.
 
 Shapes: B samples, C channels, H x W the map, N tokens.
 """
@@ -7,21 +7,16 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from factor_transfer.networks.outputs import tensors
-from factor_transfer.networks.trunk import carries_all, conv_head
 from factor_transfer.util.errors import ModelError, listed, near
-
-SMALL = 64
-"""Up to this side, in pixels, a network's last map may have one place."""
+from factor_transfer.util.files import state_fingerprint
 
 PREFIXES = (0, 1, 2, 4, 5)
 """Class, distillation and register tokens that are looked for where a network does not say how many it has."""
@@ -128,68 +123,6 @@ def _channels_last(gradient: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def find_layer(module: nn.Module, images: Tensor) -> str:
-    """The submodule whose output is the last feature map before pooling: the last group after its last activation.
-
-    It is found by looking at what flows: the outermost submodule that returns the very tensor that timm's
-    `forward_features` returns (or one of its shape), or without `forward_features` the last one to return a map
-    with more than one place through which all goes that the output depends on: one of several branches is none, and
-    neither is what a head of convolutions makes. Of several last maps, as CrossViT has, it is the last one.
-
-    Args:
-        module: the network.
-        images: normalised images (B, 3, H, W) of the size it will see.
-
-    Raises:
-        ModelError: it makes no feature map.
-
-    >>> find_layer(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)), torch.zeros(2, 3, 6, 6))
-    '1'
-    """
-    side, known = min(images.shape[-2:]), hasattr(module, "forward_features")
-    layer, pooled = (None, True) if side <= SMALL and not known else _last_layer(module, images)
-    if pooled and not known:
-        # The last map of small images may have one place, as if it were pooled: larger ones tell them apart.
-        with suppress(Exception):  # whatever a network raises that is made for one size
-            larger = max(4 * min(side, SMALL), 2 * side)
-            layer, _ = _last_layer(module, F.interpolate(images, [each * larger // side for each in images.shape[-2:]]))
-    if layer is None and side <= SMALL and not known:
-        layer, _ = _last_layer(module, images)
-    if layer is None:
-        raise ModelError(
-            type(module).__name__,
-            found="no submodule gives a feature map (B, C, H, W)",
-            hint="name a layer with --teacher-layer or --student-layer, or give the network one as a submodule",
-        )
-    return layer
-
-
-def _last_layer(module: nn.Module, images: Tensor) -> tuple[str | None, bool]:
-    """The layer of the last map, and whether maps of one place come after all others."""
-    own = hasattr(module, "forward_features")
-    with torch.set_grad_enabled(not own):  # whose graph tells what the output depends on
-        images = images.detach().requires_grad_(not own)
-        flow, output = _flow(module, images)
-    size = images.shape[-2:]
-    last = tensor_in(output, module, size) if own else None
-    shape = partial(_shape, module=module, size=size)
-    same = [tensor for _, tensor in flow if last is not None and shape(tensor) == shape(last)]
-    fitting = [tensor for tensor in same if tensor is last] or same or _of_the_trunk(module, flow, output, images)
-    pooled = bool(flow) and shape(flow[-1][1])[1:] == (1, 1)
-    return _named(flow, fitting[-1]) if fitting else None, pooled
-
-
-def _of_the_trunk(module: nn.Module, flow: Flow, output: Any, images: Tensor) -> list[Tensor]:
-    """Of the maps with more than one place before the head the last that is no branch; all, where each is one."""
-    maps = [(name, tensor) for name, tensor in flow if _shape(tensor, module, images.shape[-2:])[1:] != (1, 1)]
-    head = conv_head(module)
-    found = maps[: next((place for place, (name, _) in enumerate(maps) if name == head), None)] or maps
-    ends = [tensor for _, tensor in tensors(output)]
-    through = next((tensor for _, tensor in reversed(found) if carries_all(tensor, ends, images)), None)
-    return [tensor for _, tensor in found] if through is None else [through]
-
-
-@torch.no_grad()
 def maps(module: nn.Module, images: Tensor) -> list[tuple[str, tuple[int, int, int]]]:
     """The feature maps that flow: (layer, (C, H, W)), the last layer of each height and width, in order.
 
@@ -197,49 +130,12 @@ def maps(module: nn.Module, images: Tensor) -> list[tuple[str, tuple[int, int, i
     >>> maps(net, torch.zeros(2, 3, 8, 8))
     [('1', (8, 6, 6)), ('3', (16, 2, 2))]
     """
-    flow, _ = _flow(module, images)
-    shape = partial(_shape, module=module, size=images.shape[-2:])
+    flow, _ = flow_of(module, images)
+    shape = partial(shape_of, module=module, size=images.shape[-2:])
     last = {shape(output)[1:]: output for _, output in flow}
     order = [id(output) for _, output in flow]
     found = sorted(last.values(), key=lambda output: order.index(id(output)))
-    return [(_named(flow, output), shape(output)) for output in found]
-
-
-@torch.no_grad()
-def find_groups(module: nn.Module, images: Tensor) -> list[tuple[str, tuple[int, int, int]]]:
-    """The ends of a network's groups (stages): (layer, (C, H, W)), for each height and width the last, in order.
-
-    A group is a submodule that holds two or more layers with weights of its map's size; so the next group's first
-    convolution, which may still have that size, is none. Where no submodule is (a flat network), it is the last layer.
-    The last group ends where `find_layer` says. What comes before the first group (a stem) is none, and neither is a
-    map of one place.
-
-    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU())
-    >>> find_groups(net, torch.zeros(2, 3, 8, 8))
-    [('2', (8, 6, 6)), ('4', (16, 2, 2))]
-    """
-    flow, _ = _flow(module, images)
-    shape_of = partial(_shape, module=module, size=images.shape[-2:])
-    by_size: dict[tuple[int, int], list[tuple[str, Tensor]]] = {}
-    for name, output in flow:
-        by_size.setdefault(shape_of(output)[1:], []).append((name, output))
-    found = []
-    for size, named in by_size.items():
-        parts = [(name, getattr(module.get_submodule(name), "weight", None)) for name, _ in named]
-        weighted = [name for name, weight in parts if isinstance(weight, Tensor) and weight.ndim > 1]
-        groups = [each for each in named if sum(name.startswith(f"{each[0]}.") for name in weighted) > 1]
-        _, output = groups[-1] if groups else min(reversed(named), key=lambda each: each[0].count("."))
-        if size != (1, 1) and weighted:  # maps that no weights make are attention's own
-            found.append((_named(flow, output), shape_of(output), bool(groups)))
-    found.sort(key=lambda each: each[1][1:], reverse=True)
-    if not found:
-        return []
-    last = find_layer(module, images)
-    shape = feature_shape(Tapped(module, last), images)
-    if found[-1][1][1:] == shape[1:]:
-        found[-1] = last, shape, True
-    stem = len(found) > 1 and not found[0][2] and any(group for *_, group in found[:-1])
-    return [(layer, shape) for layer, shape, _ in (found[1:] if stem else found)]
+    return [(layer_of(flow, output), shape(output)) for output in found]
 
 
 @torch.no_grad()
@@ -338,7 +234,7 @@ Flow = list[tuple[str, Tensor]]
 """(name, tensor) of every submodule that gave a map, in the order in which they returned."""
 
 
-def _flow(module: nn.Module, images: Tensor) -> tuple[Flow, Any]:
+def flow_of(module: nn.Module, images: Tensor) -> tuple[Flow, Any]:
     """What flows through a network, in eval mode, and what it, or its `forward_features`, ends with."""
     seen: list[tuple[str, Any]] = []
     features: Any = getattr(module, "forward_features", None)
@@ -350,14 +246,15 @@ def _flow(module: nn.Module, images: Tensor) -> tuple[Flow, Any]:
     return kept, output
 
 
-def _shape(output: Tensor, module: nn.Module, size: Sequence[int]) -> tuple[int, int, int]:
+def shape_of(output: Tensor, module: nn.Module, size: Sequence[int]) -> tuple[int, int, int]:
+    """(C, H, W) of the map that `tensor_in` found in an output."""
     found = as_map(output, module, size)
     assert found is not None
     _, channels, height, width = found.shape
     return channels, height, width
 
 
-def _named(flow: Flow, chosen: Tensor) -> str:
+def layer_of(flow: Flow, chosen: Tensor) -> str:
     """The outermost submodule that returned `chosen`; the last of these, which may have worked in place."""
     names = [name for name, output in flow if output is chosen]
     return min(reversed(names), key=lambda name: name.count("."))
@@ -411,3 +308,46 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+# -- a network that does not change
+
+
+class FrozenTeacher(nn.Module):
+    """A module that is in eval mode and without gradient, whatever mode the modules around it are put in.
+
+    `no_grad`, not inference mode: losses save the teacher's outputs for their backward pass.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module.requires_grad_(False)
+        self.train(False)
+        self._before = state_fingerprint(module.state_dict())
+
+    def train(self, mode: bool = True) -> FrozenTeacher:
+        """Stay in eval mode: in train mode its batch-norm statistics would drift."""
+        super().train(False)
+        return self
+
+    @torch.no_grad()
+    def forward(self, *inputs: Any) -> Any:
+        """As the module's own."""
+        return self.module(*inputs)
+
+    def unchanged(self) -> bool:
+        """Whether weights and buffers are those that it was frozen with."""
+        return state_fingerprint(self.module.state_dict()) == self._before
+
+
+@contextmanager
+def untrained(weights: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Exclude weights from training inside the block: they require no gradient, so no optimizer changes them."""
+    kept = list(weights)
+    for weight in kept:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in kept:
+            weight.requires_grad_(True)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from factor_transfer.config import Config
 from factor_transfer.data.content import STRETCHED
 from factor_transfer.data.frames import SMALL, Frame
-from factor_transfer.networks.features import Tapped, feature_map, feature_shape, find_layer
+from factor_transfer.networks.features import Tapped, feature_map, feature_shape
+from factor_transfer.networks.layers import find_layer
 from factor_transfer.networks.load import Network, Role, load_network, own_size
 from factor_transfer.util.arguments import names_in
 from factor_transfer.util.checks import flag

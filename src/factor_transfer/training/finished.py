@@ -10,8 +10,7 @@ from torch import nn
 
 from factor_transfer.config import Config, DataConfig, part_of
 from factor_transfer.data.dataset import Dataset, open_data
-from factor_transfer.networks.load import Network, Role, load_network
-from factor_transfer.networks.torchvisions import TORCHVISION
+from factor_transfer.networks.load import TORCHVISION, Network, Role, load_network
 from factor_transfer.networks.weights import load_weights
 from factor_transfer.training.run_folder import saved_config, saved_summary
 from factor_transfer.util.errors import ConfigError, RunError

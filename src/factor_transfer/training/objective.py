@@ -32,8 +32,8 @@ from factor_transfer.method.losses import (
     numbered,
 )
 from factor_transfer.method.presets import method_of
-from factor_transfer.networks.features import Tapped, feature_map, find_groups
-from factor_transfer.networks.frozen import untrained
+from factor_transfer.networks.features import Tapped, feature_map, untrained
+from factor_transfer.networks.layers import find_groups
 from factor_transfer.networks.pair import Pair, Side
 from factor_transfer.networks.weights import load_paraphraser
 from factor_transfer.util.arguments import imported, is_callable_name, names_in

@@ -20,8 +20,7 @@ from factor_transfer.data.views import VERSION, Transform
 from factor_transfer.method.factor_transfer import Paraphraser, Straight
 from factor_transfer.method.losses import FactorTransfer, Labels, Reader, SoftTargets, Term, numbered
 from factor_transfer.networks.compiled import Compiled, check_compiler, check_exports
-from factor_transfer.networks.features import Tapped
-from factor_transfer.networks.frozen import Folding, FrozenTeacher, folded
+from factor_transfer.networks.features import FrozenTeacher
 from factor_transfer.networks.load import Network, Role, count_parameters, own_size
 from factor_transfer.networks.pair import Modules, Pair, Side, check_alive, check_knows, load_side
 from factor_transfer.networks.weights import load_weights, paraphraser_metadata
@@ -196,19 +195,6 @@ class Job:
                 warn(less)
         else:
             say(f"teacher: {side.network.name}, {size}, its accuracy cannot be measured here: its features teach")
-        self._folding = self._folded(side)
-        if self._folding.count:
-            say(
-                f"teacher: {self._folding.count} batch norms folded into their convolutions "
-                f"(its outputs differ by {self._folding.difference:.0e}, relatively)"
-            )
-
-    def _folded(self, side: Side) -> Folding:
-        """The teacher with its batch norms folded: which, the first process decides."""
-        tapped, images = side.tapped(self.objective.teacher_layers), side.network.norm(self.sample(2))
-        mine = folded(tapped, images) if self.engine.main else None
-        pairs = self.engine.told(mine.pairs if mine is not None else ())
-        return mine or folded(tapped, images, pairs)
 
     def _train_teacher(self, side: Side) -> None:
         config, network = self.config, side.network
@@ -431,7 +417,7 @@ class Job:
         paraphraser: Paraphraser | Straight | None = None,
         readers: Mapping[str, Reader] | None = None,
     ) -> FrozenTeacher:
-        tapped = Tapped(self._folding.network.module, pair.teacher.layer, also=self.objective.teacher_layers)
+        tapped = pair.teacher.tapped(self.objective.teacher_layers)
         if self.config.torchcompile:
             tapped = self._compiled.setdefault(tapped.layer, Compiled(tapped, self._part(), trains=False))
         side = TeacherSide(tapped, pair.teacher.network.norm, pair.size, paraphraser, readers)

@@ -12,7 +12,7 @@ from factor_transfer.config import plain
 from factor_transfer.data.dataset import Dataset
 from factor_transfer.data.digests import decoders
 from factor_transfer.method.factor_transfer import Paraphraser, Straight
-from factor_transfer.networks.frozen import FrozenTeacher
+from factor_transfer.networks.features import FrozenTeacher
 from factor_transfer.networks.pair import Pair
 from factor_transfer.training.cache import (
     HALF_ROWS,

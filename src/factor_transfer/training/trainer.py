@@ -22,7 +22,7 @@ from factor_transfer.config import Config
 from factor_transfer.data.splits import Batch, Split
 from factor_transfer.data.views import permutation
 from factor_transfer.method.health import first_bad_layer, not_finite
-from factor_transfer.networks.frozen import untrained
+from factor_transfer.networks.features import untrained
 from factor_transfer.training.engine import Engine, StopRequest, stop_signals
 from factor_transfer.training.evaluation import chunks_of, evaluate
 from factor_transfer.training.run_folder import Run

@@ -178,7 +178,7 @@ def conv3x3(in_channels: int, channels: int, stride: int = 1, bias: bool = False
 def rectified(norm: nn.Module, x: Tensor) -> Tensor:
     """ReLU of a batch norm's output, (B, C, H, W) -> the same: in its place, which spares a map, where no hook sees it.
 
-    A norm that gives back `x` itself, as a folded one does, has `x` overwritten.
+    A norm that gives back `x` itself has `x` overwritten.
 
     >>> import torch
     >>> x = torch.tensor([-1.0, 2.0])
