@@ -461,6 +461,6 @@ def test_cache__files_are_reserved_on_every_system(
     large = FactorCache(tmp_path, IDENTITY, SHAPES, 50_000, V)
     large.write(np.arange(1), 0, right(np.arange(1), 0))
     for path in large.folder.glob("view-*"):
-        assert path.stat().st_blocks * 512 >= path.stat().st_size > 1_000_000, "a hole would meet a full disk later"
+        assert path.stat().st_blocks * 512 >= path.stat().st_size >= 400_000, "a hole would meet a full disk later"
     fill(FactorCache(tmp_path, IDENTITY, SHAPES, N, V))
     assert check(FactorCache(tmp_path, IDENTITY, SHAPES, N, V)) == N * V, "what is there stays"
