@@ -23,9 +23,9 @@ from pair import Measured, keep, measured
 from passes import one_pass
 
 from factor_transfer.data.splits import Sample
+from factor_transfer.doctor import pulls
 from factor_transfer.method.factor_transfer import Paraphraser, Translator, portable_beta
 from factor_transfer.method.losses import FactorTransfer, Labels
-from factor_transfer.training.pulls import pulls
 from factor_transfer.training.run_folder import environment
 from factor_transfer.training.schedule import Plan
 from factor_transfer.training.stages import Job

@@ -23,7 +23,7 @@ from PIL import Image
 import factor_transfer.rehearsal
 import factor_transfer.training.cache
 import factor_transfer.training.engine
-import factor_transfer.training.machines
+import factor_transfer.training.processes
 import factor_transfer.training.stages
 from factor_transfer import distill
 from factor_transfer.training.engine import Engine
@@ -185,11 +185,11 @@ def other_checkpoint(folder: Path, patch: pytest.MonkeyPatch) -> Any:
 
 def other_versions() -> str:
     """Before the processes are joined."""
-    real = factor_transfer.training.machines.described
+    real = factor_transfer.training.processes.machine_facts
     with pytest.MonkeyPatch.context() as patch:
         if RANK:
             patch.setattr(
-                factor_transfer.training.machines, "described", lambda device: {**real(device), "timm": "0.4"}
+                factor_transfer.training.processes, "machine_facts", lambda device: {**real(device), "timm": "0.4"}
             )
         try:
             Engine("cpu", "fp32")

@@ -201,7 +201,7 @@ def test_torchrun__without_labels_and_with_a_report_longer_than_the_timeout(imag
 def test_unhurried__a_process_that_fails_or_dies_is_told_of(tmp_path: Path, ends: str, said: str) -> None:
     code = (
         "import os, sys\nfrom datetime import timedelta\nimport torch.distributed as dist\n"
-        "from factor_transfer.training.waiting import unhurried\n"
+        "from factor_transfer.training.processes import unhurried\n"
         "rank = int(sys.argv[1])\n"
         "store = dist.TCPStore('localhost', int(sys.argv[2]), 2, rank == 0, timedelta(seconds=60))\n"
         "dist.init_process_group('gloo', store=store, rank=rank, world_size=2)\n"

@@ -10,10 +10,10 @@ from torch import nn
 
 import factor_transfer.zoo  # noqa: F401
 from factor_transfer.data.splits import Batch
+from factor_transfer.doctor import pulls
 from factor_transfer.method.factor_transfer import Paraphraser, Translator, factor_transfer_loss
 from factor_transfer.method.losses import FactorTransfer, Labels
 from factor_transfer.networks.features import FrozenTeacher, Tapped
-from factor_transfer.training.pulls import pulls
 from factor_transfer.training.step import DistillationTask, TeacherSide
 from factor_transfer.util.files import state_fingerprint
 

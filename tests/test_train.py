@@ -362,11 +362,11 @@ def test_engine__precision_is_ours_whatever_accelerates_environment_says(python:
     assert done.stdout.split() == ["no"]
 
 
-def test_engine__keeps_freed_memory_for_the_next_step(python: Command) -> None:
+def test_keep_memory__keeps_freed_memory_for_the_next_step(python: Command) -> None:
     program = """
 import resource, torch
-from factor_transfer.training.engine import Engine
-Engine("cpu")
+from factor_transfer.util.machine import keep_memory
+keep_memory()
 faults = []
 for turn in range(20):
     torch.ones(2**24)  # 64 MB, freed at once

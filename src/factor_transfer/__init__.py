@@ -39,7 +39,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "distill":
-        from factor_transfer.training.machines import check_supported
+        from factor_transfer.util.machine import check_supported
 
         check_supported()
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -16,10 +16,10 @@ from factor_transfer import __version__
 from factor_transfer.compare.plan import CompareConfig
 from factor_transfer.config import Config, SuggestConfig
 from factor_transfer.settings import RECIPE, read_settings, recipe, recipes
-from factor_transfer.training.machines import check_supported
 from factor_transfer.util.arguments import is_callable_name
 from factor_transfer.util.checks import flag
 from factor_transfer.util.errors import ConfigError, FactorTransferError, Interrupted
+from factor_transfer.util.machine import check_supported, keep_memory
 
 Flattened = Parameter(name="*")
 SettingsFile = Annotated[str | None, Parameter(
@@ -138,7 +138,7 @@ def suggest(
 
     from factor_transfer.report.terminal import show_suggestions
     from factor_transfer.suggest import suggest as measure
-    from factor_transfer.util.sizes import brief
+    from factor_transfer.util.arguments import brief
 
     found, size = measure(settings)
     if as_json:
@@ -336,6 +336,7 @@ def main() -> None:
     """Run the command line; exit code 2 for a mistake in what was given, 130 or 143 for an interruption."""
     try:
         check_supported()
+        keep_memory()
         app(exit_on_error=False)
     except CycloptsError:
         sys.exit(2)  # cyclopts has printed it

@@ -4,9 +4,6 @@ The docstring under a field is its help. Names are timm's where timm has the set
 so that `--help` answers at once.
 """
 
-import ast
-import inspect
-import itertools
 import json
 import math
 from dataclasses import asdict, dataclass, fields
@@ -15,10 +12,9 @@ from typing import Annotated, Any, Literal
 from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
-from factor_transfer.util.arguments import MODEL_ARGS, ModelArgs, names_in
+from factor_transfer.util.arguments import MODEL_ARGS, SIZE, ModelArgs, Size, brief, names_in
 from factor_transfer.util.checks import ActsOn, check, flag
 from factor_transfer.util.errors import ConfigError
-from factor_transfer.util.sizes import SIZE, Size, brief
 
 _ORDER = ("Data", "Teacher", "Student", "Factor transfer", "Other terms", "Training", "Machine", "Run")
 _GROUPS = {name: Group(name, sort_key=place) for place, name in enumerate(_ORDER)}
@@ -357,14 +353,10 @@ def described() -> dict[str, str]:
     >>> described()["lr"]
     'Learning rate.'
     """
-    found = {}
-    for kind in (DataConfig, Config):
-        (tree,) = ast.parse(inspect.getsource(kind)).body
-        assert isinstance(tree, ast.ClassDef)
-        for line, below in itertools.pairwise(tree.body):
-            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(below, ast.Expr):
-                found[line.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
-    return found
+    from docstring_parser import parse_from_object  # which cyclopts reads the same docstrings with
+
+    docs = [each for kind in (DataConfig, Config) for each in parse_from_object(kind).params]
+    return {each.arg_name: " ".join((each.description or "").split()) for each in docs}
 
 
 FIELDS = tuple(f.name for f in fields(Config))

@@ -22,8 +22,8 @@ from factor_transfer.result import finish
 from factor_transfer.training.engine import Engine
 from factor_transfer.training.evaluation import evaluate
 from factor_transfer.training.finished import ROLES, answers, open_images, rebuild
-from factor_transfer.training.machines import first_difference
 from factor_transfer.training.orders import check_orders
+from factor_transfer.training.processes import first_difference
 from factor_transfer.training.run_folder import environment, open_run, saved_config, saved_summary
 from factor_transfer.training.stages import Job
 from factor_transfer.util.checks import flag, of_a_machine

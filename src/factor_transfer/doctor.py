@@ -11,10 +11,12 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,8 +33,9 @@ from factor_transfer.config import Config, Rgb
 from factor_transfer.data.dataset import Dataset
 from factor_transfer.data.splits import Batch, Sample, Split
 from factor_transfer.method.factor_transfer import factor_channels
+from factor_transfer.method.losses import StudentOutputs
 from factor_transfer.method.presets import method_of
-from factor_transfer.networks.features import FrozenTeacher, maps
+from factor_transfer.networks.features import FrozenTeacher, maps, tensor_in, watching
 from factor_transfer.networks.layers import follower
 from factor_transfer.networks.load import InputNorm, Network, Role, count_parameters
 from factor_transfer.networks.pair import Modules, Pair, Side, check_alive, check_knows
@@ -40,14 +43,14 @@ from factor_transfer.rehearsal import rehearse
 from factor_transfer.training.engine import Engine
 from factor_transfer.training.objective import fresh_paraphrasers
 from factor_transfer.training.orders import misordered
-from factor_transfer.training.pulls import pulls
 from factor_transfer.training.run_folder import Run
 from factor_transfer.training.stages import Job
-from factor_transfer.training.step import TeacherSide
+from factor_transfer.training.step import DistillationTask, TeacherSide, Trainee
+from factor_transfer.util.arguments import written
 from factor_transfer.util.checks import flag
 from factor_transfer.util.errors import FactorTransferError
 from factor_transfer.util.files import state_fingerprint
-from factor_transfer.util.sizes import written
+from factor_transfer.util.seeds import seeded
 
 SAMPLE = 512
 """Images of each split that are looked at."""
@@ -355,3 +358,44 @@ def _shape(side: Side) -> str:
 
 def _plain(values: Sequence[float]) -> str:
     return " ".join(f"{value:g}" for value in values)
+
+
+# -- how hard each term pulls at the student's maps
+
+
+class Pull(NamedTuple):
+    """What a term does on one batch."""
+
+    size: float
+    """Its weighted loss."""
+    norms: dict[str, float]
+    """Norm of its gradient in the student's maps, by layer; only of those that it reads."""
+
+
+def pulls(task: DistillationTask, batch: Batch) -> dict[str, Pull]:
+    """Of each term of a task its size and pull, in training mode and float32; the task stays as it is.
+
+    Args:
+        task: student, terms and teacher.
+        batch: at least two images.
+    """
+    trainee: Trainee = deepcopy(task.trainable_module).train()
+    device = next(trainee.parameters()).device
+    images, labels = batch.image.to(device), batch.label.to(device)
+    outputs = {} if task.teacher is None else task.teacher(images)
+    tapped, raw = trainee.student, dict[str, Any]()  # raw: a map may be a view beside the network's own way
+    with seeded(0), ExitStack() as stack:
+        for layer in tapped.layers:
+            stack.enter_context(watching(tapped.module.get_submodule(layer), partial(raw.__setitem__, layer)))
+        inputs = trainee.norm(images)
+        output, features = tapped.maps(inputs)
+        student = StudentOutputs(output, features[tapped.layer], features)
+        losses = {name: term(student, outputs, labels) for name, term in trainee.terms.items()}
+    found = {layer: tensor_in(each, tapped.module, inputs.shape[-2:]) for layer, each in raw.items()}
+    read = {layer: tensor for layer, tensor in found.items() if tensor is not None}
+    return {name: Pull(loss.item(), _norms(loss, read)) for name, loss in losses.items()}
+
+
+def _norms(loss: Tensor, maps: dict[str, Tensor]) -> dict[str, float]:
+    gradients = torch.autograd.grad(loss, list(maps.values()), retain_graph=True, allow_unused=True)
+    return {layer: float(each.norm()) for layer, each in zip(maps, gradients, strict=True) if each is not None}

@@ -10,10 +10,10 @@ from factor_transfer.method.presets import method_of
 from factor_transfer.networks.load import Network, count_parameters
 from factor_transfer.networks.pair import Pair, Side
 from factor_transfer.training.stages import Job
+from factor_transfer.util.arguments import brief
 from factor_transfer.util.console import warn
 from factor_transfer.util.errors import first_line
 from factor_transfer.util.files import state_fingerprint, write_json
-from factor_transfer.util.sizes import brief
 
 
 def finish(job: Job, pair: Pair, student: Side, baseline: Side | None) -> None:

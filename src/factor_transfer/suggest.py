@@ -17,11 +17,11 @@ from factor_transfer.data.dataset import open_data
 from factor_transfer.export.formats import latency_ms
 from factor_transfer.networks.load import DEFAULT_SIZE, Network, count_parameters, load_network
 from factor_transfer.report.html import repeat_command
-from factor_transfer.training.engine import keep_memory
+from factor_transfer.util.arguments import Size, written
 from factor_transfer.util.checks import flag
 from factor_transfer.util.console import say, warn
 from factor_transfer.util.errors import ConfigError
-from factor_transfer.util.sizes import Size, written
+from factor_transfer.util.machine import keep_memory
 
 TURNS = 3
 """Processes that time a network, one after another."""

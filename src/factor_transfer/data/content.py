@@ -14,8 +14,8 @@ from factor_transfer.data.frames import Frame
 from factor_transfer.data.images import Images, Unreadable
 from factor_transfer.data.rgb import DEEP, KINDS, Decoded, Kind, needs_decoding, of_header, upright_size
 from factor_transfer.data.views import spaced
+from factor_transfer.util.arguments import Size, as_flag, written
 from factor_transfer.util.errors import SHOWN_CHOICES, DataError, listed
-from factor_transfer.util.sizes import Size, as_flag, written
 
 SAMPLE, DECODED = 256, 32
 """Images whose headers are read, and how many of them are decoded where only that tells."""

@@ -26,12 +26,11 @@ from factor_transfer.data.pixels import Pixels, decode_once, read_all
 from factor_transfer.data.sources import WRITTEN, open_source
 from factor_transfer.data.splits import FileSplit, PixelSplit, Shown, Split
 from factor_transfer.data.views import VERSION, Transform, evenly, held_out
-from factor_transfer.util.arguments import imported, is_callable_name
+from factor_transfer.util.arguments import AnySize, Size, brief, imported, is_callable_name, written
 from factor_transfer.util.errors import ConfigError, DataError, listed
 from factor_transfer.util.files import cache_folder, fingerprint
 from factor_transfer.util.identity import code_fingerprint
 from factor_transfer.util.seeds import part_seed
-from factor_transfer.util.sizes import AnySize, Size, brief, written
 
 TRANSFORM = "a function from an RGB image to an image, or uint8 pixels (3, H, W), of the size that the networks see"
 TRACES = 8

@@ -25,7 +25,7 @@ from PIL import features
 from factor_transfer.data.images import Files, Images
 from factor_transfer.data.trees import Range
 from factor_transfer.util.files import fingerprint, waiting_lock, write_atomic
-from factor_transfer.util.threads import blocks
+from factor_transfer.util.machine import blocks
 
 SETTLED_SECONDS = 5
 """A file whose dates are younger could change again within their grain (network file systems: 1 s, FAT: 2 s)."""

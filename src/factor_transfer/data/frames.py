@@ -18,7 +18,7 @@ from timm.data.transforms import center_crop_or_pad
 from timm.data.transforms_factory import transforms_imagenet_eval
 from torch import Tensor
 
-from factor_transfer.util.sizes import Size, as_size, brief, written
+from factor_transfer.util.arguments import Size, as_size, brief, written
 
 SMALL = 96
 """Up to this side images are resized whole, padded and cropped; above it, cropped at random and resized."""

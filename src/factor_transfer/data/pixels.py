@@ -31,7 +31,7 @@ from factor_transfer.data.views import VERSION
 from factor_transfer.util.console import say, warn
 from factor_transfer.util.errors import RunError
 from factor_transfer.util.files import fingerprint, read_json, waiting_lock, write_json
-from factor_transfer.util.threads import blocks
+from factor_transfer.util.machine import blocks
 
 PROBES = 4
 """Images of a store that are decoded anew whenever it is opened, and compared."""

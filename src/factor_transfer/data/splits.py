@@ -24,7 +24,7 @@ from factor_transfer.data.frames import Frame
 from factor_transfer.data.images import Images, Unreadable, corrupted
 from factor_transfer.data.views import Transform, crop_and_flip, own_view, random_resized_crop, spaced
 from factor_transfer.util.errors import DataError
-from factor_transfer.util.threads import cores
+from factor_transfer.util.machine import cores
 
 
 class Batch(NamedTuple):

@@ -21,8 +21,8 @@ from torchvision.transforms import ColorJitter, InterpolationMode, RandomResized
 from torchvision.transforms import functional as F
 
 from factor_transfer.data.frames import Frame, as_pixels
+from factor_transfer.util.arguments import AnySize, as_size
 from factor_transfer.util.seeds import part_seed, seeded
-from factor_transfer.util.sizes import AnySize, as_size
 
 VERSION = 2
 """Raise it when a pixel changes: fingerprints hold it, so that no cache outlives the function that made it.

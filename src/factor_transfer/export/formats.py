@@ -25,9 +25,9 @@ from factor_transfer.config import plain
 from factor_transfer.data.dataset import Dataset
 from factor_transfer.export.runtimes import properties
 from factor_transfer.networks.load import Network
+from factor_transfer.util.arguments import AnySize, as_size, brief
 from factor_transfer.util.errors import RunError
 from factor_transfer.util.files import write_atomic
-from factor_transfer.util.sizes import AnySize, as_size, brief
 
 TOLERANCE = 1e-4
 """Largest difference of a logit between the trained student and its export, relative to the largest logit."""

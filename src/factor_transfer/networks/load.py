@@ -28,10 +28,9 @@ from factor_transfer.config import Rgb
 from factor_transfer.networks.outputs import choose, given_by, tensors, unwrap
 from factor_transfer.networks.weightfiles import check_config, check_folder, identify
 from factor_transfer.networks.weights import check_finite, head_places, load_all, load_but_head
-from factor_transfer.util.arguments import imported, is_callable_name
+from factor_transfer.util.arguments import AnySize, Size, as_size, brief, imported, is_callable_name, written
 from factor_transfer.util.errors import FactorTransferError, ModelError, listed, near
 from factor_transfer.util.seeds import part_seed, seeded
-from factor_transfer.util.sizes import AnySize, Size, as_size, brief, written
 
 Role = Literal["teacher", "student"]
 

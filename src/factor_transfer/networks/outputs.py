@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from factor_transfer.util.arguments import Size
 from factor_transfer.util.errors import ModelError, listed
 from factor_transfer.util.seeds import seeded
-from factor_transfer.util.sizes import Size
 
 LOGITS = "logits"
 """What logits are called where they have a name."""

@@ -16,11 +16,10 @@ from factor_transfer.data.frames import SMALL, Frame
 from factor_transfer.networks.features import Tapped, feature_map, feature_shape
 from factor_transfer.networks.layers import find_layer
 from factor_transfer.networks.load import Network, Role, load_network, own_size
-from factor_transfer.util.arguments import names_in
+from factor_transfer.util.arguments import AnySize, Size, as_size, names_in, written
 from factor_transfer.util.checks import flag
 from factor_transfer.util.console import say, warn
 from factor_transfer.util.errors import ConfigError, ModelError, TrainingError
-from factor_transfer.util.sizes import AnySize, Size, as_size, written
 
 NEAR_CHANCE = 0.1
 """A teacher that covers less than this share of the way from chance to perfection teaches nothing."""

@@ -24,9 +24,9 @@ from factor_transfer.report.terminal import LABELS, STAGES, label, verdict
 from factor_transfer.training.engine import Engine
 from factor_transfer.training.finished import ROLES
 from factor_transfer.training.run_folder import Run, saved_summary
+from factor_transfer.util.arguments import written
 from factor_transfer.util.checks import flag
 from factor_transfer.util.files import read_json, write_atomic
-from factor_transfer.util.sizes import written
 
 KINDS = {"teacher": "teacher", "baseline": "alone", "student": "student"}
 """What a role is called in plots, and in the style sheet."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from factor_transfer.method.presets import ALONE
 from factor_transfer.training.run_folder import saved_summary
+from factor_transfer.util.arguments import Size, written
 from factor_transfer.util.console import say, table, warn
-from factor_transfer.util.sizes import Size, written
 
 STAGES = ("teacher", "paraphraser", "hint", "student", "baseline")
 LABELS = {"teacher": "teacher", "baseline": "student alone", "student": "student"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import ctypes
 import os
 import resource
 import signal
@@ -29,11 +28,17 @@ from accelerate.utils import (
 )
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.distributed import DistError, destroy_process_group, is_initialized
+from torch.distributed import DistError
 
 from factor_transfer.networks.kernels import guard
-from factor_transfer.training.machines import compare_machines, first_difference
-from factor_transfer.training.waiting import unhurried
+from factor_transfer.training.processes import (
+    check_alone,
+    compare_machines,
+    first_difference,
+    hosts_of,
+    leave_group,
+    unhurried,
+)  # fmt: skip
 from factor_transfer.util.console import warn
 from factor_transfer.util.errors import ConfigError, RunError, TrainingError, first_line
 
@@ -42,9 +47,6 @@ SAME_SIGNAL_SECONDS = 1.0
 
 LEAST = 2
 """Samples that batch norm needs of a process's part."""
-
-GLIBC_MALLOC = {-1: 2**31 - 1, -3: 2**30, -2: 2**26}
-"""`mallopt`: M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, so that freed maps stay with the process; M_TOP_PAD, to grow by."""
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -97,16 +99,14 @@ class Engine:
         )
         self.device = _device(kind, self.accelerator)
         guard()  # on a GPU's machine, too, some gradients are the CPU's
-        if self.device.type == "cpu":
-            keep_memory()
-        elif self.device.type == "cuda":
+        if self.device.type == "cuda":
             compute_in_float32()
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         if self.processes > 1:
-            atexit.register(_leave_group)
+            atexit.register(leave_group)
         else:
-            _check_alone()
-        self.hosts = _hosts(self.all_of(os.environ.get("LOCAL_WORLD_SIZE")))
+            check_alone()
+        self.hosts = hosts_of(self.all_of(os.environ.get("LOCAL_WORLD_SIZE")))
         self.bf16 = precision == "bf16" or (precision == "auto" and self._all_have_bf16())
         self.sync_bn = sync_bn
         if sync_bn and self.device.type != "cuda":
@@ -152,7 +152,7 @@ class Engine:
     def unhurried(self) -> AbstractContextManager[None]:
         """Inside, each process works by itself, as long as it takes; at the end each waits for all that live.
 
-        For whatever one process does alone, or one machine may do more slowly than another. See `waiting`.
+        For whatever one process does alone, or one machine may do more slowly than another. See `processes`.
         """
         return unhurried(self.rank, self.processes, self.timeout.total_seconds())
 
@@ -316,20 +316,6 @@ def stop_signals() -> Iterator[StopRequest]:
             signal.signal(signum, handler)
 
 
-def _hosts(local_sizes: list[str | None]) -> int:
-    """Hosts of equally many processes, which torchrun numbers host by host; 1 where that is not so.
-
-    Args:
-        local_sizes: LOCAL_WORLD_SIZE of every process.
-
-    >>> _hosts(["2"] * 4), _hosts(["1", "2", "2"]), _hosts([None])
-    (2, 1, 1)
-    """
-    each = {int(size or 0) for size in local_sizes}
-    (size,) = each if len(each) == 1 else (0,)
-    return len(local_sizes) // size if size and len(local_sizes) % size == 0 else 1
-
-
 def _kind(device: str, *, cuda: bool, mps: bool) -> str:
     """The kind of device that --device means: cpu, cuda or mps; `accelerate launch --cpu` decides for `auto`."""
     if device != "auto":
@@ -356,42 +342,6 @@ def _device(kind: str, accelerator: Accelerator) -> torch.device:
             hint="start them anew: torchrun, or accelerate launch, as docs/distributed.md has it",
         )
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
-
-
-def _check_alone() -> None:
-    """Accelerate's `--cpu` leaves starting processes to MPI: without it several are asked for and one comes.
-
-    Raises:
-        ConfigError: that happened.
-    """
-    environ = os.environ
-    if environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in environ and "WORLD_SIZE" not in environ:
-        raise ConfigError(
-            "accelerate launch --cpu --num_processes N",
-            found="one process: with --cpu Accelerate starts no more, but through MPI",
-            valid="accelerate launch --multi_gpu --num_processes N -m factor_transfer ... --device cpu, on CPUs too",
-            hint="or torchrun --standalone --nproc-per-node N -m factor_transfer ...",
-        )
-
-
-def _leave_group() -> None:
-    """A process that ends while gloo's threads still run is aborted, finished or not."""
-    if is_initialized():
-        destroy_process_group()
-
-
-def keep_memory() -> None:
-    """Have glibc keep what is freed for the next step; elsewhere nothing is changed.
-
-    By default it gives large blocks back to the system, which hands them out again page by page, cleared: a few
-    thousand page faults a step.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
-    for parameter, value in GLIBC_MALLOC.items():
-        mallopt(parameter, value)
 
 
 def compute_in_float32() -> None:

@@ -13,9 +13,9 @@ from factor_transfer.data.dataset import Dataset, open_data
 from factor_transfer.networks.load import TORCHVISION, Network, Role, load_network
 from factor_transfer.networks.weights import load_weights
 from factor_transfer.training.run_folder import saved_config, saved_summary
+from factor_transfer.util.arguments import as_size
 from factor_transfer.util.errors import ConfigError, RunError
 from factor_transfer.util.files import state_fingerprint
-from factor_transfer.util.sizes import as_size
 
 ROLES = ("teacher", "baseline", "student")
 """The networks of a run."""

@@ -39,11 +39,11 @@ from factor_transfer.training.schedule import Plan
 from factor_transfer.training.step import DistillationTask, ParaphraserTask, TeacherSide
 from factor_transfer.training.teacher_cache import behind_cache, identity_of
 from factor_transfer.training.trainer import Trainer, check_shares, training_chunks
+from factor_transfer.util.arguments import written
 from factor_transfer.util.console import say, warn
 from factor_transfer.util.errors import TrainingError
 from factor_transfer.util.files import cache_folder, state_fingerprint
 from factor_transfer.util.identity import code_fingerprint
-from factor_transfer.util.sizes import written
 
 SAMPLE = 64
 """Validation images on which the teacher's features are looked at, and an export is compared with its student."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from factor_transfer.util.errors import RunError
 
-if sys.platform != "win32":  # which `machines.check_supported` refuses with a word
+if sys.platform != "win32":  # which `machine.check_supported` refuses with a word
     import fcntl
 
 if TYPE_CHECKING:
