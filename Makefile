@@ -58,16 +58,19 @@ compare-cifar10-two: .venv/installed  ## ft of compare-cifar10, with factors of 
 	$(REAL) --train-images 10000 --methods ft --epochs 20 --seeds 3 $(TWO) --out runs/cifar10-10k-two
 	$(call keep,cifar10-10k-two)
 
-# A module's tests stay in one process, which shares what they made once; tests compute with one thread each. No worker
-# that died is replaced: tests/conftest.py ends the suite.
-PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope --max-worker-restart 0
+# A module's tests stay in one process, which shares what they made once, and the longest modules begin
+# (tests/conftest.py); tests compute with one thread each. No worker that died is replaced: tests/conftest.py ends the
+# suite. Tests are compiled once, and not by every process anew.
+SPREAD = --numprocesses auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder --max-worker-restart 0
+PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest $(SPREAD)
 test: .venv/installed-dev  ## the tests that take seconds each
 	$(PYTEST) -m "not slow"
 
 test-slow: .venv/installed-dev  ## the others
 	$(PYTEST) -m slow
 
-test-all: test test-slow
+test-all: .venv/installed-dev  ## both, in less time than one after the other
+	$(PYTEST)
 
 test-avx2: .venv/installed-dev  ## `make test` with the kernels that CPUs without AVX-512 get
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m "not slow"

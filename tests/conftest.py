@@ -26,6 +26,21 @@ guard()  # tests train without an `Engine`, too
 torch.set_num_threads(1)  # the networks here are so small that a second thread costs more than it gives
 
 
+LONGEST = [
+    "test_distributed", "test_shipping", "test_quickstart", "test_compare", "test_torchvisions", "test_distillation",
+    "test_terms", "test_compiled", "test_real", "test_machines", "test_kinds", "test_cache", "test_cuda_fake",
+    "test_doctor", "test_content", "test_data", "test_resume", "test_zoo", "test_layers", "test_pairs", "test_cli",
+    "test_crash", "test_kernels", "test_recipes", "test_suggest",
+]  # fmt: skip
+"""Modules that take long, the longest first: begun last, one would leave all processes but its own without work."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest modules."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_handlecrashitem(crashitem: str) -> None:
     """End the suite at once where a worker died, of a memory fault for instance."""
@@ -96,6 +111,14 @@ def python() -> Command:
 def unexported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process write no student.pt2, which takes a small one half of its time."""
     monkeypatch.setattr("factor_transfer.result.export_pt2", lambda *_: 0.0)
+
+
+@pytest.fixture
+def answered_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports are proved in this process, by the same code as in a fresh one, which imports for seconds."""
+    from factor_transfer.export import runtimes, shipping
+
+    monkeypatch.setattr(shipping, "_fresh", lambda request: runtimes.answer({**request, "without": []}))
 
 
 @pytest.fixture

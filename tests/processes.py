@@ -20,8 +20,6 @@ from typing import Any
 
 import pytest
 
-from factor_transfer import result
-
 CONTEXT = get_context("forkserver")
 PRELOAD = ["processes", "factor_transfer.distillation", "factor_transfer.export.shipping", "factor_transfer.doctor",
            "factor_transfer.compare.run", "factor_transfer.export.predict", "factor_transfer.suggest",
@@ -108,6 +106,8 @@ def _work(
 
         subprocess.Popen = subprocess_handler.Popen = popen  # type: ignore[assignment, misc]
     if not exports:
+        from factor_transfer import result
+
         result.export_pt2 = lambda *_: 0.0
     sys.argv = ["factor-transfer" if code is None else "-c", *arguments]
     if code is not None:

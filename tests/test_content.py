@@ -432,6 +432,7 @@ def said(out: Path, name: str, capsys: pytest.CaptureFixture[str]) -> tuple[int,
     return code, " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.usefixtures("answered_here")
 def test_predict__knows_whether_a_bit_depth_was_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Where none was, as in training, integers of unknown white are refused and doubtful ones are named."""
     settings = {**JOB, **ADAM, "teacher_args": SMALL, "student_args": SMALL, "teacher_epochs": 6, "epochs": 1}

@@ -34,13 +34,13 @@ TEACHER: dict[str, Any] = {"layers": (1, 1, 1), "channels": (8, 16, 32)}
 STUDENT: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 8, 16)}
 JOB: dict[str, Any] = {
     "teacher_args": TEACHER, "student_args": STUDENT, "teacher_epochs": 4, "paraphraser_epochs": 2, "epochs": 3,
-    "batch_size": 64, "lr": 0.05, "threads": 1, "device": "cpu", "baseline": True,
+    "batch_size": 32, "lr": 0.05, "threads": 1, "device": "cpu", "baseline": True, "train_images": 320,
 }  # fmt: skip
 FLAGS = [
     "--data", "digits", "--teacher", "cifar_resnet20", "--student", "cifar_resnet20_b",
     "--teacher-args", "layers=(1,1,1)", "channels=(8,16,32)", "--student-args", "layers=(1,1,1) channels=(4,8,16)",
-    "--teacher-epochs", "4", "--paraphraser-epochs", "2", "--epochs", "3", "--batch-size", "64", "--lr", "0.05",
-    "--threads", "1", "--device", "cpu", "--baseline",
+    "--teacher-epochs", "4", "--paraphraser-epochs", "2", "--epochs", "3", "--batch-size", "32", "--lr", "0.05",
+    "--threads", "1", "--device", "cpu", "--baseline", "--train-images", "320",
 ]  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def test_distill__reads_settings_from_yaml_and_flags_win(
         "teacher_args: {layers: [1, 1, 1], channels: [8, 16, 32]}\n"
         "student-args: {layers: [1, 1, 1], channels: [4, 8, 16]}\n"
         f"teacher_weights: {finished / 'teacher.safetensors'}\nparaphraser: {finished / 'paraphraser.safetensors'}\n"
-        "lr: 0.05\nbatch_size: 64\nthreads: 1\ndevice: cpu\n"
+        "lr: 0.05\nbatch_size: 32\nthreads: 1\ndevice: cpu\ntrain_images: 320\n"
     )
     done = factor_transfer(
         "distill", "--config", "job.yaml", "--epochs", "3", "--out", "run", cwd=tmp_path, exports=False

@@ -101,7 +101,7 @@ distillation.finish = trained
 narrow = {"layers": [1, 1, 1], "channels": [4, 7, 16]}
 factor_transfer.distill(
     "cifar_resnet20_b", Own(), "digits", out=sys.argv[1], teacher_args=narrow, teacher_epochs=4, epochs=1,
-    batch_size=64, lr=0.05, device="cpu", threads=1, log_with="none", baseline=True,
+    batch_size=32, train_images=320, lr=0.05, device="cpu", threads=1, log_with="none", baseline=True,
     paraphraser_epochs=1, model_ema=True, hint_weight=1, student_layer="body", student_groups="body",
     teacher_groups="layer2",
 )

@@ -19,7 +19,6 @@ from factor_transfer.compare.result import in_words, outcome, tabulated, write_o
 from factor_transfer.config import Config, SuggestConfig
 from factor_transfer.distillation import run_distillation
 from factor_transfer.doctor import diagnose
-from factor_transfer.export import runtimes, shipping
 from factor_transfer.report.several import runs_in, write_comparison
 from factor_transfer.suggest import suggest
 
@@ -141,11 +140,8 @@ def test_evaluate__measures_what_has_a_head(run: Path, place: Path, says: Says) 
         assert found.keys() == ({"teacher", "student"} if kind == "predictions" else {"teacher"})
 
 
-def test_export__and_predict_take_every_kind(
-    run: Path, place: Path, says: Says, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The files' own fresh processes are tested elsewhere; here the same code answers in this one."""
-    monkeypatch.setattr(shipping, "_fresh", lambda request: runtimes.answer({**request, "without": []}))
+@pytest.mark.usefixtures("answered_here")
+def test_export__and_predict_take_every_kind(run: Path, place: Path, says: Says) -> None:
     kind = kind_of(run)
     formats = FORMATS.get(kind, "safetensors")
     says("export", run, "--formats", formats, "--no-latency", "--int8-loss", 100)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 
 from factor_transfer.cli import main
-from processes import TORCHRUN, Started
+from processes import TORCHRUN, Command, Started
 
 HERE = Path(__file__).parent
 
@@ -91,9 +90,11 @@ def test_main__a_system_that_is_not_supported_is_refused_with_a_word(
     assert "WSL 2" in said
 
 
-def test_import__without_what_windows_lacks_refuses_and_does_not_crash() -> None:
+def test_import__without_what_windows_lacks_refuses_and_does_not_crash(python: Command) -> None:
     code = """
 import sys, logging, multiprocessing, pathlib, tempfile, numpy, PIL.Image, rich.progress, torch, torchvision
+for name in [name for name in sys.modules if name.partition(".")[0] == "factor_transfer"]:
+    del sys.modules[name]
 sys.platform = "win32"
 for name in ("fcntl", "resource"):
     sys.modules[name] = None
@@ -104,5 +105,6 @@ try:
 except FactorTransferError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = python(code)
+    assert done.returncode == 0, done.stderr
     assert "a system that factor-transfer does not support" in done.stdout

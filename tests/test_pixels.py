@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from factor_transfer.data.frames import Frame
 from factor_transfer.data.images import Files, Images
 from factor_transfer.data.pixels import PROBES, decode_once
 from factor_transfer.data.sources import open_source
+from processes import Started
 
 SIZE = Frame.of(16)
 
@@ -217,16 +217,18 @@ from factor_transfer.config import DataConfig
 from factor_transfer.data.frames import Frame
 from factor_transfer.data.pixels import decode_once
 from factor_transfer.data.sources import open_source
+from processes import Started
 files = open_source(DataConfig(data={str(images)!r})).train
-print("begins", flush=True)
+Path({str(tmp_path / "begins")!r}).touch()
 print(decode_once(files, Frame.of(16), Path({str(tmp_path)!r})).digest)
 """
     with path.with_suffix(".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-        assert other.stdout is not None
-        assert other.stdout.readline() == "begins\n"
+        other = Started([], code=script)
+        while not (tmp_path / "begins").exists():
+            assert other.running(), other.finished().stderr
+            time.sleep(0.01)
         time.sleep(1)
         assert not path.exists()
-    assert other.communicate(timeout=60)[0].strip() == digest
+    assert other.finished(60).stdout.strip() == digest
     assert path.exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from torch import nn
 
@@ -25,6 +26,7 @@ def cifar10(shared: Path) -> Dataset:
 
 def test_data__is_all_of_cifar10_with_its_classes_in_order(cifar10: Dataset) -> None:
     assert (len(cifar10.train), len(cifar10.validation), cifar10.img_size) == (50_000, 10_000, 32)
+    assert np.bincount(cifar10.train.labels).tolist() == [5000] * 10
     names = "airplane automobile bird cat deer dog frog horse ship truck"
     assert cifar10.classes == tuple(names.split())
 

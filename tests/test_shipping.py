@@ -76,6 +76,7 @@ def test_export__writes_what_agrees_and_a_card(run: Path, tmp_path: Path) -> Non
     assert "import factor_transfer.zoo" in (tmp_path / "timm" / "README.md").read_text()
 
 
+@pytest.mark.usefixtures("answered_here")
 def test_export__does_not_write_what_disagrees(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that gets one weight wrong, behind the real checks."""
     from factor_transfer.export import shipping

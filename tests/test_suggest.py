@@ -62,7 +62,7 @@ OTHERS = {name: values(hint) for name, hint in get_type_hints(SuggestConfig).ite
 OTHERS["bit_depth"] = st.integers(9, 16)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.fixed_dictionaries({"data": TEXTS, "teacher": TEXTS}, optional=OTHERS))
 def test_suggest__keeps_every_setting_of_the_data_in_its_commands(given: dict[str, Any]) -> None:
     config = SuggestConfig(**given)

@@ -40,6 +40,7 @@ from factor_transfer.util.checks import flag
 from factor_transfer.util.errors import ConfigError, Interrupted, ModelError
 from factor_transfer.util.seeds import part_seed, seeded
 
+pytestmark = pytest.mark.usefixtures("unexported")
 ROOT = Path(__file__).parent.parent
 LABELS = torch.zeros(4, dtype=torch.long)
 LOGITS = torch.zeros(4, 5, dtype=torch.float64)
@@ -219,9 +220,10 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "teacher_args": {"layers": (1, 1, 1), "channels": (8, 16, 32)},
         "student_args": {"layers": (1, 1, 1), "channels": (4, 8, 8)},
-        "paraphraser_epochs": 1, "epochs": 2, "threads": 1, "log_with": "none",
+        "paraphraser_epochs": 1, "epochs": 2, "threads": 1, "log_with": "none", "train_images": 320,
+        "batch_size": 32,
     }  # fmt: skip
-    distill("cifar_resnet20", "cifar_resnet20_b", "digits", teacher_epochs=4, out=folder, beta=0, **settings)
+    distill("cifar_resnet20", "cifar_resnet20_b", "digits", teacher_epochs=6, out=folder, beta=0, **settings)
     return {**settings, "teacher_weights": str(folder / "teacher.safetensors")}
 
 
@@ -337,7 +339,6 @@ def test_config__refuses_a_student_that_would_learn_nothing() -> None:
 # -- several layers, and the paper's ablations
 
 
-@pytest.mark.usefixtures("unexported")
 def test_layers__have_a_paraphraser_and_a_translator_each(
     taught: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -395,7 +396,6 @@ def test_layers__that_cannot_be_paired_are_told(taught: dict[str, Any], tmp_path
         run({**two, "student_layer": "layer2,layer3", "paraphraser": "one.safetensors"}, tmp_path / "c")
 
 
-@pytest.mark.usefixtures("unexported")
 def test_ablations__change_what_they_say(
     taught: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
