@@ -59,10 +59,10 @@ def rates(pair: Measured, batches: list[Batch]) -> dict[str, float]:
     for batch in batches:
         cache.read(batch.index.numpy(), 0)
     seconds = middle - start, time.perf_counter() - middle
-    write, read = (len(batches) * SIZE * cache.row_bytes / 1e6 / taken for taken in seconds)
+    write, read = (len(batches) * SIZE * cache.store.row_bytes / 1e6 / taken for taken in seconds)
     milliseconds = 1000 * seconds[1] / len(batches)
     return {
-        "bytes_per_row": cache.row_bytes + 8,
+        "bytes_per_row": cache.store.row_bytes + 8,
         "write_mb_s": write,
         "read_mb_s": read,
         "read_ms_a_batch": milliseconds,

@@ -85,8 +85,8 @@ def test_cache__gives_what_was_written_and_nothing_else(
             found = cache.read(np.array([sample]), view)
             assert (found is not None) == ((view, sample) in there)
             assert found is None or same(found, right(np.array([sample]), view))
-        assert cache.filled(view) == sum(1 for where, _ in there if where == view)
-    cache.close()
+        assert len(cache.written(view)) == sum(1 for where, _ in there if where == view)
+    cache.store.close()
 
 
 def test_cache__is_found_again_by_another_process(tmp_path: Path, python: Command) -> None:
@@ -106,14 +106,14 @@ def test_cache__2000_kill_points_give_no_wrong_factor(tmp_path: Path, monkeypatc
     """A crash may leave any part of the writes, in any order, the last of them cut anywhere."""
     writes: list[tuple[str, bytes, int]] = []
     cache = FactorCache(tmp_path / "recorded", IDENTITY, SHAPES, N, V)
-    name_of = {handle: Path(f"/proc/self/fd/{handle}").readlink().name for handle in cache._handles}
+    name_of = {handle: Path(f"/proc/self/fd/{handle}").readlink().name for handle in cache.store._handles}
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda handle, data, place: writes.append((name_of[handle], data, place)))
     fill(cache)
     monkeypatch.setattr(os, "pwrite", real)
 
     torn = FactorCache(tmp_path / "torn", IDENTITY, SHAPES, N, V)
-    paths = {name: torn.folder / name for name in name_of.values()}
+    paths = {name: torn.store.folder / name for name in name_of.values()}
     empty = {name: path.read_bytes() for name, path in paths.items()}
     chance, seen = random.Random(0), 0
     for _ in range(2000):
@@ -133,8 +133,8 @@ def test_cache__2000_kill_points_give_no_wrong_factor(tmp_path: Path, monkeypatc
 def test_cache__damaged_rows_are_not_given(tmp_path: Path, damage: str) -> None:
     cache = FactorCache(tmp_path, IDENTITY, SHAPES, N, V)
     fill(cache)
-    rows, sums = (cache.folder / f"view-000.{kind}" for kind in ("f16", "crc"))
-    data, size = bytearray(rows.read_bytes()), cache.row_bytes
+    rows, sums = (cache.store.folder / f"part-000.{kind}" for kind in ("rows", "crc"))
+    data, size = bytearray(rows.read_bytes()), cache.store.row_bytes
     if damage == "bit":
         data[size + 5] ^= 1
     elif damage == "swap":
@@ -143,8 +143,8 @@ def test_cache__damaged_rows_are_not_given(tmp_path: Path, damage: str) -> None:
         marks[:8], marks[8:16] = marks[8:16], marks[:8]
         sums.write_bytes(marks)
     elif damage == "other view":
-        data = bytearray((cache.folder / "view-001.f16").read_bytes())
-        sums.write_bytes((cache.folder / "view-001.crc").read_bytes())
+        data = bytearray((cache.store.folder / "part-001.rows").read_bytes())
+        sums.write_bytes((cache.store.folder / "part-001.crc").read_bytes())
     else:
         data[: 2 * size] = bytes(2 * size)
     rows.write_bytes(data)
@@ -238,7 +238,7 @@ def test_cached_teacher__a_full_disk_is_no_end(tmp_path: Path, capsys: pytest.Ca
             FactorCache(mount, IDENTITY, SHAPES, 10_000, V)
         live = Counting()
         teacher = CachedTeacher(FrozenTeacher(live), FactorCache(tmp_path / "wide", IDENTITY, SHAPES, N, V))
-        for handle in teacher.cache._handles:
+        for handle in teacher.cache.store._handles:
             os.dup2(os.open("/dev/full", os.O_RDWR), handle)
         for _ in range(2):
             found = teacher(torch.zeros(2, 3, 8, 8), torch.tensor([4, 5]), 0)["factor"]
@@ -274,7 +274,7 @@ def test_distill__cached_factors_teach_as_live_ones_do(
     tmp_path: Path, precision: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cached = job(tmp_path / "cached", tmp_path / "cache", precision=precision)
-    assert sum(f.stat().st_size for f in (tmp_path / "cache").rglob("*.f16")) == 250 * 2 * 2 * 16 * 2 * 2
+    assert sum(f.stat().st_size for f in (tmp_path / "cache").rglob("*.rows")) == 250 * 2 * 2 * 16 * 2 * 2
     (tmp_path / "file").write_text("")
     live = job(tmp_path / "live", tmp_path / "file", precision=precision)
     assert "the teacher stays live" in capsys.readouterr().err
@@ -393,7 +393,7 @@ def test_distill__other_decoders_or_libraries_have_another_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taught(tmp_path, "one", Small(nn.ReLU()))
-    monkeypatch.setattr("factor_transfer.training.teacher_cache.decoders", lambda: {"libjpeg_turbo": "9"})
+    monkeypatch.setattr("factor_transfer.training.cache.decoders", lambda: {"libjpeg_turbo": "9"})
     assert len(taught(tmp_path, "other", Small(nn.ReLU()))) == 2
 
 
@@ -460,7 +460,7 @@ def test_cache__files_are_reserved_on_every_system(
         monkeypatch.setattr(os, "posix_fallocate", refuses)
     large = FactorCache(tmp_path, IDENTITY, SHAPES, 50_000, V)
     large.write(np.arange(1), 0, right(np.arange(1), 0))
-    for path in large.folder.glob("view-*"):
+    for path in large.store.folder.glob("part-*"):
         assert path.stat().st_blocks * 512 >= path.stat().st_size >= 400_000, "a hole would meet a full disk later"
     fill(FactorCache(tmp_path, IDENTITY, SHAPES, N, V))
     assert check(FactorCache(tmp_path, IDENTITY, SHAPES, N, V)) == N * V, "what is there stays"

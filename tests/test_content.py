@@ -20,7 +20,7 @@ from factor_transfer.config import Config, DataConfig
 from factor_transfer.data.content import DECODED, Content, aspects, fitting, look
 from factor_transfer.data.dataset import Dataset, open_data
 from factor_transfer.data.frames import Frame
-from factor_transfer.data.rgb import decoded, needs_decoding, to_rgb, upright_size
+from factor_transfer.data.images import decoded, needs_decoding, upright_size
 from factor_transfer.data.sources import open_source
 from factor_transfer.doctor import diagnose
 from factor_transfer.export.predict import open_student, predict_images
@@ -103,7 +103,7 @@ def test_orientation__pictures_are_turned_upright(orientation: int, form: str) -
 def test_orientation__damaged_metadata_says_nothing() -> None:
     buffer = io.BytesIO()
     noise(0).save(buffer, "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
-    assert np.array_equal(np.array(to_rgb(Image.open(buffer))), np.array(noise(0)))
+    assert np.array_equal(np.array(decoded(Image.open(buffer)).image), np.array(noise(0)))
 
 
 @pytest.mark.parametrize(("side", "size"), [(12, None), (130, 112)], ids=["store", "workers"])
@@ -168,7 +168,7 @@ def test_depth__what_a_file_declares_is_used() -> None:
     Image.fromarray(values).save(buffer, "TIFF")
     image = Image.open(buffer)
     image.tag_v2[258] = (12,)  # type: ignore[attr-defined] # as a file of packed 12-bit samples says
-    assert np.array(to_rgb(image))[0, :, 0].tolist() == [0, 6, 255]
+    assert np.array(decoded(image).image)[0, :, 0].tolist() == [0, 6, 255]
 
 
 def test_depth__dark_16_bit_colour_is_found_too() -> None:
@@ -217,7 +217,7 @@ def test_depth__kinds_without_a_white_are_refused_by_name(values: np.ndarray, me
     else:
         Image.fromarray(values).save(buffer, "TIFF")
     with pytest.raises(ValueError, match=message):
-        to_rgb(Image.open(buffer))
+        decoded(Image.open(buffer))
 
 
 # -- further bands and frames

@@ -20,7 +20,7 @@ from PIL import Image
 from factor_transfer.config import DataConfig
 from factor_transfer.data.dataset import open_data
 from factor_transfer.data.frames import Frame
-from factor_transfer.data.rgb import to_rgb
+from factor_transfer.data.images import decoded
 from factor_transfer.data.splits import FileSplit, PixelSplit
 from factor_transfer.data.views import crop_and_flip, random_resized_crop
 from factor_transfer.util.errors import ConfigError, DataError
@@ -594,9 +594,9 @@ def test_unusual__images_become_sensible_rgb(tmp_path):
 
 def test_unusual__pixels_without_an_rgb_meaning_are_refused():
     with pytest.raises(ValueError, match="floating-point"):
-        to_rgb(Image.new("F", (2, 2), 0.5))
+        decoded(Image.new("F", (2, 2), 0.5))
     with pytest.raises(ValueError, match="32-bit"):
-        to_rgb(Image.new("I", (2, 2), 100_000))
+        decoded(Image.new("I", (2, 2), 100_000))
 
 
 # -- timm's names
@@ -724,9 +724,10 @@ def test_error__a_worker_that_is_killed_is_no_traceback(tmp_path, python):
     """In a process of its own: torch's loader kills itself when a worker dies."""
     write(tmp_path, "train", ["a", "b"], size=(200, 200))
     script = (
-        "import os, signal; from factor_transfer import data, images; from factor_transfer.config import DataConfig\n"
+        "import os, signal; from factor_transfer.data import dataset, images\n"
+        "from factor_transfer.config import DataConfig\n"
         "import numpy as np; from factor_transfer.util.errors import DataError\n"
-        f"found = data.open_data(DataConfig(data={str(tmp_path)!r}, workers=2), default_size=lambda: 128)\n"
+        f"found = dataset.open_data(DataConfig(data={str(tmp_path)!r}, workers=2), default_size=lambda: 128)\n"
         "images.Files.open = lambda self, index: os.kill(os.getpid(), signal.SIGKILL)\n"
         "try: list(found.train.batches([np.arange(2)] * 4, view=0))\n"
         "except DataError as error: print(error)\n"

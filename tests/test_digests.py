@@ -14,12 +14,11 @@ import pytest
 from PIL import Image
 
 from factor_transfer.config import DataConfig
-from factor_transfer.data import digests as module
+from factor_transfer.data import pixels as module
 from factor_transfer.data.dataset import Dataset, open_data
-from factor_transfer.data.digests import digests
-from factor_transfer.data.images import Files, Images
+from factor_transfer.data.images import Files, Images, Range
+from factor_transfer.data.pixels import digests
 from factor_transfer.data.sources import open_source
-from factor_transfer.data.trees import Range
 
 
 @pytest.fixture

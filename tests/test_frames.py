@@ -18,7 +18,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from factor_transfer.data.frames import Frame
-from factor_transfer.data.rgb import to_rgb
+from factor_transfer.data.images import decoded
 from factor_transfer.data.views import random_resized_crop
 
 ROOT = Path(__file__).parent.parent
@@ -168,7 +168,7 @@ def modes() -> dict[str, Callable[[], Image.Image]]:
 @pytest.mark.parametrize("kind", modes())
 def test_example__reads_every_mode_as_the_package_does(kind: str) -> None:
     opened = modes()[kind]
-    wanted = np.array(to_rgb(opened()))
+    wanted = np.array(decoded(opened()).image)
     assert np.array_equal(np.array(EXAMPLE.upright_rgb(opened(), 16)), wanted)
     assert np.array_equal(np.array(EXAMPLE.upright_rgb(opened(), None)), wanted)
     assert len(np.unique(wanted)) > 1, "all of one colour"
@@ -189,7 +189,7 @@ def refused() -> dict[str, tuple[Callable[[], Image.Image], int | None]]:
 def test_example__refuses_what_the_package_refuses(kind: str) -> None:
     opened, bits = refused()[kind]
     with pytest.raises(ValueError, match="bit"):
-        to_rgb(opened(), bits)
+        decoded(opened(), bits)
     with pytest.raises(SystemExit):
         EXAMPLE.upright_rgb(opened(), bits)
 
@@ -199,6 +199,6 @@ def test_example__refuses_what_the_package_refuses(kind: str) -> None:
 def test_example__scales_deep_grey_as_the_package_does(bits: int, seed: int, form: str) -> None:
     values = np.random.default_rng(seed).integers(0, 1 << bits, (9, 7)).astype(np.uint16)
     opened = saved(Image.fromarray(values), form)
-    wanted = np.array(to_rgb(opened(), bits))
+    wanted = np.array(decoded(opened(), bits).image)
     assert np.array_equal(wanted[..., 0], values >> (bits - 8))
     assert np.array_equal(np.array(EXAMPLE.upright_rgb(opened(), bits)), wanted)

@@ -193,10 +193,10 @@ def test_cache__gives_what_was_written_or_nothing(
         cache = FactorCache(Path(folder), {"teacher": "ab"}, {"factor": (2, 2, 1)}, samples=6, views=1)
         wanted = torch.randn(6, 2, 2, 1).half()
         cache.write(np.arange(6), 0, {"factor": wanted})
-        cache.close()
-        where = cache.folder if not other else cache.folder.with_name("other")
+        cache.store.close()
+        where = cache.store.folder if not other else cache.store.folder.with_name("other")
         where.mkdir(exist_ok=True)
-        for name, content in (("meta.json", meta), ("view-000.f16", factors), ("view-000.crc", sums)):
+        for name, content in (("meta.json", meta), ("part-000.rows", factors), ("part-000.crc", sums)):
             (where / name).write_bytes(content)
         identity = {"teacher": "cd" if other else "ab"}
         again = FactorCache(Path(folder), identity, {"factor": (2, 2, 1)}, samples=6, views=1)
@@ -204,7 +204,7 @@ def test_cache__gives_what_was_written_or_nothing(
         for sample in range(6):
             found = again.read(np.array([sample]), 0)
             assert found is None or (not other and torch.equal(found["factor"], wanted[sample : sample + 1]))
-        again.close()
+        again.store.close()
 
 
 ODD = st.one_of(

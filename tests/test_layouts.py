@@ -17,8 +17,9 @@ from PIL import Image
 
 from factor_transfer.config import DataConfig
 from factor_transfer.data.dataset import Dataset, open_data
+from factor_transfer.data.images import image_extensions
 from factor_transfer.data.layouts import split_of, splits_among
-from factor_transfer.data.trees import folder_tree, image_extensions, tar_tree
+from factor_transfer.data.trees import folder_tree, tar_tree
 from factor_transfer.export.predict import find_images
 from factor_transfer.util.errors import ConfigError, DataError
 

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 
 from factor_transfer.data.frames import Frame
-from factor_transfer.data.images import Images, Unreadable
-from factor_transfer.data.rgb import DEEP, KINDS, Decoded, Kind, needs_decoding, of_header, upright_size
+from factor_transfer.data.images import (
+    DEEP,
+    KINDS,
+    Decoded,
+    Images,
+    Kind,
+    Unreadable,
+    needs_decoding,
+    of_header,
+    upright_size,
+)
 from factor_transfer.data.views import spaced
 from factor_transfer.util.arguments import Size, as_flag, written
 from factor_transfer.util.errors import SHOWN_CHOICES, DataError, listed
@@ -184,13 +193,3 @@ def fitting(size: Size, image: Size) -> Size:
         max(step, round(side / step) * step) for side in (math.sqrt(area / aspect), math.sqrt(area * aspect))
     )
     return height, width
-
-
-def to_file(content: Content) -> dict[str, Any]:
-    """As JSON holds it."""
-    return {"looked": content.looked, "counts": content.counts, "names": content.names, "largest": content.largest}
-
-
-def from_file(values: Mapping[str, Any]) -> Content:
-    """What `to_file` wrote."""
-    return Content(int(values["looked"]), dict(values["counts"]), dict(values["names"]), values["largest"])

@@ -11,9 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from factor_transfer.config import DataConfig
-from factor_transfer.data.images import Files, Images, Indexed, natural
-from factor_transfer.data.layouts import UNLABELLED, Source, chosen, missing, split_of, splits_in
-from factor_transfer.data.trees import Range, image_extensions, left_by_system, tar_tree
+from factor_transfer.data.images import (
+    UNLABELLED,
+    Files,
+    Images,
+    Indexed,
+    Range,
+    Source,
+    image_extensions,
+    natural,
+)
+from factor_transfer.data.layouts import chosen, missing, split_of, splits_in
+from factor_transfer.data.trees import left_by_system, tar_tree
 from factor_transfer.util.console import say
 from factor_transfer.util.errors import DataError, first_line, listed, near
 

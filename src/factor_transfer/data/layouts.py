@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from factor_transfer.data.images import Files, Images, natural
+from factor_transfer.data.images import UNLABELLED, Files, Images, Source, natural
 from factor_transfer.data.trees import Tree, counted, folder_tree, kind_of_file, left_by_system, tar_tree
 from factor_transfer.util.errors import DataError, listed, near
 
@@ -29,9 +29,6 @@ NAMES = {
 
 ADDED = ("set", "data", "dataset", "dir", "folder", "split", "images", "image", "imgs", "img", "pictures", "samples")
 """Words that change nothing: training_set, test-images."""
-
-UNLABELLED = ""
-"""The class name of an image that has none."""
 
 _KIND = {name: kind for kind, names in NAMES.items() for name in names}
 _ADDED = "|".join(sorted(ADDED, key=len, reverse=True))
@@ -57,17 +54,6 @@ class Roles(NamedTuple):
         validation = "none" if self.validation is None else shown(self.validation)
         unused = f"; not used: {listed([shown(name) for name in self.unused])}" if self.unused else ""
         return f"training: {shown(self.train)}; validation: {validation}{unused}"
-
-
-@dataclass(frozen=True)
-class Source:
-    """The images of a dataset, its classes not yet numbered."""
-
-    train: Images
-    validation: Images | None
-    order: tuple[str, ...] | None = None
-    """Class names in index order, where the dataset itself numbers them."""
-    notes: tuple[str, ...] = ()
 
 
 def split_of(name: str) -> str | None:

@@ -14,8 +14,8 @@ from PIL import Image
 
 from factor_transfer.config import DataConfig
 from factor_transfer.data.hub import hub_dataset, shards_dataset
-from factor_transfer.data.images import Images, Indexed
-from factor_transfer.data.layouts import FORMS, Source, missing, read_folder
+from factor_transfer.data.images import Images, Indexed, Source
+from factor_transfer.data.layouts import FORMS, missing, read_folder
 from factor_transfer.data.views import held_out
 from factor_transfer.util.checks import flag
 from factor_transfer.util.errors import DataError, first_line, listed, near

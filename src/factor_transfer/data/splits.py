@@ -46,7 +46,7 @@ class Shown:
     color_jitter: float
     seed: int
     bits: int | None = None
-    """How many bits of grey samples of more than 8 are in use; see `rgb.decoded`."""
+    """How many bits of grey samples of more than 8 are in use; see `images.decoded`."""
 
 
 class Split(ABC):
@@ -162,14 +162,14 @@ class FileSplit(Split):
 
     def _pixel(self, row: int, index: int, view: int | None) -> Tensor:
         """Image `index`, uint8 (3, H, W); small ones are cropped later, as a batch."""
-        shown, frame, image = self._shown, self._shown.frame, self._images.rgb(row, self._shown.bits)
+        shown, frame, image = self._shown, self._shown.frame, self._images.decoded(row, self._shown.bits).image
         if view is not None and self._transform is not None:
             try:
                 return own_view(self._transform, image, frame.size, shown.seed, index, view)
             except Exception as error:  # code of the user's
                 raise self._images.unreadable(row, f"--transform: {error or type(error).__name__}") from error
         if view is None or frame.small:
-            return self._images.framed(row, image, frame)
+            return self._images.shown(row, image, frame)
         return random_resized_crop(image, frame, shown.scale, shown.hflip, shown.color_jitter, shown.seed, index, view)
 
 

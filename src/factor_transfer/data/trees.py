@@ -11,20 +11,11 @@ import posixpath
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
-from PIL import Image, features
-
+from factor_transfer.data.images import Range, image_extensions
 from factor_transfer.util.errors import DataError, listed
-
-NO_IMAGES = frozenset({"PDF", "EPS", "PSD", "WMF", "BUFR", "GRIB", "HDF5", "IPTC", "MPEG"})
-"""Formats of Pillow's that are documents and drawings, which often lie beside the image that was made of them, or no
-images at all."""
-
-CODECS = {"AVIF": "avif", "JPEG": "jpg", "JPEG2000": "jpg_2000", "MPO": "jpg", "PNG": "zlib", "WEBP": "webp"}
-"""Formats that Pillow knows by name and decodes only where it was built with this."""
 
 BY_SYSTEMS = frozenset(
     {"__macosx", "@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin",
@@ -36,45 +27,6 @@ LINKS = 40
 """Links to links that are followed in a tar, as Linux does on a disk."""
 
 T = TypeVar("T")
-
-
-def image_formats() -> tuple[str, ...]:
-    """Pillow's names of the formats that are read: what it can decode here, without documents."""
-    Image.init()
-    return _decodable(tuple(Image.ID))
-
-
-@cache
-def _decodable(known: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(
-        name for name in known if name not in NO_IMAGES and (name not in CODECS or features.check(CODECS[name]))
-    )
-
-
-def image_extensions() -> frozenset[str]:
-    """Endings, in lower case, of the files that are read as images: the one list of all commands.
-
-    >>> sorted({".jpg", ".jfif", ".png", ".tif", ".pdf", ".txt"} & image_extensions())
-    ['.jfif', '.jpg', '.png', '.tif']
-    """
-    formats = {*image_formats()}
-    if "JPEG" in formats:
-        formats.add("MPO")  # the JPEG reader opens it
-    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in formats)
-
-
-class Range(NamedTuple):
-    """Bytes of a file: all of an image file, or one member of a tar."""
-
-    path: str
-    offset: int
-    size: int
-
-    def read(self) -> bytes:
-        """The bytes; no handle stays open, so none is shared between processes."""
-        with open(self.path, "rb") as file:  # noqa: PTH123 (an open for every image: Path costs more than the read)
-            file.seek(self.offset)
-            return file.read(self.size)
 
 
 @dataclass(frozen=True)

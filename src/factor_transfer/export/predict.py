@@ -18,9 +18,8 @@ from PIL import Image
 from factor_transfer.config import MOST_THREADS
 from factor_transfer.data.content import Content, dark
 from factor_transfer.data.frames import Frame
-from factor_transfer.data.images import natural
-from factor_transfer.data.rgb import decoded
-from factor_transfer.data.trees import counted, folder_tree, image_formats
+from factor_transfer.data.images import decoded, image_formats, natural
+from factor_transfer.data.trees import counted, folder_tree
 from factor_transfer.export.runtimes import Runtime, kind_of, load
 from factor_transfer.util.checks import check_arguments
 from factor_transfer.util.console import say, warn

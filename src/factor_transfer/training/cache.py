@@ -1,18 +1,15 @@
 """The factor cache: the frozen teacher's outputs on disk, so that the teacher runs once for each sample and view.
 
-A view is replayable (see `views`), so its factor is too; and so is whatever else of the teacher's the terms read. It is
-used only if it is provably the right one:
+A view is replayable (see `views`), so its factor is too; and so is everything else that the terms read of the teacher.
+A cached output is used only if it is provably the right one:
 
 * the folder's name is a fingerprint of all that a factor depends on (teacher with its code, layer, paraphraser, bytes
   of the images, views, versions of libraries and decoders, precision); with any other value the cache is another one;
 * when it is opened, rows drawn at random are compared with what the teacher gives for them now;
-* each row carries a checksum over its bytes, sample and view, written after the row. A row that was half written at a
-  crash, lies at another's place or has lost a bit fails it, and is computed again.
+* each row has a checksum, so that one that is half written or damaged is computed again (see `store`).
 
-CACHE/FINGERPRINT/meta.json      what the fingerprint is of, and the shape of a row
-                  view-000.f16   a row for each sample, its outputs one after the other in fp16; preallocated: a full
-                                 disk is met before it can kill
-                  view-000.crc   a uint64 for each sample: 2**32 + CRC-32; 0 where there is no row yet
+CACHE/FINGERPRINT/    see `store`: a part for each view, in it a row for each sample, its outputs one after the other in
+                      fp16
 
 Shapes: N samples, V views, B samples of one batch, factors (K, H, W).
 """
@@ -23,7 +20,6 @@ import json
 import math
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,15 +28,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from factor_transfer.config import plain
+from factor_transfer.data.dataset import Dataset
+from factor_transfer.data.pixels import decoders
+from factor_transfer.data.store import Store
+from factor_transfer.method.factor_transfer import Paraphraser, Straight
 from factor_transfer.networks.features import FrozenTeacher
+from factor_transfer.networks.pair import Pair
+from factor_transfer.training.engine import Engine
+from factor_transfer.training.objective import Objective
 from factor_transfer.util.console import say, warn
-from factor_transfer.util.files import fingerprint, read_json, reserve, write_json
+from factor_transfer.util.errors import RunError
+from factor_transfer.util.files import cache_folder, read_json, state_fingerprint
+from factor_transfer.util.identity import code_fingerprint
 
 VERSION = 4
-"""Raise it when the layout of a row or a file changes, or how the teacher computes."""
-
-PRESENT = 1 << 32
-"""Set in the checksum of every row that was written, so that it is never the 0 of an empty place."""
+"""Raise it when what a row holds changes, or how the teacher computes."""
 
 PROBES, PROBED_VIEWS = 32, 4
 """Rows that are compared with the live teacher whenever a cache is opened, and of how many views."""
@@ -86,29 +89,16 @@ class FactorCache:
         self, folder: Path, identity: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], samples: int, views: int
     ) -> None:
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        self.samples, self.views = samples, views
-        outputs = {name: list(shape) for name, shape in shapes.items()}
-        self.meta = {"version": VERSION, "outputs": outputs, "samples": samples, "identity": dict(identity)}
-        self.folder = folder / fingerprint(self.meta)[:32]
+        self.views = views
         self._elements = [math.prod(shape) for shape in self.shapes.values()]
-        self.row_bytes = 2 * sum(self._elements)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "meta.json", self.meta)
-        self._handles: list[int] = []
-        try:
-            self._files = [self._open(view) for view in range(views)]
-        except OSError:
-            self.close()
-            raise
+        outputs = {name: list(shape) for name, shape in shapes.items()}
+        made_of = {"version": VERSION, "outputs": outputs, "identity": dict(identity)}
+        self.store = Store(folder, made_of, samples, 2 * sum(self._elements)).open(views)
 
     def read(self, index: np.ndarray, view: int) -> dict[str, Tensor] | None:
         """Outputs (B, ...) in fp16 of samples `index` (B,) by name, or None unless each is there and whole."""
-        rows, sums, _ = self._files[view]
-        marks = sums[index]
-        if not marks.all():
-            return None
-        found = np.ascontiguousarray(rows[index])  # a copy: what is checked is what is used
-        if any(_mark(row, sample, view) != mark for row, sample, mark in zip(found, index, marks, strict=True)):
+        found = self.store.read(index, view)
+        if found is None:
             return None
         parts = torch.split(torch.from_numpy(found.view(np.float16)), self._elements, dim=1)
         return {name: part.reshape(-1, *shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
@@ -119,44 +109,14 @@ class FactorCache:
         Raises:
             OSError: the disk is full or failing; what was there stays readable.
         """
-        _, _, handles = self._files[view]
         parts = [
             outputs[name].detach().to("cpu", torch.float16).reshape(len(index), -1).numpy() for name in self.shapes
         ]
-        for sample, values in zip(index.tolist(), np.concatenate(parts, axis=1), strict=True):
-            row = values.view(np.uint8)
-            os.pwrite(handles[0], row.tobytes(), sample * self.row_bytes)
-            os.pwrite(handles[1], np.uint64(_mark(row, sample, view)).tobytes(), sample * 8)
-
-    def filled(self, view: int) -> int:
-        """Samples that have a row in `view`."""
-        return int(np.count_nonzero(self._files[view][1]))
+        self.store.write(index, np.concatenate(parts, axis=1).view(np.uint8), view)
 
     def written(self, view: int) -> np.ndarray:
         """Indices of the samples that have a row in `view`: int64."""
-        return np.flatnonzero(self._files[view][1])
-
-    def _open(self, view: int) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-        """Rows (N, bytes) and checksums (N,) as memory maps, and the handles that write them.
-
-        Never written through a map: a full disk would then end the process (SIGBUS).
-        """
-        for name, size in ((f"view-{view:03}.f16", self.row_bytes), (f"view-{view:03}.crc", 8)):
-            self._handles.append(os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o644))
-            reserve(self._handles[-1], self.samples * size)
-        rows, sums = (
-            np.memmap(self.folder / f"view-{view:03}.{kind}", dtype, "r", shape=shape)
-            for kind, dtype, shape in (
-                ("f16", np.uint8, (self.samples, self.row_bytes)),
-                ("crc", np.uint64, (self.samples,)),
-            )
-        )
-        return rows, sums, (self._handles[-2], self._handles[-1])
-
-    def close(self) -> None:
-        """Let go of the files."""
-        while self._handles:
-            os.close(self._handles.pop())
+        return self.store.written(view)
 
 
 class CachedTeacher(nn.Module):
@@ -202,6 +162,106 @@ class CachedTeacher(nn.Module):
             warn(f"the factor cache cannot be written ({error.strerror}); the teacher goes on live")
 
 
+def behind_cache(
+    live: FrozenTeacher, identity: Mapping[str, Any], objective: Objective, data: Dataset, engine: Engine, views: int
+) -> FrozenTeacher | CachedTeacher:
+    """The live teacher behind the factor cache; alone where a term's output, or the cache's folder, cannot take it.
+
+    Args:
+        live: the teacher.
+        identity: all that its outputs depend on.
+        objective: which outputs are read, and their shapes.
+        data: the images.
+        engine: a cache is used in all processes, or in none.
+        views: of each image.
+
+    Raises:
+        RunError: the cache holds other outputs than the teacher gives now.
+    """
+    shapes = {name: shape for name, shape in objective.outputs.items() if shape is not None}
+    if shapes.keys() != objective.outputs.keys():
+        large = ", ".join(objective.outputs.keys() - shapes.keys())
+        warn(f"no factor cache: {large} is too large; the teacher stays live")
+        return live
+    cache, problem = None, None
+    folder, count = cache_folder(objective.config.cache_dir), len(data.train)
+    with engine.unhurried():  # some file systems write out all that is reserved
+        try:
+            cache = FactorCache(folder, identity, shapes, count, views)
+        except OSError as error:
+            problem = f"{error.strerror}: {error.filename}"
+    problems = [each for each in engine.all_of(problem) if each is not None]
+    if cache is None or problems:  # in one process: then in none
+        if cache is not None:
+            cache.store.close()
+        warn(f"no factor cache ({problems[0]}); the teacher stays live")
+        return live
+    say_what_changed(cache)
+    _check_rows(cache, live, data, engine)
+    return CachedTeacher(live, cache)
+
+
+def identity_of(
+    pair: Pair,
+    paraphrasers: Sequence[Paraphraser | Straight],
+    objective: Objective,
+    data: Dataset,
+    engine: Engine,
+    code: str,
+) -> dict[str, Any]:
+    """All that the teacher's outputs depend on; `code` is that of the teacher, as `code_fingerprint` gives it."""
+    network, readers = pair.teacher.network, objective.readers(paraphrasers)
+    identity: dict[str, Any] = {
+        "architecture": [network.name, type(network.module).__name__, plain(network.model_args)],
+        "teacher's code": code,
+        "teacher": state_fingerprint(network.module.state_dict()),
+        "teacher layer": pair.teacher.layer,
+        "teacher normalisation": [network.mean, network.std, network.size],
+        "paraphraser": _weights_and_code(paraphrasers[0]) if paraphrasers else None,
+        "images": data.fingerprint,
+        "transform's code": data.transform_code(),
+        "decoders": decoders(),
+        "precision": engine.describe()["precision"],
+    }
+    if objective.config.torchcompile:
+        identity["compiled"] = True
+    if readers:
+        identity["other layers"] = {
+            name: [reader.layer, *_weights_and_code(reader)] for name, reader in readers.items()
+        }
+    return identity
+
+
+def _check_rows(cache: FactorCache, live: FrozenTeacher, data: Dataset, engine: Engine) -> None:
+    """Compare rows of the cache, drawn at random each time, with what the teacher gives for them now.
+
+    Raises:
+        RunError: they differ, in any process.
+    """
+
+    def fresh(index: np.ndarray, view: int) -> Mapping[str, Tensor]:
+        (batch,) = data.train.batches([index], view=view)
+        with engine.autocast():
+            outputs: Mapping[str, Tensor] = live(batch.image.to(engine.device), batch.index, view)
+        return outputs
+
+    problem = foreign_row(cache, fresh, HALF_ROWS if engine.bf16 else ROWS)
+    problems = [each for each in engine.all_of(problem) if each is not None]
+    if problems:
+        cache.store.close()
+        raise RunError(
+            f"--cache-dir: the factor cache {cache.store.folder}",
+            found=problems[0],
+            valid="the outputs that --teacher gives now for the same images",
+            hint="something changed that no fingerprint covers: delete that folder, or give another --cache-dir; if "
+            "nothing changed, the teacher gives other outputs at each call: give --views 0",
+        )
+
+
+def _weights_and_code(module: nn.Module) -> list[str]:
+    return [state_fingerprint(module.state_dict()), code_fingerprint(module)]
+
+
 def foreign_row(
     cache: FactorCache, fresh: Callable[[np.ndarray, int], Mapping[str, Tensor]], tolerance: float
 ) -> str | None:
@@ -215,7 +275,7 @@ def foreign_row(
         tolerance: largest relative distance (L2) of one output of one row.
     """
     chance = np.random.default_rng()
-    there = [view for view in range(cache.views) if cache.filled(view)]
+    there = [view for view in range(cache.views) if len(cache.written(view))]
     views = chance.choice(there, min(len(there), PROBED_VIEWS), replace=False).tolist()
     for view in views:
         written = cache.written(view)
@@ -263,15 +323,14 @@ def _memory() -> float:
 
 def say_what_changed(cache: FactorCache) -> None:
     """Say whether the cache is new, and if a similar one is there, in what it differs."""
-    done = sum(cache.filled(view) for view in range(cache.views))
-    where = f"factor cache: {cache.folder}"
+    store, done = cache.store, sum(len(cache.written(view)) for view in range(cache.views))
+    where, rows = f"factor cache: {store.folder}", store.samples * cache.views
     if done:
-        say(f"{where} holds {done:,} of {cache.samples * cache.views:,} factors")
+        say(f"{where} holds {done:,} of {rows:,} factors")
         return
-    size = cache.row_bytes * cache.samples * cache.views / 1e9
-    say(f"{where} is new: {cache.views} views, {size:.2f} GB")
-    others = [path for path in cache.folder.parent.glob("*/meta.json") if path.parent != cache.folder]
-    changed = sorted((names for names in (_differences(cache.meta, path) for path in others) if names), key=len)
+    say(f"{where} is new: {cache.views} views, {store.row_bytes * rows / 1e9:.2f} GB")
+    others = [path for path in store.folder.parent.glob("*/meta.json") if path.parent != store.folder]
+    changed = sorted((names for names in (_differences(store.meta, path) for path in others) if names), key=len)
     if changed:
         say(f"  the nearest of {len(changed)} other caches differs in: {', '.join(changed[0])}")
 
@@ -283,8 +342,3 @@ def _differences(meta: Mapping[str, Any], path: Path) -> list[str]:
     except (ValueError, OSError, KeyError, TypeError):
         return []
     return [name for name in ours if json.dumps(ours[name]) != json.dumps(theirs.get(name))]
-
-
-def _mark(row: np.ndarray, sample: int, view: int) -> int:
-    """The checksum of a row (uint8) at its place."""
-    return PRESENT | zlib.crc32(row.data, zlib.crc32(f"{sample} {view}".encode()))

@@ -24,7 +24,7 @@ from factor_transfer.networks.features import FrozenTeacher
 from factor_transfer.networks.load import Network, Role, count_parameters, own_size
 from factor_transfer.networks.pair import Modules, Pair, Side, check_alive, check_knows, load_side
 from factor_transfer.networks.weights import load_weights, paraphraser_metadata
-from factor_transfer.training.cache import CachedTeacher, choose_views
+from factor_transfer.training.cache import CachedTeacher, behind_cache, choose_views, identity_of
 from factor_transfer.training.engine import Engine
 from factor_transfer.training.evaluation import evaluate, evaluate_paraphraser, say_paraphraser
 from factor_transfer.training.objective import (
@@ -37,7 +37,6 @@ from factor_transfer.training.objective import (
 from factor_transfer.training.run_folder import Run
 from factor_transfer.training.schedule import Plan
 from factor_transfer.training.step import DistillationTask, ParaphraserTask, TeacherSide
-from factor_transfer.training.teacher_cache import behind_cache, identity_of
 from factor_transfer.training.trainer import Trainer, check_shares, training_chunks
 from factor_transfer.util.arguments import written
 from factor_transfer.util.console import say, warn
@@ -301,7 +300,7 @@ class Job:
             return self._student("student", pair.student, self.objective.terms, shown, found)
         finally:
             if isinstance(shown, CachedTeacher):
-                shown.cache.close()
+                shown.cache.store.close()
 
     def _hint(self, pair: Pair) -> None:
         """FitNets' first stage: the student up to its guided layer, and a regressor, learn the teacher's hint."""
