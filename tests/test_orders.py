@@ -104,7 +104,7 @@ def test_find_order__names_the_order_of_a_good_head_and_of_a_middling_one(right:
     assert found is not None
     assert found.name == "strings"
     assert found.classes == tuple(sorted(NUMBERS))
-    assert found.top1 > found.here + 30
+    assert found.right > found.here + 30
     rolled = [NUMBERS[-1], *NUMBERS[:-1]]
     found = find_order(*answered(rolled, NUMBERS, right), NUMBERS, named(NUMBERS))
     assert found is not None
@@ -249,14 +249,12 @@ def test_distill__says_where_one_answer_would_be_as_good(tmp_path: Path, capsys:
     with torch.no_grad():
         teacher[4].bias[2] = -1000  # type: ignore[index, union-attr]
         teacher[0].weight[1:] = torch.randn(7, 3, 3, 3)  # type: ignore[index, union-attr]
-    with pytest.raises(TrainingError, match="(?s)30.77 % of the validation images right, where chance is 33.33 %"):
+    with pytest.raises(TrainingError, match="(?s)top-1 30.77 % on the validation images, where chance is 33.33 %"):
         distill(teacher, "cifar_resnet20", images, **JOB, out=tmp_path / "bad")
     for number in range(28, 45):
         (images / f"validation/c/{number}.png").unlink()
     distill(teacher, "cifar_resnet20", images, **JOB, out=tmp_path / "run")
-    said = (
-        "warning: --teacher Sequential: right on 41.67 % of the validation images; always answering `c` would be on 58"
-    )
+    said = "warning: --teacher Sequential: top-1 41.67 % on the validation images; always answering `c` would have 58"
     assert said in capsys.readouterr().err
 
 

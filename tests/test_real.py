@@ -13,6 +13,7 @@ from factor_transfer import distill
 from factor_transfer.config import DataConfig
 from factor_transfer.data.dataset import Dataset, open_data
 from factor_transfer.networks.load import load_network
+from factor_transfer.tasks.classification import Classification
 from factor_transfer.training.engine import Engine
 from factor_transfer.training.trainer import evaluate
 
@@ -39,7 +40,7 @@ def test_evaluate__gives_the_shared_teachers_accuracy(cifar10: Dataset, shared: 
     weights = str(shared / "checkpoints" / file)
     teacher = load_network("cifar_resnet56", role="teacher", num_classes=10, img_size=32, weights=weights)
     classifier = nn.Sequential(teacher.norm, teacher.module)
-    found = evaluate(classifier, cifar10.validation, Engine("cpu"), batch_size=250, precise=True)
+    found = evaluate(classifier, cifar10.validation, Engine("cpu"), Classification(), batch_size=250, precise=True)
     print(file, found)
     assert found["top1"] == pytest.approx(top1, abs=0.05)
 

@@ -25,6 +25,7 @@ from factor_transfer.method.factor_transfer import Translator
 from factor_transfer.method.losses import FactorTransfer, Labels, Term
 from factor_transfer.networks.features import Tapped
 from factor_transfer.networks.load import load_network
+from factor_transfer.tasks.classification import Classification
 from factor_transfer.training.engine import Engine, stop_signals
 from factor_transfer.training.evaluation import evaluate
 from factor_transfer.training.run_folder import Run
@@ -103,7 +104,7 @@ def test_evaluate__counts_each_image_once(digits: Dataset, engine: Engine, batch
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return images.float().flatten(1) @ weight.T
 
-    found = evaluate(Linear(), digits.validation, engine, batch_size=batch_size)
+    found = evaluate(Linear(), digits.validation, engine, Classification(), batch_size=batch_size)
     (batch,) = digits.validation.batches([np.arange(len(digits.validation))], view=None)
     logits = Linear()(batch.image)
     assert found["top1"] == pytest.approx(100 * (logits.argmax(1) == batch.label).float().mean().item(), abs=1e-4)

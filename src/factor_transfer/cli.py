@@ -29,10 +29,10 @@ SettingsFile = Annotated[str | None, Parameter(
 )]  # fmt: skip
 TrustFile = Annotated[bool, Parameter(
     group="Run", negative="",
-    help="Let that file name a network, transform or term by package.module:callable, whose code is then run.",
+    help="Let that file name a network, transform, term or task by package.module:callable, whose code is then run.",
 )]  # fmt: skip
 TrustRun = Annotated[bool, Parameter(
-    negative="", help="Run the code of a network that a run names by package.module:callable."
+    negative="", help="Run the code of a network or task that a run names by package.module:callable."
 )]  # fmt: skip
 AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON.")]
 
@@ -53,7 +53,8 @@ def settings_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
 
 def _check_trust(path: str, values: dict[str, Any], *, trusted: bool) -> None:
     """Files come from anywhere: one does not get to run code unless its user says so."""
-    code = [name for name in ("teacher", "student", "transform", "term") if is_callable_name(str(values.get(name, "")))]
+    may_be_code = ("teacher", "student", "transform", "term", "task")
+    code = [name for name in may_be_code if is_callable_name(str(values.get(name, "")))]
     if code and not trusted:
         raise ConfigError(
             path,
@@ -64,12 +65,12 @@ def _check_trust(path: str, values: dict[str, Any], *, trusted: bool) -> None:
 
 
 def _trusted(run: Path, *, trust_config: bool) -> Config:
-    """The settings of a run whose networks are to be built. (Its transform is not run again.)"""
+    """The settings of a run whose networks are to be built and measured. (Its transform is not run again.)"""
     from factor_transfer.training.run_folder import saved_config
 
     saved = saved_config(run)
-    networks = {name: getattr(saved, name) for name in ("teacher", "student")}
-    _check_trust(str(run / "config.json"), networks, trusted=trust_config)
+    code = {name: getattr(saved, name) for name in ("teacher", "student", "task")}
+    _check_trust(str(run / "config.json"), code, trusted=trust_config)
     return saved
 
 

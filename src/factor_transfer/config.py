@@ -133,6 +133,10 @@ class SuggestConfig(DataConfig):
 class Config(DataConfig):
     """All of `factor-transfer distill`, and the arguments of `factor_transfer.distill`."""
 
+    task: Annotated[str, _in("Data")] = "classification"
+    """What the student is for: classification, or your own: package.module:callable, which returns a
+    `factor_transfer.tasks.base.Task`."""
+
     # -- teacher
     teacher: Annotated[str, _in("Teacher")]
     """The trained network: a timm name, local-dir:FOLDER, hf-hub:NAME, torchvision/NAME or

@@ -19,6 +19,7 @@ from factor_transfer.rehearsal import rehearse
 from factor_transfer.report.html import write_report
 from factor_transfer.report.trackers import watched
 from factor_transfer.result import finish
+from factor_transfer.tasks.base import task_of
 from factor_transfer.training.engine import Engine
 from factor_transfer.training.evaluation import evaluate
 from factor_transfer.training.finished import ROLES, answers, open_images, rebuild
@@ -159,7 +160,7 @@ def _report(folder: Path, modules: Modules, engine: Engine) -> None:
 
 
 def evaluate_run(folder: Path, data: DataConfig | None = None, device: str = "auto") -> dict[str, dict[str, float]]:
-    """Top-1 (percent) and loss of every network of a finished run, in float32, by role.
+    """The task's metrics of every network of a finished run, in float32, by role.
 
     Args:
         folder: the run.
@@ -172,7 +173,7 @@ def evaluate_run(folder: Path, data: DataConfig | None = None, device: str = "au
         ConfigError: there are classes that the run does not know.
     """
     config, summary = saved_config(folder), saved_summary(folder)
-    shown = data or config
+    shown, task = data or config, task_of(config.task)
     if not summary["data"]["classes"]:
         raise _headless(folder)
     images = open_images(shown, summary, others=data is not None)
@@ -190,7 +191,7 @@ def evaluate_run(folder: Path, data: DataConfig | None = None, device: str = "au
     for role in ROLES:
         if role in summary and answers(config, role, network := rebuild(folder, role)):
             found[role] = evaluate(
-                network.classifier, images.validation, engine, batch_size=config.batch_size, precise=True
+                network.classifier, images.validation, engine, task, batch_size=config.batch_size, precise=True
             )
     if not found:
         raise _headless(folder)

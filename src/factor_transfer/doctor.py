@@ -38,9 +38,12 @@ from factor_transfer.method.presets import method_of
 from factor_transfer.networks.features import FrozenTeacher, maps, tensor_in, watching
 from factor_transfer.networks.layers import follower
 from factor_transfer.networks.load import InputNorm, Network, Role, count_parameters
-from factor_transfer.networks.pair import Modules, Pair, Side, check_alive, check_knows
+from factor_transfer.networks.pair import Modules, Pair, Side, check_alive
 from factor_transfer.rehearsal import rehearse
+from factor_transfer.tasks.base import check_knows
+from factor_transfer.tasks.metric import Metric
 from factor_transfer.training.engine import Engine
+from factor_transfer.training.evaluation import answers, evaluate
 from factor_transfer.training.objective import fresh_paraphrasers
 from factor_transfer.training.orders import misordered
 from factor_transfer.training.run_folder import Run
@@ -143,7 +146,7 @@ def quick(config: Config, pair: Pair, images: Tensor) -> Iterator[Finding]:
 def _look(config: Config, modules: Modules, found: Diagnosis, nowhere: Run) -> None:
     engine = Engine(config.device, config.precision, config.threads)
     job = Job(config, engine, nowhere, modules)
-    found.findings += _data(job.data, config)
+    found.findings += _data(job.data, config, job.task.headline)
     pair = job.pair()
     validation = Sample(job.data.validation, SAMPLE)
     images = job.sample(min(config.batch_size, 64))
@@ -169,7 +172,7 @@ def _look(config: Config, modules: Modules, found: Diagnosis, nowhere: Run) -> N
 # -- data
 
 
-def _data(data: Dataset, config: Config) -> Iterator[Finding]:
+def _data(data: Dataset, config: Config, metric: Metric) -> Iterator[Finding]:
     for note in data.notes:
         if "no training images" in note:
             yield Finding("warning", f"--data: {note}", "add images, or take the class out of --class-map")
@@ -182,7 +185,7 @@ def _data(data: Dataset, config: Config) -> Iterator[Finding]:
     if counts.max() > 20 * max(counts.min(), 1):
         few = data.classes[int(counts.argmin())]
         what = f"--data: {counts.max():,} images of {data.classes[int(counts.argmax())]}, {counts.min():,} of {few}"
-        yield Finding("warning", what, f"more images of {few}: top-1 will say little of it")
+        yield Finding("warning", what, f"more images of {few}: {metric.label} will say little of it")
     pixels = Sample(data.train, SAMPLE).whole().image.int()
     grey = float(((pixels[:, 0] == pixels[:, 1]) & (pixels[:, 1] == pixels[:, 2])).flatten(1).all(1).float().mean())
     if 0 < grey < 1:
@@ -191,7 +194,7 @@ def _data(data: Dataset, config: Config) -> Iterator[Finding]:
     if data.frame.small:
         same = _hashes(data.train) & _hashes(data.validation)
         if same:
-            what = f"--data: {len(same):,} images are in training and in validation: top-1 will be too high"
+            what = f"--data: {len(same):,} images are in training and in validation: {metric.label} will look too good"
             yield Finding("warning", what, "remove them from one of the two")
 
 
@@ -219,29 +222,31 @@ def _teacher(side: Side, images: Tensor, sample: Sample | None, found: Diagnosis
         return
     if sample is None:
         return
-    batch = sample.whole()
-    logits = _logits(side, side.network.norm, batch.image)
-    top1 = _top1(logits, batch.label)
-    rows: list[Sequence[str]] = [("top-1", f"{top1:.1f} %"), ("images", f"{len(batch.label):,} of validation")]
+    task, metric = job.task, job.task.headline
+    model = _model(side, side.network.norm)
+    value = evaluate(model, sample, job.engine, task, batch_size=64, precise=True)[metric.key]
+    rows: list[Sequence[str]] = [(metric.label, metric.shown(value)), ("images", f"{len(sample):,} of validation")]
     found.tables.append(("teacher", ("", "on a sample"), rows))
+    right = _right(model, sample, job)
     for name, (mean, std) in NORMS.items():
-        other = _top1(_logits(side, InputNorm(mean, std, side.network.size), batch.image), batch.label)
-        if other > top1 + max(3, 3 * 100 / len(batch.label) ** 0.5 * 0.5):
-            what = f"--teacher: right on {top1:.1f} % of a sample, on {other:.1f} % with another normalisation, {name}"
+        other = _right(_model(side, InputNorm(mean, std, side.network.size)), sample, job)
+        if other > right + max(3, 3 * 100 / len(sample) ** 0.5 * 0.5):
+            what = f"--teacher: right on {right:.1f} % of a sample, on {other:.1f} % with another normalisation, {name}"
             yield Finding("warning", what, f"--teacher-mean {_plain(mean)} --teacher-std {_plain(std)}")
             break
-    if less := check_knows(top1, sample.labels, job.data.classes, job.config.teacher):
+    if less := check_knows(task, value, sample.labels, job.data.classes, job.config.teacher):
         yield Finding("warning", less, "another teacher, or --teacher-epochs")
 
 
-@torch.no_grad()
-def _logits(side: Side, norm: nn.Module, images: Tensor) -> Tensor:
-    model = nn.Sequential(norm, side.network.module.eval())
-    return torch.cat([model(part).float() for part in torch.split(images, 64)])
+def _model(side: Side, norm: nn.Module) -> nn.Module:
+    """A copy of the network, which the evaluation may move to another device."""
+    return deepcopy(nn.Sequential(norm, side.network.module))
 
 
-def _top1(logits: Tensor, labels: Tensor) -> float:
-    return 100 * float((logits.argmax(1) == labels).float().mean())
+def _right(model: nn.Module, sample: Sample, job: Job) -> float:
+    """Share of the images whose answer is their class, in percent."""
+    said, labels = answers(model, sample, job.engine, job.task, batch_size=64)
+    return 100 * float((said == labels).mean())
 
 
 # -- the losses
@@ -253,6 +258,7 @@ def _losses(job: Job, pair: Pair, found: Diagnosis) -> Iterator[Finding]:
     paraphrasers = fresh_paraphrasers(config, pair)
     sample = Sample(data.train, config.batch_size)
     (batch,) = sample.batches([np.arange(len(sample))], view=0)
+    batch = batch._replace(label=job.task.targets(batch))
     network, first = pair.teacher.tapped(objective.teacher_layers), next(iter(paraphrasers), None)
     readers = objective.readers(paraphrasers)
     teacher = FrozenTeacher(TeacherSide(network, pair.teacher.network.norm, pair.size, first, readers))

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from factor_transfer.config import plain
 from factor_transfer.export.formats import export_pt2, metadata_of, plain_copy
 from factor_transfer.method.factor_transfer import Paraphraser
-from factor_transfer.method.losses import Labels
 from factor_transfer.networks.features import FrozenTeacher
 from factor_transfer.networks.pair import Pair, Side, check_can_teach
 from factor_transfer.networks.weights import load_weights
@@ -63,7 +62,7 @@ def rehearse(job: Job, pair: Pair) -> None:
     counts = [min([*sizes, ENOUGH])]
     counts += [max(sizes)] if job.engine.device.type != "cpu" else []  # whose memory it takes
     if job.config.teacher_epochs:
-        task = _copied(job.student_task(pair.teacher, [Labels()], None))
+        task = _copied(job.student_task(pair.teacher, [job.task.labels()], None))
         _try_steps(job, task, counts, f"--teacher {pair.teacher.network.name}")
         _try_what_is_trained(job, pair.teacher, task.trained().student.module)
     for task, what in _paraphrasers(job, pair):
@@ -183,7 +182,8 @@ def _step(job: Job, task: Task, count: int) -> None:
     (batch,) = job.data.train.batches([np.arange(count)], view=0)
     task.train()
     with seeded(0), engine.autocast():
-        result = task(batch.image.to(engine.device), batch.label.to(engine.device), batch.index, 0)
+        targets = job.task.targets(batch).to(engine.device)
+        result = task(batch.image.to(engine.device), targets, batch.index, 0)
     result["loss"].backward()
 
 

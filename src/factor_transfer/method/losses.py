@@ -9,7 +9,7 @@ Shapes: B samples, C channels, K factor channels, H x W the feature map, N class
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -97,22 +97,27 @@ class Term(nn.Module):
 
 
 class Labels(Term):
-    """Cross-entropy with the images' own labels (equation 3).
+    """The loss with the images' own labels (equation 3): cross-entropy, or that of another task.
 
     Args:
         weight: its weight.
+        loss: of outputs (B, N) and labels; a scalar, averaged over the batch.
+        name: what the loss is called in metrics.
     """
 
-    name = "cross_entropy"
-
-    def __init__(self, weight: float = 1.0) -> None:
+    def __init__(
+        self,
+        weight: float = 1.0,
+        loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        name: str = "cross_entropy",
+    ) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight, self.loss, self.name = weight, loss, name
 
     def forward(self, student: StudentOutputs, teacher: dict[str, Tensor], labels: Tensor) -> Tensor:
-        """labels: (B,) class indices."""
+        """labels: (B,) class indices, or what the task makes of them."""
         logits = student.logits if student.logits.dtype == torch.float64 else student.logits.float()
-        return self.weight * F.cross_entropy(logits, labels)
+        return self.weight * self.loss(logits, labels)
 
 
 class SoftTargets(Term):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,9 +18,6 @@ from factor_transfer.util.arguments import AnySize, Size, as_size, names_in, wri
 from factor_transfer.util.checks import flag
 from factor_transfer.util.console import say, warn
 from factor_transfer.util.errors import ConfigError, ModelError, TrainingError
-
-NEAR_CHANCE = 0.1
-"""A teacher that covers less than this share of the way from chance to perfection teaches nothing."""
 
 DEAD = 1e-6
 """A channel whose spread over images is less than this share of the map's largest value says nothing of them."""
@@ -126,49 +121,6 @@ def check_can_teach(teacher: Network, config: Config, labelled: bool) -> None:
         )
     if config.kd_weight and not (config.teacher_epochs or teacher.knows_classes):
         raise ConfigError(f"--kd-weight {config.kd_weight:g}", found="a teacher without a head for these classes")
-
-
-def check_knows(
-    top1: float, labels: np.ndarray, classes: Sequence[str], teacher: str, trained: Path | None = None
-) -> str | None:
-    """That a teacher is right on more of the images than a guess would be.
-
-    Args:
-        top1: on how many it is right, percent.
-        labels: of the images, (n,).
-        classes: names of the data's classes.
-        teacher: its name.
-        trained: its file of weights, where it was trained in this run.
-
-    Returns:
-        A warning, where it is right on no more of them than one that always gives one answer. (Weak teachers may be
-        wanted, and where most images are of one class this says little of the others.)
-
-    Raises:
-        TrainingError: it is near chance, as many of each class.
-
-    >>> check_knows(60.0, np.array([0, 0, 1]), ("cat", "dog"), "resnet18")
-    '--teacher resnet18: right on 60.00 % of the validation images; always answering `cat` would be on 66.67 %'
-    >>> check_knows(70.0, np.array([0, 0, 1]), ("cat", "dog"), "resnet18")
-    """
-    chance, counts = 100 / len(classes), np.bincount(labels, minlength=len(classes))
-    if top1 > chance + NEAR_CHANCE * (100 - chance):
-        guess = 100 * float(counts.max()) / len(labels)
-        what = f"right on {top1:.2f} % of the validation images; always answering `{classes[int(counts.argmax())]}`"
-        return f"--teacher {teacher}: {what} would be on {guess:.2f} %" if top1 <= guess else None
-    hint = (
-        "check its normalisation (--teacher-mean, --teacher-std), the order of the classes (--class-map) and its "
-        "weights (--teacher-weights); train it here (--teacher-epochs); or, where it was made for other classes, drop "
-        "its head (--teacher-args num_classes=0)"
-    )
-    if trained is not None:
-        hint = f"train on from --teacher-weights {trained}, or longer (--teacher-epochs), with another --out"
-    raise TrainingError(
-        f"--teacher {teacher}",
-        found=f"{top1:.2f} % of the validation images right, where chance is {chance:.2f} %",
-        valid="a teacher that knows these images",
-        hint=hint,
-    )
 
 
 def teacher_size(config: Config, img_size: AnySize, module: nn.Module | None = None) -> Size:

@@ -1,4 +1,4 @@
-"""The one evaluation of a classifier, and that of a paraphraser: each image once, on the processes there are.
+"""The one evaluation of a network, and that of a paraphraser: each image once, on the processes there are.
 
 Shapes: B images, N classes, C channels, H x W the feature map.
 """
@@ -10,12 +10,12 @@ from itertools import chain
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from factor_transfer.data.splits import Batch, Split
 from factor_transfer.method.factor_transfer import Paraphraser
 from factor_transfer.method.health import DEAD, relative_variety
+from factor_transfer.tasks.base import Task
 from factor_transfer.training.engine import Engine
 from factor_transfer.util.console import say, warn
 
@@ -24,52 +24,62 @@ POOR_RECONSTRUCTION = 0.8
 
 
 def evaluate(
-    model: nn.Module, images: Split | Sequence[Split], engine: Engine, *, batch_size: int = 128, precise: bool = False
+    model: nn.Module,
+    images: Split | Sequence[Split],
+    engine: Engine,
+    task: Task,
+    *,
+    batch_size: int = 128,
+    precise: bool = False,
 ) -> dict[str, float]:
-    """`top1` in percent and `loss` (cross-entropy) of `model`, each image counted once.
+    """The task's metrics of `model`, by key, each image counted once.
 
     Args:
         model: uint8 images (B, 3, H, W) -> logits (B, N); evaluated in eval mode, and left in the mode it was in.
         images: a split or several, shown without augmentation.
         engine: device and processes.
+        task: what `model` is for.
         batch_size: images a step, over all processes.
         precise: compute in float32 whatever the precision of training.
     """
     engine.place(model)
     training = {module: module.training for module in model.modules()}
     model.eval()
-    sums = torch.zeros(3, device=engine.device)  # right, loss, images
+    sums: dict[str, Tensor] = {}
     splits = [images] if isinstance(images, Split) else images
     with torch.no_grad():
         for batch in chain.from_iterable(_shown(split, batch_size, engine) for split in splits):
-            labels = batch.label.to(engine.device)
             with torch.autocast(engine.device.type, enabled=False) if precise else engine.autocast():
-                logits = model(batch.image.to(engine.device))
-            right = (logits.argmax(1) == labels).sum()
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-            sums += torch.stack([right.float(), loss, torch.full_like(loss, len(labels))])
+                outputs = model(batch.image.to(engine.device))
+            for name, value in task.sums(outputs.float(), task.targets(batch).to(engine.device)).items():
+                sums[name] = sums[name] + value if name in sums else value
     for module, mode in training.items():
         module.training = mode
-    right, loss, count = engine.total(sums).tolist()
-    return {"top1": 100 * right / count, "loss": loss / count}
+    count = sum(map(len, splits))
+    totals = {name: engine.total(value) for name, value in sums.items()}
+    found = task.values({name: total.item() if total.ndim == 0 else total for name, total in totals.items()}, count)
+    return {name: float(value) for name, value in found.items()}
 
 
 @torch.no_grad()
-def answers(model: nn.Module, images: Split, engine: Engine, *, batch_size: int = 128) -> tuple[np.ndarray, np.ndarray]:
-    """(largest output, label) of every image, (n,) each, in float32; all processes get those of all.
+def answers(
+    model: nn.Module, images: Split, engine: Engine, task: Task, *, batch_size: int = 128
+) -> tuple[np.ndarray, np.ndarray]:
+    """(index of the answer, label) of every image, (n,) each, in float32; all processes get those of all.
 
     Args:
         model: uint8 images (B, 3, H, W) -> logits (B, N); left in eval mode on the engine's device.
         images: shown without augmentation.
         engine: device and processes.
+        task: what `model` is for.
         batch_size: images a step, over all processes.
     """
     engine.place(model).eval()
     own: list[tuple[list[int], list[int]]] = []
     for batch in _shown(images, batch_size, engine):
         with torch.autocast(engine.device.type, enabled=False):
-            said = model(batch.image.to(engine.device)).argmax(1)
-        own.append((said.tolist(), batch.label.tolist()))
+            _, places = task.answers(model(batch.image.to(engine.device)))
+        own.append((places.tolist(), batch.label.tolist()))
     parts = [part for each in engine.all_of(own) for part in each]
     said, labels = (np.array(list(chain.from_iterable(part)), np.int64) for part in zip(*parts, strict=True))
     return said, labels

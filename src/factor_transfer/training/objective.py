@@ -25,7 +25,6 @@ from factor_transfer.method.losses import (
     FactorTransfer,
     Group,
     Hint,
-    Labels,
     Reader,
     SoftTargets,
     Term,
@@ -36,6 +35,7 @@ from factor_transfer.networks.features import Tapped, feature_map, untrained
 from factor_transfer.networks.layers import find_groups
 from factor_transfer.networks.pair import Pair, Side
 from factor_transfer.networks.weights import load_paraphraser
+from factor_transfer.tasks.base import task_of
 from factor_transfer.util.arguments import imported, is_callable_name, names_in
 from factor_transfer.util.checks import flag
 from factor_transfer.util.errors import ConfigError
@@ -157,7 +157,7 @@ class Objective:
         self.record: dict[str, Any] = {}
         """Weights that the settings leave to be found, and what they follow from."""
         if config.label_weight:
-            self.terms.append(Labels(config.label_weight))
+            self.terms.append(task_of(config.task).labels(config.label_weight))
         if config.kd_weight:
             self.terms.append(SoftTargets(config.kd_weight, config.kd_temperature))
         if config.beta:

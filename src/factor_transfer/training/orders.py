@@ -23,6 +23,7 @@ from factor_transfer.data.dataset import Dataset
 from factor_transfer.data.images import natural
 from factor_transfer.data.splits import Sample
 from factor_transfer.networks.pair import Pair, Side
+from factor_transfer.tasks.base import task_of
 from factor_transfer.training.engine import Engine
 from factor_transfer.training.evaluation import answers
 from factor_transfer.training.run_folder import Run
@@ -55,10 +56,10 @@ class Order:
     classes: tuple[str, ...]
     """The class of each output."""
     images: int
-    top1: float
-    """Percent, in this order."""
+    right: float
+    """Percent of right answers, in this order."""
     here: float
-    """Percent, as the data numbers the classes."""
+    """Percent of right answers, as the data numbers the classes."""
     sure: bool = True
     """Each class's place is certain, so that the order can be used."""
 
@@ -95,7 +96,8 @@ def misordered(side: Side, data: Dataset, config: Config, run: Run, engine: Engi
     if data.labelled:
         count = min(max(SAMPLE, A_CLASS * len(data.classes)), MOST)
         model = deepcopy(side.network.classifier)  # a look leaves no trace, such as another device
-        said, labels = answers(model, Sample(data.validation, count), engine, batch_size=min(64, config.batch_size))
+        images, size = Sample(data.validation, count), min(64, config.batch_size)
+        said, labels = answers(model, images, engine, task_of(config.task), batch_size=size)
         order = find_order(said, labels, data.classes, named)
     elif side.role == "teacher" and config.kd_weight and OWN in named:
         order = Order(OWN, tuple(named[OWN]), 0, 0.0, 0.0)
@@ -209,7 +211,7 @@ def _error(side: Side, order: Order, data: Dataset, config: Config, run: Run) ->
     if order.images:
         found += (
             f". Of {order.images:,} validation images it is right on {order.here:.1f} % as the data numbers the "
-            f"classes, on {order.top1:.1f} % in that order"
+            f"classes, on {order.right:.1f} % in that order"
         )
     given = f" (--class-map {config.class_map})" if config.class_map else ""
     return ModelError(

@@ -22,8 +22,9 @@ from factor_transfer.method.losses import FactorTransfer, Labels, Reader, SoftTa
 from factor_transfer.networks.compiled import Compiled, check_compiler, check_exports
 from factor_transfer.networks.features import FrozenTeacher
 from factor_transfer.networks.load import Network, Role, count_parameters, own_size
-from factor_transfer.networks.pair import Modules, Pair, Side, check_alive, check_knows, load_side
+from factor_transfer.networks.pair import Modules, Pair, Side, check_alive, load_side
 from factor_transfer.networks.weights import load_weights, paraphraser_metadata
+from factor_transfer.tasks.base import check_knows, task_of
 from factor_transfer.training.cache import CachedTeacher, behind_cache, choose_views, identity_of
 from factor_transfer.training.engine import Engine
 from factor_transfer.training.evaluation import evaluate, evaluate_paraphraser, say_paraphraser
@@ -68,6 +69,7 @@ class Job:
     ) -> None:
         self.config, self.engine, self.run, self.modules = config, engine, run, modules
         self._compiled: dict[str, Compiled] = {}
+        self.task = task_of(config.task)
         self.data = open_data(config, lambda: own_size(modules.get("student", config.student)), transform)
         self.chunks = training_chunks(np.arange(len(self.data.train)), config.batch_size)
         """Batches of one pass, unshuffled: their sizes are those of every pass."""
@@ -171,7 +173,7 @@ class Job:
 
     def teacher(self, side: Side) -> None:
         """The teacher, as loaded, or trained or fine-tuned here; evaluated before anything else."""
-        config, run = self.config, self.run
+        config, run, metric = self.config, self.run, self.task.headline
         self._teacher = side
         if config.teacher_epochs:
             self._train_teacher(side)
@@ -181,16 +183,16 @@ class Job:
             check_alive(each, self.sample(SAMPLE))
         knows = self.data.labelled and (bool(config.teacher_epochs) or side.network.knows_classes)
         found = self.recorded("teacher")
-        if found is None or (knows and "top1" not in found):
+        if found is None or (knows and metric.key not in found):
             assessed = self._assess(side.network) if knows else {}
             found = run.record("teacher", {"seconds": 0.0, **(found or {}), **assessed})
         size = f"{count_parameters(side.network.module):,} parameters"
         if knows:
-            right = f"{found['top1']:.2f} % of the validation images right in float32"
-            say(f"teacher: {side.network.name}, {size}, {right}")
+            measured = f"{metric.label} {metric.shown(found[metric.key])} on the validation images, in float32"
+            say(f"teacher: {side.network.name}, {size}, {measured}")
             trained = run.path("teacher.safetensors") if config.teacher_epochs else None
             labels, classes = self.data.validation.labels, self.data.classes
-            if less := check_knows(found["top1"], labels, classes, config.teacher, trained):
+            if less := check_knows(self.task, found[metric.key], labels, classes, config.teacher, trained):
                 warn(less)
         else:
             say(f"teacher: {side.network.name}, {size}, its accuracy cannot be measured here: its features teach")
@@ -204,7 +206,7 @@ class Job:
         lr = config.teacher_lr or usual
         say(f"teacher: {kind} for {config.teacher_epochs} passes, learning rate {lr:g}")
         plan = Plan(stage="teacher", epochs=config.teacher_epochs, lr=lr, seed=config.data_seed)
-        self.run.record("teacher", self._train(side, [Labels()], None, plan))
+        self.run.record("teacher", self._train(side, [self.task.labels()], None, plan))
 
     def sample(self, count: int) -> Tensor:
         """The first `count` validation images, or as many as there are twice over: uint8 (B, 3, S, S)."""
@@ -279,7 +281,7 @@ class Job:
         task = ParaphraserTask(paraphraser, teacher, config.reconstruction)
         return Trainer(task, plan, self.data.train, self.engine, config, self.run).fit().record()
 
-    # -- stages 2 and 3: the student, and the student alone
+    # -- stages 2 and 3: the student, and its baseline
 
     def student(self, pair: Pair, paraphrasers: Sequence[Paraphraser | Straight]) -> Side:
         """The student, by the terms that the settings name: by Factor Transfer, if there are paraphrasers."""
@@ -319,8 +321,8 @@ class Job:
         self.run.record("hint", training)
 
     def baseline(self) -> Side:
-        """The same student alone: same initial weights, order, views and schedule, labels only."""
-        return self._student("baseline", self.load("student"), [Labels()], None, {})
+        """The same student trained on labels only, with the same initial weights, order, views and schedule."""
+        return self._student("baseline", self.load("student"), [self.task.labels()], None, {})
 
     def _student(
         self,
@@ -396,7 +398,7 @@ class Job:
         return len(self.engine.shard(self.chunks[0]))
 
     def _measured(self, terms: Sequence[Term]) -> bool:
-        """Whether top-1 means something: there are labels, and something trains the head."""
+        """Whether the metrics mean something: there are labels, and something trains the head."""
         return self.data.labelled and _train_head(terms)
 
     def _fetch(self, network: Network, stage: str) -> None:
@@ -405,9 +407,14 @@ class Job:
         load_weights(network.module, path, str(path))
 
     def _assess(self, network: Network) -> dict[str, float]:
-        """Top-1 and loss on the validation images, in float32: that is what is shipped."""
+        """The metrics on the validation images, in float32: that is what is shipped."""
         return evaluate(
-            network.classifier, self.data.validation, self.engine, batch_size=self.config.batch_size, precise=True
+            network.classifier,
+            self.data.validation,
+            self.engine,
+            self.task,
+            batch_size=self.config.batch_size,
+            precise=True,
         )
 
     def _teacher_side(

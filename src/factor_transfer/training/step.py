@@ -81,7 +81,7 @@ class Trainee(nn.Module):
 
 
 class DistillationTask(TrainingTask):  # type: ignore[misc] # timm ships no types
-    """The student's objective: the sum of its terms. With `Labels` alone it is plain training.
+    """The student's objective: the sum of its terms. With `Labels` as the only term it is plain training.
 
     Args:
         student: the network to train, tapped at its layer.
@@ -106,9 +106,10 @@ class DistillationTask(TrainingTask):  # type: ignore[misc] # timm ships no type
         """One step's losses for uint8 images (B, 3, H, W) and labels (B,); `index` (B,) and `view` say which images."""
         teacher = self.teacher(input, index, view) if self.teacher is not None else {}
         logits, losses = self.trainable_module(input, target, teacher)
-        output = logits if Labels.name in losses else None  # without labels there is no top-1 to show
+        measured = any(isinstance(term, Labels) for term in self.terms)  # without labels there is no metric to show
         seen = {name: value for term in unwrap_model(self.trainable_module).terms.values()
                 for name, value in term.seen().items()}  # fmt: skip
+        output = logits if measured else None
         return {"loss": torch.stack(list(losses.values())).sum(), "output": output, **losses, **seen}
 
     def troubles(self, means: dict[str, float]) -> list[str]:

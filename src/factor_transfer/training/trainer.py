@@ -23,6 +23,7 @@ from factor_transfer.data.splits import Batch, Split
 from factor_transfer.data.views import permutation
 from factor_transfer.method.health import first_bad_layer, not_finite
 from factor_transfer.networks.features import untrained
+from factor_transfer.tasks.base import task_of
 from factor_transfer.training.engine import Engine, StopRequest, stop_signals
 from factor_transfer.training.evaluation import chunks_of, evaluate
 from factor_transfer.training.run_folder import Run
@@ -75,8 +76,8 @@ class Trainer:
     """One stage's training; `fit` runs it to its end, or on from the run folder's checkpoint.
 
     Args:
-        task: gives `loss` (and `output`, logits) for images and labels; its `trainable_module` is trained in place. Its
-            `troubles` are said after every pass.
+        task: gives `loss` (and `output`, logits) for images and targets; its `trainable_module` is trained in place.
+            Its `troubles` are said after every pass.
         plan: passes, learning rate and seed of this stage.
         train: the images.
         engine: device, processes and precision.
@@ -97,6 +98,7 @@ class Trainer:
     ) -> None:
         self.task, self.plan, self.engine, self.config, self.run = task, plan, engine, config, run
         self.train, self.validation = train, validation
+        self.purpose = task_of(config.task)
         self.steps = len(training_chunks(np.arange(len(train)), config.batch_size))
         engine.place(task)
         self.module: nn.Module = task.get_trainable_module()
@@ -148,7 +150,7 @@ class Trainer:
         (batch,) = self._shown(chunks[:1], view)
         buffers = [buffer.clone() for buffer in self._buffers]
         self.task.train()
-        images, labels = batch.image.to(self.engine.device), batch.label.to(self.engine.device)
+        images, labels = self._placed(batch)
         with self.engine.autocast():
             loss = self.task(images, labels, batch.index, view)["loss"]
         gradients = torch.autograd.grad(loss, list(weights), allow_unused=True)
@@ -167,6 +169,11 @@ class Trainer:
         """This process's part of each of the batches."""
         parts = [self.engine.shard(chunk, by_host=bool(self.plan.views)) for chunk in chunks]
         return self.train.batches(parts, view=view)
+
+    def _placed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Images and targets of a batch, on the device."""
+        device = self.engine.device
+        return batch.image.to(device), self.purpose.targets(batch).to(device)
 
     def _collect(self) -> None:
         """Walk over the module's tensors once, and not in every step."""
@@ -204,7 +211,7 @@ class Trainer:
         """
         engine, task = self.engine, self.task
         update = self.progress.epoch * self.steps + self.progress.step
-        images, labels = batch.image.to(engine.device), batch.label.to(engine.device)
+        images, labels = self._placed(batch)
 
         def forward() -> dict[str, Any]:
             engine.seed_noise(part_seed(self.plan.seed, "noise", self.plan.stage, update, engine.rank))
@@ -223,7 +230,8 @@ class Trainer:
             nn.utils.clip_grads_with_norm_(self._weights, self.config.clip_grad, norm)
         values = {name: value.detach() for name, value in result.items() if name != "output"} | {"gradient_norm": norm}
         if result["output"] is not None:
-            values["train_top1"] = 100 * (result["output"].detach().argmax(1) == labels).float().mean()
+            shown = self.purpose.step(result["output"].detach(), labels)
+            values |= {f"train_{name}": value for name, value in shown.items()}
         totals = engine.total(torch.stack([value.to(result["loss"].dtype) for value in values.values()]) * share)
         means = dict(zip(values, totals.tolist(), strict=True))
         # Sums over processes and the averaged gradient: all processes decide alike.
@@ -272,7 +280,11 @@ class Trainer:
         row = {"lr": self.optimizer.param_groups[0]["lr"], **means}
         if self.validation is not None:
             found = evaluate(
-                self.task.trained().classifier(), self.validation, self.engine, batch_size=self.config.batch_size
+                self.task.trained().classifier(),
+                self.validation,
+                self.engine,
+                self.purpose,
+                batch_size=self.config.batch_size,
             )
             row |= {f"validation_{name}": value for name, value in found.items()}
         if not all(map(math.isfinite, row.values())):
@@ -353,7 +365,8 @@ class Trainer:
     def _show(self, bar: PassBar, images: int) -> None:
         if images:
             means = self.progress.means()
-            bar(images, {name: means[name] for name in ("loss", "train_top1") if name in means})
+            shown = ("loss", f"train_{self.purpose.headline.key}")
+            bar(images, {name: means[name] for name in shown if name in means})
 
 
 def check_shares(chunks: Sequence[np.ndarray], processes: int, batch_size: int) -> None:
