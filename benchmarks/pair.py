@@ -15,7 +15,6 @@ from reference import Cifar, Loop, apart
 from torch import nn
 
 from factor_transfer.config import Config
-from factor_transfer.data.splits import PixelSplit
 from factor_transfer.method.factor_transfer import Paraphraser, Translator
 from factor_transfer.method.losses import FactorTransfer, Labels, Term
 from factor_transfer.networks.compiled import Compiled
@@ -67,13 +66,12 @@ class Measured:
             cache_dir=str(work),
             threads=threads,
             batch_size=batch_size,
+            train_images=images,
         )
         self.threads = threads
         self.work, self.engine = work, Engine(device, self.config.precision, threads)
         self.job = Job(self.config, self.engine, Run(work), {})
-        split = self.job.data.train
-        assert isinstance(split, PixelSplit)
-        self.train = PixelSplit(split._pixels, split._rows[:images], split.labels[:images], split._shown)
+        self.train = self.job.data.train
         self.teacher = self.job.load("teacher")
         with seeded(0):
             self.paraphraser = Paraphraser(64, 32)
@@ -129,7 +127,8 @@ class Measured:
 
     def reference_parts(self, *, graph: bool) -> dict[str, Any]:
         """What a `Reference` is made of."""
-        pixels = np.ascontiguousarray(self.train._pixels[self.train._rows])
+        (batch,) = self.train.batches([np.arange(len(self.train))], view=None)
+        pixels = np.ascontiguousarray(batch.image.permute(0, 2, 3, 1).numpy())
         teacher, student = self.job.load("teacher"), self.job.load("student")
         norm = teacher.network
         with seeded(0):

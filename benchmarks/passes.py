@@ -58,7 +58,7 @@ def repeat(shared: Path, turns: int) -> dict[str, Any]:
             trainer, view = trainers[name], VIEWS - 1 if "fill" in name else 0  # one that no measured pass fills
             trainer.task.train()
             for batch in trainer.train.batches(np.arange(STEPS * 128).reshape(STEPS, 128), view=view):
-                trainer._step(batch, 128, view=view)
+                trainer.step(batch, 128, view=view)
 
         works: Works = {"reference": recorded.run_pass, "reference without graph": plain.run_pass}
         works |= {name: partial(one_pass, trainer) for name, trainer in trainers.items()}
@@ -93,8 +93,7 @@ def schedule(times: dict[str, float]) -> float:
 def one_pass(trainer: Trainer) -> None:
     """A pass of our own engine, and the checkpoint at its end."""
     with stop_signals() as stop:
-        trainer._pass(stop)
-    trainer._end_pass()
+        trainer.run_pass(stop)
 
 
 def input_only(trainer: Trainer) -> None:

@@ -8,8 +8,7 @@ What one says of the other (`drift`) is the least that any comparison can be off
 with 1 where one is off by more than 20 %. On a machine with other work, `chrt -f 50 python ...` (as root) keeps that
 out of all timings.
 
-With `--no-keep-memory` the separate processes run with glibc as it is. Where nothing chances to lie behind them, it
-gives a network's maps back to the system after every pass and faults them in again in the next: half as long again.
+The separate processes have glibc keep freed memory, as `suggest` does.
 """
 
 from __future__ import annotations
@@ -48,13 +47,13 @@ app = App()
 @app.default
 def check(
     *, data: str = "digits", img_size: int = 32, max_params: float = 1e6, threads: int = 1, count: int = 20,
-    keep_memory: bool = True, out: Annotated[Path, Parameter(allow_leading_hyphen=True)] = Path("results/suggest.json"),
+    out: Annotated[Path, Parameter(allow_leading_hyphen=True)] = Path("results/suggest.json"),
 ) -> None:  # fmt: skip
     """Time what `suggest` proposes independently, before and after."""
     flags = ["--data", data, "--img-size", img_size, "--teacher", "cifar_resnet56", "--max-params", max_params,
              "--threads", threads, "--json"]  # fmt: skip
     command = [sys.executable, "-m", "factor_transfer", "suggest", *map(str, flags)]
-    kept = {"MALLOC_TRIM_THRESHOLD_": "200000000", "MALLOC_MMAP_THRESHOLD_": "200000000"} if keep_memory else {}
+    kept = {"MALLOC_TRIM_THRESHOLD_": "200000000", "MALLOC_MMAP_THRESHOLD_": "200000000"}
     found = answer(command)  # says which networks there are to time; its latencies are not compared
     asked = [
         json.dumps([each["name"], each["args"], found["img_size"], threads]) for each in found["suggestions"][:count]
@@ -75,7 +74,6 @@ def check(
     result = {"command": shlex.join(["python", *sys.argv]), "suggest": shlex.join(command[1:]), "n": len(rows),
               "worst": worst, "mean": statistics.mean(offs), "sd": statistics.stdev(offs), "worst_drift": drift,
               "real_time_priority": os.sched_getscheduler(0) == os.SCHED_FIFO, "load": os.getloadavg()[0],
-              "keep_memory": keep_memory,
               "environment": environment(), "rows": rows}  # fmt: skip
     out.write_text(json.dumps(result, indent=1) + "\n")
     sys.exit(worst > 0.2)

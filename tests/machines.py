@@ -58,7 +58,7 @@ def job(folder: Path, data: str = "digits", **changed: Any) -> Any:
 def watched() -> Iterator[dict[str, list[tuple[int, int, int]]]]:
     """(pass, view, sample) of all that is shown, by stage."""
     shown: dict[str, list[tuple[int, int, int]]] = {}
-    step = Trainer._step
+    step = Trainer.step
 
     def watching(self: Trainer, batch: Any, size: int, view: int) -> Any:
         seen = [(self.progress.epoch, view, index) for index in batch.index.tolist()]
@@ -66,7 +66,7 @@ def watched() -> Iterator[dict[str, list[tuple[int, int, int]]]]:
         return step(self, batch, size, view)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_step", watching)
+        patch.setattr(Trainer, "step", watching)
         yield shown
 
 

@@ -107,7 +107,7 @@ def observed(made: Trainer) -> dict[str, Any]:
     losses: list[float] = []
     gradients: list[Tensor] = []
     shown: list[tuple[int, int]] = []
-    step = made._step
+    step = made.step
 
     def watched(batch: Any, size: int, view: int) -> Any:
         shown.extend((made.progress.epoch, index) for index in batch.index.tolist())
@@ -118,7 +118,7 @@ def observed(made: Trainer) -> dict[str, Any]:
         gradients.append(torch.cat([p.grad.flatten() for p in made.module.parameters() if p.grad is not None]))
         return values
 
-    made._step = watched  # type: ignore[method-assign]
+    made.step = watched  # type: ignore[method-assign]
     error = ""
     try:
         made.fit()

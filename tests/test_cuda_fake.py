@@ -191,7 +191,7 @@ def test_stages__resume_on_cuda(
     """Weights, optimizer and average come back to the device, and factors from the cache."""
     settings = {"batch_size": 12, "paraphraser": "none", "translator": "none", "checkpoint_minutes": 1e-9,
                 "opt": "adamw", "lr": 1e-3, "model_ema": True, "views": 1}  # fmt: skip
-    step = train.Trainer._step
+    step = train.Trainer.step
 
     def until(self: Any, *given: Any) -> Any:
         if self.progress.step == 2:
@@ -200,7 +200,7 @@ def test_stages__resume_on_cuda(
 
     with on_cuda():
         straight = work(folder, "straight", "cuda", **settings)
-        monkeypatch.setattr(train.Trainer, "_step", until)
+        monkeypatch.setattr(train.Trainer, "step", until)
         with pytest.raises(KeyboardInterrupt):
             work(folder, "cut", "cuda", **settings)
         monkeypatch.undo()

@@ -61,7 +61,7 @@ def test_distill__on_cuda_from_the_cache_and_continued(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """The whole job, cut in the student's second step."""
-    images, step = image_folder(tmp_path / "images", side=8), train.Trainer._step
+    images, step = image_folder(tmp_path / "images", side=8), train.Trainer.step
     given = {**JOB, "precision": precision, "views": 1, "model_ema": True, "clip_grad": 5.0, "out": tmp_path / "run",
              "cache_dir": tmp_path / "cache", "checkpoint_minutes": 1e-9}  # fmt: skip
 
@@ -70,7 +70,7 @@ def test_distill__on_cuda_from_the_cache_and_continued(
             raise KeyboardInterrupt
         return step(self, *batch)
 
-    monkeypatch.setattr(train.Trainer, "_step", until)
+    monkeypatch.setattr(train.Trainer, "step", until)
     with pytest.raises(KeyboardInterrupt):
         distill("cifar_resnet20", "cifar_resnet20_b", images, **given)
     monkeypatch.undo()

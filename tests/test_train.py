@@ -146,14 +146,14 @@ def test_trainer__resumes_to_the_same_bits_wherever_it_is_stopped(
 
     for stop in stops:
         cut = trainer(digits, engine, tmp_path / "b", checkpoint_minutes=1e-9, **changed)
-        step = cut._step
+        step = cut.step
 
         def until(batch: Any, size: int, view: int, step: Any = step, cut: Trainer = cut, stop: int = stop) -> Any:
             if cut.progress.epoch * 13 + cut.progress.step == stop:
                 raise StopError
             return step(batch, size, view)
 
-        cut._step = until  # type: ignore[method-assign]
+        cut.step = until  # type: ignore[method-assign]
         torch.manual_seed(stop)  # whatever others drew in between
         with pytest.raises(StopError):
             cut.fit()
@@ -181,14 +181,14 @@ def test_trainer__a_signal_ends_the_step_saves_and_leaves(
     digits: Dataset, engine: Engine, tmp_path: Path, signum: signal.Signals
 ) -> None:
     cut = trainer(digits, engine, tmp_path)
-    step = cut._step
+    step = cut.step
 
     def interrupted(batch: Any, size: int, view: int) -> Any:
         if cut.progress.step == 4:
             os.kill(os.getpid(), signum)
         return step(batch, size, view)
 
-    cut._step = interrupted  # type: ignore[method-assign]
+    cut.step = interrupted  # type: ignore[method-assign]
     with pytest.raises(Interrupted) as stopped:
         cut.fit()
     assert stopped.value.code == 128 + signum
@@ -260,7 +260,7 @@ def test_trainer__a_step_that_is_not_finite_leaves_no_trace_and_is_counted(
     digits: Dataset, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = trainer(digits, engine, tmp_path, epochs=1, model_ema=True, terms=[Labels(), Faulty({4, 5}, {8})])
-    step, skipped = made._step, []
+    step, skipped = made.step, []
 
     def watched(batch: Any, size: int, view: int) -> Any:
         before = state(made)
@@ -272,7 +272,7 @@ def test_trainer__a_step_that_is_not_finite_leaves_no_trace_and_is_counted(
             skipped.append(made.progress.step + 1)
         return values
 
-    made._step = watched  # type: ignore[method-assign]
+    made.step = watched  # type: ignore[method-assign]
     made.fit()
     assert skipped == [4, 5, 8]
     (row,) = Run(tmp_path).metrics()

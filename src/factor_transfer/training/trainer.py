@@ -123,8 +123,7 @@ class Trainer:
             self._collect()
             with stop_signals() as stop:
                 while self.progress.epoch < self.plan.epochs:
-                    self._pass(stop)
-                    self._end_pass()
+                    self.run_pass(stop)
                     self._leave(self.engine.largest(stop.signum))
             self.task.trainable_module = self.module
         return self.progress
@@ -179,7 +178,16 @@ class Trainer:
         """Walk over the module's tensors once, and not in every step."""
         self._weights, self._buffers = list(self.module.parameters()), list(self.module.buffers())
 
-    def _pass(self, stop: StopRequest) -> None:
+    def run_pass(self, stop: StopRequest) -> None:
+        """Train what is left of the pass under way, evaluate, and save.
+
+        Raises:
+            Interrupted: `stop` has a signal; the state is saved.
+        """
+        self._train_pass(stop)
+        self._end_pass()
+
+    def _train_pass(self, stop: StopRequest) -> None:
         """The rest of the pass under way."""
         progress, plan = self.progress, self.plan
         chunks, view = self._ahead()
@@ -189,7 +197,7 @@ class Trainer:
         with pass_bar(f"{plan.stage} {progress.epoch + 1}/{plan.epochs}", len(self.train)) as bar:
             self._show(bar, round(progress.sums.get("images", 0)))
             for chunk, batch in zip(chunks, self._shown(chunks, view), strict=True):
-                values = self._step(batch, len(chunk), view)
+                values = self.step(batch, len(chunk), view)
                 if values is None:
                     progress.skip()
                 else:
@@ -203,7 +211,7 @@ class Trainer:
                     saved = time.monotonic()
                     self._leave(signum)
 
-    def _step(self, batch: Batch, size: int, view: int) -> dict[str, float] | None:
+    def step(self, batch: Batch, size: int, view: int) -> dict[str, float] | None:
         """One update from this process's part of a batch of `size` images.
 
         Returns:
