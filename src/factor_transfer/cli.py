@@ -29,10 +29,11 @@ SettingsFile = Annotated[str | None, Parameter(
 )]  # fmt: skip
 TrustFile = Annotated[bool, Parameter(
     group="Run", negative="",
-    help="Let that file name a network, transform, term or task by package.module:callable, whose code is then run.",
+    help="Let that file name data, a network, transform, term or task by package.module:callable, whose code is then "
+         "run.",
 )]  # fmt: skip
 TrustRun = Annotated[bool, Parameter(
-    negative="", help="Run the code of a network or task that a run names by package.module:callable."
+    negative="", help="Run the code of data, a network or a task that a run names by package.module:callable."
 )]  # fmt: skip
 AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON.")]
 
@@ -51,26 +52,29 @@ def settings_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
             Dict(flat, source=path, use_commands_as_keys=False)(app, commands, arguments)
 
 
+CODE = ("data", "teacher", "student", "transform", "term", "task")
+"""Settings that can name code of the user's."""
+
+
 def _check_trust(path: str, values: dict[str, Any], *, trusted: bool) -> None:
     """Files come from anywhere: one does not get to run code unless its user says so."""
-    may_be_code = ("teacher", "student", "transform", "term", "task")
-    code = [name for name in may_be_code if is_callable_name(str(values.get(name, "")))]
+    code = [name for name in CODE if is_callable_name(str(values.get(name, "")))]
     if code and not trusted:
         raise ConfigError(
             path,
             found=f"{code[0]}: {values[code[0]]}, which is code that would be run",
-            valid="names of networks, or --trust-config",
+            valid="names of data and networks, or --trust-config",
             hint="read that code, then add --trust-config",
         )
 
 
-def _trusted(run: Path, *, trust_config: bool) -> Config:
-    """The settings of a run whose networks are to be built and measured. (Its transform is not run again.)"""
+def _trusted(run: Path, *, trust_config: bool, data: bool = True) -> Config:
+    """The settings of a run that is measured again, with its own `data`. (Its transform is not run again.)"""
     from factor_transfer.training.run_folder import saved_config
 
     saved = saved_config(run)
-    code = {name: getattr(saved, name) for name in ("teacher", "student", "task")}
-    _check_trust(str(run / "config.json"), code, trusted=trust_config)
+    again = ("teacher", "student", "task", *(["data"] if data else []))
+    _check_trust(str(run / "config.json"), {name: getattr(saved, name) for name in again}, trusted=trust_config)
     return saved
 
 
@@ -183,7 +187,7 @@ def evaluate(
     from factor_transfer.distillation import evaluate_run
     from factor_transfer.report.terminal import show_evaluation
 
-    saved = _trusted(run, trust_config=trust_config)
+    saved = _trusted(run, trust_config=trust_config, data=not data)
     where = {"data_dir": data_dir, "label_column": label_column, "image_column": image_column}
     given = [f"{flag(name)} {value}" for name, value in where.items() if value is not None]
     if given and not data:

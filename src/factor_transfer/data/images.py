@@ -189,7 +189,9 @@ class Indexed(Images):
     def open(self, index: int) -> Image.Image:
         """See `Images`."""
         found = self._found(index)
-        return found if isinstance(found, Image.Image) else Image.open(io.BytesIO(found), formats=image_formats())
+        if not isinstance(found, Image.Image):
+            return Image.open(io.BytesIO(found), formats=image_formats())
+        return found if getattr(found, "tile", None) else found.copy()  # `decoded` turns an image in its place
 
     def raw(self, index: int) -> bytes:
         """The file's bytes, or mode, size and pixels."""

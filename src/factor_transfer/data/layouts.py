@@ -35,7 +35,7 @@ _ADDED = "|".join(sorted(ADDED, key=len, reverse=True))
 _WORD = re.compile(rf"({'|'.join(sorted(_KIND, key=len, reverse=True))})({_ADDED})?((19|20)\d\d)?")
 _YEAR = re.compile(r"(19|20)\d\d")
 
-FORMS = "digits, a folder or tar of images, torch/NAME, hfds/NAME or wds/NAME"
+FORMS = "digits, a folder or tar of images, torch/NAME, hfds/NAME, wds/NAME or package.module:callable"
 """What `--data` can be."""
 
 WRAPPERS = 3

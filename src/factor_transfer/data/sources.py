@@ -1,22 +1,39 @@
-"""Where images come from: built-in digits, folders, tars, torchvision and Hugging Face datasets, WebDataset shards.
+"""What `--data` names: built-in digits, folders, tars, datasets of other libraries, or a source of your own.
 
-Splits are resolved by us: timm's own search gives all images where it does not find a split.
+A source of your own is a function without arguments, given as `--data package.module:callable`:
+
+    def flowers():
+        return train, validation, ["daisy", "rose"]
+
+* `train` and `validation` are addressed by index: `len(train)` is the number of images, and `train[i]` is a pair of
+  image and label, the same one each time. Lists and the datasets of torch and torchvision are such. `validation` may be
+  None: then a share of the training images is set aside (`--validation-share`).
+* The image is a PIL image, or the path of an image file.
+* The label is a place in the class names, or one of them; or None for every image, with `--label-weight 0`.
+* The class names are in index order. None: they are the labels themselves, sorted.
+
+All images are read once for their labels, unless `train.targets` (torchvision's word) has them. Large images are read
+in worker processes, so a part must keep no file open, and should be something that can be pickled. The data's
+fingerprint is over the images and labels that the function gives, and not over its code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from factor_transfer.config import DataConfig
 from factor_transfer.data.hub import hub_dataset, shards_dataset
-from factor_transfer.data.images import Images, Indexed, Source
+from factor_transfer.data.images import UNLABELLED, Images, Indexed, Source
 from factor_transfer.data.layouts import FORMS, missing, read_folder
 from factor_transfer.data.views import held_out
+from factor_transfer.util.arguments import imported, is_callable_name
 from factor_transfer.util.checks import flag
 from factor_transfer.util.errors import DataError, first_line, listed, near
 from factor_transfer.util.seeds import part_seed
@@ -27,8 +44,7 @@ TORCH_FILES = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python",
 WRITTEN = ("digits", "torch/mnist", "torch/kmnist", "torch/qmnist")
 """Images of writing: a mirrored one is another sign or none, so they are not flipped by default."""
 
-NAMED = ("torch", "hfds", "wds")
-"""timm's kinds of datasets, which `--data-dir` belongs to."""
+OWN = "a function without arguments that gives (train, validation or None, class names or None)"
 
 DIGITS_SHARE = 0.3
 
@@ -41,11 +57,11 @@ def open_source(config: DataConfig) -> Source:
     """
     kind, slash, name = config.data.partition("/")
     kind = kind.lower() if slash else ""
-    if config.data_dir is not None and kind not in NAMED:
+    if config.data_dir is not None and kind not in KINDS:
         raise DataError(
             f"--data-dir {config.data_dir}",
             found=f"--data {config.data}, which says by itself where the images are",
-            valid=f"--data-dir beside --data {listed([f'{name}/NAME' for name in NAMED])}",
+            valid=f"--data-dir beside --data {listed([f'{name}/NAME' for name in KINDS])}",
             hint="leave --data-dir out",
         )
     for column in ("label_column", "image_column"):
@@ -56,28 +72,24 @@ def open_source(config: DataConfig) -> Source:
                 valid=f"{flag(column)} beside --data hfds/NAME",
                 hint="leave it out",
             )
-    if config.data == "digits":
-        return _digits()
+    given = f"--data {config.data}" + (f" --data-dir {config.data_dir}" if config.data_dir else "")
     try:
-        return _open(config, kind, name)
+        if config.data == "digits":
+            return _digits()
+        if is_callable_name(config.data):
+            return _own(config.data, config, given)
+        if kind in ("hfids", "tfds"):
+            raise DataError(given, found="a stream, which cannot be replayed by index", valid=FORMS)
+        return KINDS[kind](name, config, given) if kind in KINDS else _folder(config.data, config, given)
     except OSError as error:  # no permission, a name too long, a disk that fails
         raise DataError(f"--data {config.data}", found=str(error), valid=FORMS) from error
 
 
-def _open(config: DataConfig, kind: str, name: str) -> Source:
-    if kind == "torch" and name.lower() in ("folder", "image_folder"):
-        return _folder(Path(config.data_dir or "."), f"--data-dir {config.data_dir or '.'}", not config.label_weight)
-    if kind in NAMED:
-        opener: Callable[[str, DataConfig, str], Source] = {
-            "torch": _torch,
-            "hfds": hub_dataset,
-            "wds": shards_dataset,
-        }[kind]
-        shown = f"--data {config.data}" + (f" --data-dir {config.data_dir}" if config.data_dir else "")
-        return opener(name, config, shown)
-    if kind in ("hfids", "tfds"):
-        raise DataError(f"--data {config.data}", found="a stream, which cannot be replayed by index", valid=FORMS)
-    return _folder(Path(config.data).expanduser(), f"--data {config.data}", not config.label_weight)
+def _folder(name: str, config: DataConfig, given: str) -> Source:
+    root = Path(name).expanduser()
+    if not root.exists():
+        raise missing(given, root)
+    return read_folder(root, given, flat=not config.label_weight)
 
 
 # -- built in
@@ -109,13 +121,11 @@ def _digits() -> Source:
     return Source(part(np.flatnonzero(~chosen)), part(np.flatnonzero(chosen)))
 
 
-def _folder(root: Path, given: str, flat: bool) -> Source:
-    if not root.exists():
-        raise missing(given, root)
-    return read_folder(root, given, flat)
+# -- datasets addressed by index: torchvision's, and the user's own
 
 
-# -- timm's dataset names
+def _indexed(where: str, dataset: Any, labels: Sequence[str]) -> Images:
+    return Indexed(where, [str(index) for index in range(len(labels))], labels, dataset)
 
 
 def _torch(name: str, config: DataConfig, given: str) -> Source:
@@ -123,25 +133,84 @@ def _torch(name: str, config: DataConfig, given: str) -> Source:
 
     folder = config.data_dir
     name = name.rpartition("/")[2].lower()
+    if name in ("folder", "image_folder"):
+        return _folder(folder or ".", config, f"--data-dir {folder or '.'}")
     if name not in TORCH:
         raise DataError(given, found=f"no dataset {name}", valid=near(name, TORCH) or TORCH)
     if folder is None:
         raise DataError(given, found="no --data-dir", hint="give the folder that holds the files as --data-dir")
-    place = Path(folder) / TORCH_FILES.get(name, "")
 
     def part(split: str) -> tuple[Images, tuple[str, ...]]:
         try:
             found = create_dataset(f"torch/{name}", root=folder, split=split, download=False)
         except (RuntimeError, OSError, ValueError, AssertionError) as error:
+            place = Path(folder) / TORCH_FILES.get(name, "")
             hint = f"nothing is downloaded: put torchvision's files for {name} into {place}"
             reason = first_line(error).partition(" You can use download")[0]
             raise DataError(given, found=reason, hint=hint) from error
         classes = tuple(map(str, found.wnids if name == "imagenet" else found.classes))
         targets = np.asarray(found.targets).reshape(len(found), -1)[:, 0]
-        names = [str(index) for index in range(len(found))]
-        return Indexed(f"torch/{name} {split}", names, [classes[target] for target in targets], found), classes
+        return _indexed(f"torch/{name} {split}", found, [classes[target] for target in targets]), classes
 
     train, classes = part("train")
     measured = "validation set" if name in ("imagenet", "places365") else "test set"
     note = f"training: the dataset's training set; validation: its {measured}"
     return Source(train, part("validation")[0], classes, (note,))
+
+
+def _own(name: str, config: DataConfig, given: str) -> Source:
+    """What a function of the user's gives: see the module's docstring.
+
+    Raises:
+        DataError: it cannot be found or fails, or it gives something else.
+    """
+    try:
+        train, validation, classes = imported(name)()
+        order = None if classes is None else tuple(map(str, classes))
+        parts = {"training": train} if validation is None else {"training": train, "validation": validation}
+        labels = {part: _labels(dataset, order) for part, dataset in parts.items()}
+    except Exception as error:  # code of the user's raises anything
+        raise DataError(given, found=f"{type(error).__name__}: {first_line(error)}", valid=OWN) from error
+    empty = [part for part, found in labels.items() if not found]
+    if empty:
+        raise DataError(given, found=f"no {empty[0]} images", valid=OWN)
+    doubles = sorted({each for each in order or () if order and order.count(each) > 1})
+    if doubles:
+        raise DataError(given, found=f"classes that are named twice: {listed(doubles)}", valid="each class once")
+    bare = [part for part, found in labels.items() if UNLABELLED in found]
+    if bare and (config.label_weight or any(set(found) != {UNLABELLED} for found in labels.values())):
+        hint = "where no image has one, give --label-weight 0"
+        raise DataError(given, found=f"{bare[0]} images without a label", valid="a label for every image", hint=hint)
+    images = [_indexed(f"{name} {part}", parts[part], found) for part, found in labels.items()]
+    held = "" if len(images) > 1 else "; it gives no validation images"
+    note = f"images: those that {name} gives{held}"
+    return Source(images[0], images[1] if len(images) > 1 else None, None if bare else order, (note,))
+
+
+def _labels(part: Any, classes: Sequence[str] | None) -> list[str]:
+    """The class name of each image of a user's own.
+
+    Raises:
+        ValueError: a label that is no class.
+    """
+    names, targets = frozenset(classes or ()), getattr(part, "targets", None)
+
+    def named(index: int) -> str:
+        label = part[index][1] if targets is None else targets[index]
+        if label is None:
+            return UNLABELLED
+        if classes is None or label in names:
+            return str(label)
+        if not isinstance(label, str) and 0 <= operator.index(label) < len(classes):
+            return classes[operator.index(label)]
+        raise ValueError(f"the label {label!r} of item {index} is none of the {len(classes)} classes")
+
+    return [named(index) for index in range(len(part))]
+
+
+KINDS: dict[str, Callable[[str, DataConfig, str], Source]] = {
+    "torch": _torch,
+    "hfds": hub_dataset,
+    "wds": shards_dataset,
+}
+"""What stands before the / of `--data KIND/NAME`; --data-dir belongs to these."""
