@@ -16,7 +16,8 @@ from torch import nn
 
 from factor_transfer.config import Config
 from factor_transfer.method.factor_transfer import Paraphraser, Translator
-from factor_transfer.method.losses import FactorTransfer, Labels, Term
+from factor_transfer.method.losses import FactorTransfer, Labels
+from factor_transfer.method.term import Term
 from factor_transfer.networks.compiled import Compiled
 from factor_transfer.networks.features import FrozenTeacher
 from factor_transfer.training.cache import CachedTeacher, FactorCache

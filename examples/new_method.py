@@ -6,8 +6,8 @@ In this folder: factor-transfer distill --data digits ... --beta 0 --term new_me
 import torch.nn.functional as F
 from torch import Tensor
 
-from factor_transfer.method.losses import Reader, StudentOutputs, Term
-from factor_transfer.networks.pair import Pair
+from factor_transfer.pairs import Pair
+from factor_transfer.terms import Reader, StudentOutputs, Term
 
 
 class Pooled(Reader):
@@ -22,6 +22,8 @@ class Distances(Term):
     """25 x Huber loss of the distances between the images of a batch, as the student and as the teacher sees them."""
 
     name = "distances"
+    label = "relational distances"
+    weight = 25.0
     needs = frozenset({"pooled"})
 
     def __init__(self, pair: Pair) -> None:
@@ -35,4 +37,4 @@ class Distances(Term):
     def forward(self, student: StudentOutputs, teacher: dict[str, Tensor], labels: Tensor) -> Tensor:
         """Compares all pairs of images."""
         ours, theirs = (F.pdist(x.float().flatten(1)) for x in (student.feature.mean((2, 3)), teacher["pooled"]))
-        return 25 * F.smooth_l1_loss(ours / ours.mean(), theirs / theirs.mean())
+        return self.weight * F.smooth_l1_loss(ours / ours.mean(), theirs / theirs.mean())

@@ -47,30 +47,40 @@ def config(**changed: Any) -> CompareConfig:
 
 def test_planned__runs_seed_by_seed_and_method_by_method() -> None:
     plan = planned(config(methods="alone,kd,ft", seeds=2, seed=5, out="c"))
-    names = ["alone-s5", "kd-s5", "ft-s5", "alone-s6", "kd-s6", "ft-s6"]
+    names = ["baseline-s5", "kd-s5", "ft-s5", "baseline-s6", "kd-s6", "ft-s6"]
     assert [run.name for run in plan.runs] == names
     assert [run.config.out for run in plan.runs] == [f"c/{name}" for name in names]
     assert [run.config.seed for run in plan.runs] == [5] * 3 + [6] * 3
-    assert [plan.reference(each, "alone") for each in plan.variants] == [None, "alone", "alone"]
+    assert [plan.reference(each, "baseline") for each in plan.variants] == [None, "baseline", "baseline"]
     assert [plan.reference(each, "kd") for each in plan.variants] == ["kd", None, "kd"]
     for run in plan.runs:  # one protocol: nothing but what makes the method differs
         differing = {name for name, value in vars(run.config).items() if value != vars(plan.runs[2].config)[name]}
-        assert differing <= {*METHODS["kd"], "seed", "out"}
+        assert differing <= {"beta", *METHODS["kd"], "seed", "out"}
+
+
+def test_planned__the_baseline_has_another_name_which_folders_may_have(tmp_path: Path) -> None:
+    (tmp_path / "alone-s0").mkdir()
+    plans = [planned(config(methods=methods, seeds=2, out=str(tmp_path))) for methods in ("alone,ft", "baseline,ft")]
+    for plan in plans:
+        assert [run.name for run in plan.runs] == ["alone-s0", "ft-s0", "baseline-s1", "ft-s1"]
+        assert [each.name for each in plan.variants] == ["baseline", "ft"]
 
 
 def test_planned__groups_are_for_the_methods_that_read_them() -> None:
     plan = planned(config(methods="alone,at,fitnet,ft", seeds=1, teacher_groups="layer1", student_groups="layer2"))
     of = {run.variant: (run.config.teacher_groups, run.config.student_groups) for run in plan.runs}
     given = ("layer1", "layer2")
-    assert of == {"alone": (None, None), "at": given, "fitnet": given, "ft": (None, None)}
+    assert of == {"baseline": (None, None), "at": given, "fitnet": given, "ft": (None, None)}
 
 
 def test_planned__every_run_is_a_command() -> None:
     more: dict[str, Any] = {"sweep": ("student_args={layers: [1, 1, 1]},{layers: [2, 2, 2]}", "lr=0.1,1e-3")}
     plan = planned(
-        config(methods=",".join(METHODS), seeds=1, out="c", scale=(0.5, 1.0), filter_bias_and_bn=True, **more)
+        config(
+            methods=",".join([*METHODS, "ft+kd"]), seeds=1, out="c", scale=(0.5, 1.0), filter_bias_and_bn=True, **more
+        )
     )
-    assert len(plan.runs) == 4 * len(METHODS)
+    assert len(plan.runs) == 4 * (len(METHODS) + 1)
     for run in plan.runs:
         words = shlex.split(repeat_command(run.config.to_dict()))[1:]
         _, bound, _ = app.parse_args([*words, "--out", str(run.config.out)], exit_on_error=False)
@@ -79,7 +89,7 @@ def test_planned__every_run_is_a_command() -> None:
 
 def test_planned__a_sweep_varies_one_setting_where_it_acts_and_is_scored_on_a_holdout() -> None:
     plan = planned(config(methods="alone,kd,ft", seeds=1, sweep=("k=0.5,1", "beta=auto,100")))
-    assert [each.name for each in plan.variants] == ["alone", "kd", "ft k=0.5", "ft k=1", "ft beta=100"]
+    assert [each.name for each in plan.variants] == ["baseline", "kd", "ft k=0.5", "ft k=1", "ft beta=100"]
     by_name = {run.variant: run.config for run in plan.runs}
     assert (by_name["ft k=1"].k, by_name["ft k=1"].beta) == (1, "auto")
     assert (by_name["ft beta=100"].k, by_name["ft beta=100"].beta) == (0.5, 100)
@@ -90,15 +100,15 @@ def test_planned__a_sweep_varies_one_setting_where_it_acts_and_is_scored_on_a_ho
 
 def test_planned__a_swept_protocol_has_its_own_reference() -> None:
     plan = planned(config(methods="alone,ft", seeds=1, sweep=("lr=0.05,0.2", "k=1,2")))
-    references = {each.name: plan.reference(each, "alone") for each in plan.variants}
+    references = {each.name: plan.reference(each, "baseline") for each in plan.variants}
     assert references == {
-        "alone": None,
-        "alone lr=0.05": None,
-        "alone lr=0.2": None,
-        "ft lr=0.05": "alone lr=0.05",
-        "ft lr=0.2": "alone lr=0.2",
-        "ft k=1": "alone",
-        "ft k=2": "alone",
+        "baseline": None,
+        "baseline lr=0.05": None,
+        "baseline lr=0.2": None,
+        "ft lr=0.05": "baseline lr=0.05",
+        "ft lr=0.2": "baseline lr=0.2",
+        "ft k=1": "baseline",
+        "ft k=2": "baseline",
     }
 
 
@@ -106,17 +116,23 @@ def test_planned__a_swept_protocol_has_its_own_reference() -> None:
     ("changed", "wanted"),
     [
         (["--methods", "alone,ftt"], r"--methods alone,ftt\n.*no method ftt\n.*ft"),
-        (["--methods", ","], r"--methods\n.*no method\n.*alone, kd"),
-        (["--kd-weight", "2"], r"--kd-weight 2.0\n.*set it themselves: alone 0.0, kd 0.9.*\n.*--sweep kd_weight=2.0"),
-        (["--teacher-groups", "layer1", "--methods", "alone,ft"], r"--teacher-groups layer1\n.*alone, ft\n.*add at"),
+        (["--methods", ","], r"--methods\n.*no method\n.*baseline, kd"),
+        (
+            ["--kd-weight", "2"],
+            r"--kd-weight 2.0\n.*set it themselves: baseline 0.0, kd 0.9.*\n.*--sweep kd_weight=2.0",
+        ),
+        (
+            ["--teacher-groups", "layer1", "--methods", "alone,ft"],
+            r"--teacher-groups layer1\n.*baseline, ft\n.*add at or fitnet",
+        ),
         (["--seeds", "0"], r"--seeds 0\n.*from 1"),
         (["--jobs", "2"], r"--jobs 2\n.*no --threads.*\n.*--threads 1"),
-        (["--baseline"], r"--baseline\n.*\n.*name alone"),
+        (["--baseline"], r"--baseline\n.*\n.*name baseline"),
         (["--sweep", "kk=1"], r"--sweep kk=1\n.*kk: no such setting\n.*k"),
         (["--sweep", "seed=1,2"], r"--sweep seed=1,2\n.*a setting that all runs share"),
         (["--sweep", "k="], r"--sweep k=\n.*no values\n.*--sweep k=VALUE"),
         (["--sweep", "k=1,0"], r"--k 0\n.*above 0"),
-        (["--sweep", "k=1", "--methods", "alone,kd"], r"--sweep k\n.*none of alone, kd\n.*ft, ft\+kd"),
+        (["--sweep", "k=1", "--methods", "alone,kd"], r"--sweep k\n.*none of baseline, kd\n.*ft\n"),
         (["--out", "/proc/c"], r"--out /proc/c\n.*\n.*can be written to"),
     ],
 )
@@ -146,7 +162,7 @@ def write_summaries(folder: Path, tops: dict[str, list[float]], given: CompareCo
         summary = {
             "teacher": {"name": "big", "top1": 90.0, "parameters": 1000},
             "student": {"name": "small", "top1": tops[run.variant][run.seed], "loss": 1.0, "parameters": 100},
-            "seconds": {"student": 10.0 if run.variant == "alone" else 15.0, "paraphraser": 3.0},
+            "seconds": {"student": 10.0 if run.variant == "baseline" else 15.0, "paraphraser": 3.0},
             "data": {"name": "digits", "train": 100, "validation": 50, "img_size": 8, "classes": ["0", "1"]},
             "fingerprints": pins, "settings": run.config.to_dict(), "environment": {"torch": "2"}, **more,
         }  # fmt: skip
@@ -155,7 +171,7 @@ def write_summaries(folder: Path, tops: dict[str, list[float]], given: CompareCo
         write_json(where / "summary.json", summary)
 
 
-TOPS = {"alone": [80.0, 80.5, 80.2], "kd": [80.9, 80.1, 80.3], "ft": [83.0, 83.6, 83.1]}
+TOPS = {"baseline": [80.0, 80.5, 80.2], "kd": [80.9, 80.1, 80.3], "ft": [83.0, 83.6, 83.1]}
 
 
 def test_outcome__is_what_the_runs_say(tmp_path: Path) -> None:
@@ -167,7 +183,7 @@ def test_outcome__is_what_the_runs_say(tmp_path: Path) -> None:
     assert [each["n"] for each in found["methods"]] == [3, 3, 3]
     assert alone["to_alone"] is None
     assert alone["gap_closed"] is None
-    assert kd["to_alone"]["verdict"].startswith("no difference to alone is shown")
+    assert kd["to_alone"]["verdict"].startswith("no difference to baseline is shown")
     assert ft["to_alone"]["mean"] == pytest.approx(3.0)
     assert ft["to_alone"]["verdict"].startswith("gains")
     assert ft["to_kd"]["what"] == "kd"
@@ -192,7 +208,7 @@ def test_outcome__of_one_seed_claims_nothing(tmp_path: Path) -> None:
 
 def test_outcome__gives_no_gap_where_the_teacher_may_know_the_holdout(tmp_path: Path) -> None:
     given = config(methods="alone,ft", seeds=3, out=str(tmp_path), sweep=("k=1",), teacher_weights="t.safetensors")
-    write_summaries(tmp_path, {"alone": TOPS["alone"], "ft k=1": TOPS["ft"]}, given)
+    write_summaries(tmp_path, {"baseline": TOPS["baseline"], "ft k=1": TOPS["ft"]}, given)
     found = outcome(planned(given))
     assert found["methods"][1]["to_alone"]["verdict"].startswith("gains")
     assert found["methods"][1]["gap_closed"] is None
@@ -207,7 +223,7 @@ def test_outcome__refuses_runs_that_do_not_share_their_protocol(tmp_path: Path, 
     summary = json.loads(file.read_text())
     summary["fingerprints"][pin] = "another"
     write_json(file, summary)
-    with pytest.raises(RunError, match="ft-s1 and alone-s1 had not the same"):
+    with pytest.raises(RunError, match="ft-s1 and baseline-s1 had not the same"):
         outcome(planned(given))
 
 
@@ -218,7 +234,7 @@ def test_compare__reuses_finished_runs_of_which_only_the_summary_is_left(tmp_pat
     assert folder == tmp_path
     assert found == json.loads((tmp_path / "compare.json").read_text())
     assert not list(tmp_path.glob("*.log")), "a process was started"
-    with pytest.raises(RunError, match=r"(?s)alone-s0, a run with other settings: --epochs 30 there, 7 here"):
+    with pytest.raises(RunError, match=r"(?s)baseline-s0, a run with other settings: --epochs 30 there, 7 here"):
         compare(config(methods="alone,kd,ft", seeds=3, out=str(tmp_path), threads=1, epochs=7))
 
 
@@ -241,11 +257,11 @@ def test_compare__knows_who_shares_a_teacher_and_a_paraphraser(tmp_path: Path) -
     given = config(methods="alone,ft,ft+kd", seeds=1, teacher_epochs=2, sweep=sweep, out=str(tmp_path / "c"))
     plan = planned(given)
     keys = {run.variant: _Runner(plan).keys[run.name] for run in plan.runs}
-    assert keys["alone"].keys() == keys["ft paraphraser=none"].keys() == {"teacher"}
+    assert keys["baseline"].keys() == keys["ft paraphraser=none"].keys() == {"teacher"}
     teachers = {name: each["teacher"] for name, each in keys.items()}
     assert len({key for name, key in teachers.items() if "lr=0.2" not in name}) == 1
     assert len({key for name, key in teachers.items() if "lr=0.2" in name}) == 1
-    assert teachers["alone"] != teachers["alone lr=0.2"], "--teacher-lr is --lr by default"
+    assert teachers["baseline"] != teachers["baseline lr=0.2"], "--teacher-lr is --lr by default"
     paraphrasers = {name: each["paraphraser"] for name, each in keys.items() if "paraphraser" in each}
     for name, key in paraphrasers.items():
         if name.startswith("ft "):
@@ -321,7 +337,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory, factor_transfer: Command)
 def test_compare__makes_what_is_shared_once(straight: Path, factor_transfer: Command) -> None:
     summaries = {path.parent.name: json.loads(path.read_text()) for path in straight.glob("*/summary.json")}
     assert len(summaries) == 6
-    assert [name for name, each in summaries.items() if each["settings"]["teacher_epochs"]] == ["alone-s0"]
+    assert [name for name, each in summaries.items() if each["settings"]["teacher_epochs"]] == ["baseline-s0"]
     assert [name for name, each in summaries.items() if each["seconds"].get("paraphraser")] == ["ft-s0"]
     assert len({each["fingerprints"]["teacher"] for each in summaries.values()}) == 1
     assert len({each["fingerprints"]["student"] for each in summaries.values()}) == 2
@@ -341,7 +357,7 @@ def test_compare__alone_is_the_baseline_of_distill(straight: Path, factor_transf
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     both = figures(straight)
-    assert summary["baseline"]["fingerprint"] == both["alone-s1"][2]
+    assert summary["baseline"]["fingerprint"] == both["baseline-s1"][2]
     assert summary["student"]["fingerprint"] == both["ft-s1"][2], "what is shared has the bits of what is not"
 
 
@@ -363,7 +379,7 @@ def test_compare__killed_and_stopped_and_continued_two_at_once_ends_with_the_sam
 ) -> None:
     folder = tmp_path / "c"
     process = start(tmp_path)
-    until(lambda: bool(list(folder.glob("alone-s0/checkpoints/teacher-*.pt"))), process)
+    until(lambda: bool(list(folder.glob("baseline-s0/checkpoints/teacher-*.pt"))), process)
     assert not list(folder.glob("kd-*")), "it waits for its teacher"
     process.send_signal(signal.SIGKILL)
     process.finished()
@@ -373,7 +389,7 @@ def test_compare__killed_and_stopped_and_continued_two_at_once_ends_with_the_sam
     assert process.finished(120).returncode == 143
     assert not (folder / "compare.json").exists() or not json.loads((folder / "compare.json").read_text())["complete"]
     process = start(tmp_path)
-    until((folder / "alone-s1" / "metrics.jsonl").exists, process)  # which stays, so that no moment is missed
+    until((folder / "baseline-s1" / "metrics.jsonl").exists, process)  # which stays, so that no moment is missed
     process.send_signal(signal.SIGINT)
     assert process.finished(120).returncode == 130
     done = start(tmp_path).finished(900)
@@ -405,7 +421,7 @@ def test_compare__says_why_a_run_failed_and_lets_the_others_go_on(factor_transfe
     assert "0 factor channels" in done.stderr
     assert "Traceback" not in done.stderr
     found = json.loads((tmp_path / "c" / "compare.json").read_text())
-    assert [run["name"] for run in found["runs"]] == ["alone-s0", "ft-k=0.5-s0"]
+    assert [run["name"] for run in found["runs"]] == ["baseline-s0", "ft-k=0.5-s0"]
     assert "held out" in found["scored_on"]
     whole = open_data(DataConfig(data="digits"), default_size=lambda: 8)
     assert found["data"]["validation"] == round(0.1 * len(whole.train)) != len(whole.validation)

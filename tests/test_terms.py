@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
@@ -24,19 +24,18 @@ from factor_transfer.method.factor_transfer import Paraphraser
 from factor_transfer.method.losses import (
     AttentionTransfer,
     FactorTransfer,
-    Group,
     Hint,
     SoftTargets,
-    StudentOutputs,
     attention,
 )
-from factor_transfer.method.presets import METHODS, method_of, settings_of
+from factor_transfer.method.presets import METHODS, settings_of
+from factor_transfer.method.term import Given, Group, StudentOutputs, Term
 from factor_transfer.networks.layers import find_groups
 from factor_transfer.networks.load import load_network
 from factor_transfer.networks.pair import Pair, load_side
 from factor_transfer.training.objective import Objective, groups_of
 from factor_transfer.training.trainer import Trainer
-from factor_transfer.util.checks import flag
+from factor_transfer.util.checks import Weight, flag
 from factor_transfer.util.errors import ConfigError, Interrupted, ModelError
 from factor_transfer.util.seeds import part_seed, seeded
 
@@ -238,37 +237,38 @@ def run(settings: dict[str, Any], out: Path, **more: Any) -> tuple[str, dict[str
 
 
 TERMS = {
-    "alone": {"cross_entropy"},
-    "kd": {"cross_entropy", "soft_targets"},
-    "at": {"cross_entropy", "attention_transfer"},
-    "fitnet": {"cross_entropy", "soft_targets"},
-    "ft": {"cross_entropy", "factor_transfer"},
-    "ft+kd": {"cross_entropy", "soft_targets", "factor_transfer"},
-    "at+kd": {"cross_entropy", "soft_targets", "attention_transfer"},
+    "baseline": ("labels alone", {"cross_entropy"}),
+    "kd": ("knowledge distillation", {"cross_entropy", "soft_targets"}),
+    "ft": ("Factor Transfer", {"cross_entropy", "factor_transfer"}),
+    "at": ("attention transfer", {"cross_entropy", "attention_transfer"}),
+    "fitnet": ("hints + knowledge distillation", {"cross_entropy", "soft_targets"}),
+    "ft+kd": ("Factor Transfer + knowledge distillation", {"cross_entropy", "soft_targets", "factor_transfer"}),
+    "at+kd": ("attention transfer + knowledge distillation", {"cross_entropy", "soft_targets", "attention_transfer"}),
 }
-KNOWN = {*set().union(*TERMS.values()), "hint"}
+KNOWN = {"hint"}.union(*(terms for _, terms in TERMS.values()))
 
 
 def test_methods__each_trains_by_its_own_terms(taught: dict[str, Any], tmp_path: Path) -> None:
-    assert list(METHODS) == list(TERMS) == ["alone", "kd", "at", "fitnet", "ft", "ft+kd", "at+kd"]
+    assert list(METHODS) == list(TERMS)[:5]
     weights = {}
-    for name in METHODS:
-        settings = {**taught, **settings_of(name, {}), "baseline": name == "alone"}
+    for name, (label, terms) in TERMS.items():
+        settings = {**taught, **settings_of(name, {}), "baseline": name == "baseline"}
         out = tmp_path / name
         weights[name], summary, rows = run(settings, out)
-        last = rows[-2 if name == "alone" else -1]
-        assert set(last) & KNOWN == TERMS[name], name
-        assert summary["method"] == method_of(METHODS[name])
+        last = rows[-2 if name == "baseline" else -1]
+        assert set(last) & KNOWN == terms, name
+        assert {term["name"] for term in summary["terms"]} == terms
+        assert summary["method"] == label
         assert summary["method"] in (out / "report.html").read_text().replace("Labels", "labels")
         assert (
             (summary["paraphraser"] is not None) == (out / "paraphraser.safetensors").exists() == name.startswith("ft")
         )
         assert [row["stage"] for row in rows].count("hint") == (name == "fitnet")
         assert ("hint" in summary["seconds"]) == (name == "fitnet")
-        if name == "alone":
+        if name == "baseline":
             same = (load_file(out / f"{role}.safetensors") for role in ("student", "baseline"))
             torch.testing.assert_close(*same, rtol=0, atol=0)
-    assert len(set(weights.values())) == len(METHODS)
+    assert len(set(weights.values())) == len(TERMS)
 
 
 def test_hint__is_learned_first_by_the_lower_half_alone(
@@ -447,7 +447,10 @@ def test_term__of_the_users_own_is_added_and_cached(
     (meta,) = (tmp_path / "cache").rglob("meta.json")
     assert json.loads(meta.read_text())["outputs"] == {"pooled": [32, 1, 1]}
     torch.testing.assert_close(*(load_file(tmp_path / out / "student.safetensors") for out in "ab"), rtol=0, atol=0)
-    assert "new_method:Distances" in json.loads((tmp_path / "a" / "summary.json").read_text())["method"]
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["method"] == "relational distances"
+    assert summary["terms"][-1] == {"name": "distances", "label": "relational distances", "weight": 25.0}
+    assert "relational distances: weight 25" in done.stderr
     told = factor_transfer("distill", *arguments[:-1], "json:loads", "--out", tmp_path / "c", cwd=example)
     assert told.returncode == 2
     assert "error: --term json:loads" in told.stderr
@@ -457,10 +460,44 @@ def test_term__of_the_users_own_is_added_and_cached(
     assert "term: new_method:Distances, which is code that would be run" in told.stderr
 
 
+class Near(Term):
+    """A loss like those of the package, but for where it lies."""
+
+    name, label = "near", "nearness"
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = weight
+
+    @classmethod
+    def made(cls, given: Given) -> list[Term]:
+        return [cls(vars(given.config)["near_weight"])]
+
+    def forward(self, student: StudentOutputs, teacher: dict[str, Tensor], labels: Tensor) -> Tensor:
+        return self.weight * student.feature.square().mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearConfig(Config):
+    near_weight: Annotated[float, Weight("test_terms:Near", near={"near_weight": 2.0})] = 0.0
+
+
+def test_term__is_a_class_and_a_setting_that_names_it() -> None:
+    config = NearConfig(data="digits", teacher="cifar_resnet20", student="cifar_resnet20", beta=0, near_weight=2.0)
+    pair = Pair(load_side("teacher", config, 10, 8), load_side("student", config, 10, 8))
+    objective = Objective(config, pair, [], 10)
+    assert [term.name for term in objective.terms] == ["cross_entropy", "near"]
+    assert list(objective.lines()) == ["student: nearness", "nearness: weight 2"]
+    assert objective.layers()["terms"][-1] == {"name": "near", "label": "nearness", "weight": 2.0}
+    NearConfig(data="digits", teacher="a", student="b", beta=0, label_weight=0, near_weight=1.0)
+    with pytest.raises(ConfigError, match="a student that would learn nothing"):
+        NearConfig(data="digits", teacher="a", student="b", beta=0, label_weight=0)
+
+
 def test_methods_page__shows_the_example_and_every_method() -> None:
     page, example = ((ROOT / name).read_text() for name in ("docs/methods.md", "examples/new_method.py"))
     assert example[example.index("import") :] in page
-    assert all(f"`{name}`" in page for name in METHODS)
+    assert all(f"`{name}`" in page for name in TERMS)
     assert len(example.splitlines()) < 50
 
 
@@ -475,7 +512,7 @@ def test_doctor__looks_at_every_term(taught: dict[str, Any]) -> None:
 
     shown = tables(**{**settings_of("at+kd", {}), "hint_weight": 1.0})
     assert set(shown["losses on one batch"]) == {"cross entropy", "soft targets", "attention transfer", "hint"}
-    assert "attention transfer + hints + knowledge distillation" in shown
+    assert "hints + attention transfer + knowledge distillation" in shown
     shown = tables(teacher_layer="layer3,layer2", student_layer="layer3,layer1", paraphraser="none")
     assert set(shown["losses on one batch"]) == {"cross entropy", "factor transfer", "factor transfer 1"}
     assert shown["factor transfer"]["shapes"] == "16x4x4 -> 16x4x4 <- translator <- 4x8x8"

@@ -13,7 +13,7 @@ from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
 from factor_transfer.util.arguments import MODEL_ARGS, SIZE, ModelArgs, Size, brief, names_in
-from factor_transfer.util.checks import ActsOn, check, flag
+from factor_transfer.util.checks import ActsOn, Weight, check, flag, weights
 from factor_transfer.util.errors import ConfigError
 
 _ORDER = ("Data", "Teacher", "Student", "Factor transfer", "Other terms", "Training", "Machine", "Run")
@@ -36,6 +36,13 @@ _MACHINE = ActsOn(machine=True)
 _PLACE = ActsOn(named=True, machine=True)
 _STUDENT = ActsOn("student")
 _AFTER_TEACHER = ActsOn("paraphraser", "student")
+_PROTOCOL = ActsOn("teacher", "paraphraser", "student", swept=False)
+_OF_FACTORS = ActsOn("paraphraser", "student", read_by=["beta"])
+_OF_TRANSLATOR = ActsOn("student", read_by=["beta"])
+_OF_GROUPS = ActsOn("student", read_by=["at_weight", "hint_epochs", "hint_weight"])
+
+_TERMS = "factor_transfer.method.losses"
+_KD = {"label_weight": 0.1, "kd_weight": 0.9, "kd_temperature": 4.0}
 
 
 @Parameter(name="*", group=_GROUPS["Data"], negative_iterable=())
@@ -70,7 +77,7 @@ class DataConfig:
     validation_share: Annotated[float, _BELOW_1] = 0.1
     """Share of each training class that is set aside where the data has no validation set, or for --validate-on
     train-holdout."""
-    validate_on: Literal["validation", "train-holdout"] = "validation"
+    validate_on: Annotated[Literal["validation", "train-holdout"], _PROTOCOL] = "validation"
     """Images that are measured on. train-holdout: a share of the training images, which is not trained on, so that
     settings can be chosen and the validation images stay unseen."""
     train_images: Annotated[int | None, _POSITIVE] = None
@@ -88,7 +95,7 @@ class DataConfig:
     transform: str | None = None
     """Your own augmentation instead of all these: package.module:callable, from one PIL image (RGB) to an image, or
     uint8 tensor (3, H, W), of the size that the networks see."""
-    label_weight: Annotated[float, _NOT_NEGATIVE, _STUDENT] = 1.0
+    label_weight: Annotated[float, _NOT_NEGATIVE, Weight(f"{_TERMS}:Labels", off=1.0)] = 1.0
     """Weight of the images' own labels. 0: none are read, and --data may be a flat folder of images; --class-map then
     names the classes of the head, if it shall have one (--kd-weight)."""
     data_seed: Annotated[int, _NOT_NEGATIVE] = 0
@@ -146,7 +153,7 @@ class Config(DataConfig):
     file holds several sets, FILE:KEY says which: checkpoint.pth:state_dict_ema."""
     teacher_args: Annotated[ModelArgs | None, _in("Teacher", **MODEL_ARGS)] = None
     """Constructor arguments, as timm's --model-kwargs: drop_rate=0.1 act_layer=gelu; or a JSON object."""
-    teacher_layer: Annotated[str | None, _in("Teacher"), _AFTER_TEACHER] = None
+    teacher_layer: Annotated[str | None, _in("Teacher"), _OF_FACTORS] = None
     """Submodule whose output is paraphrased; or several, with commas: each then has a paraphraser and, with the
     student's layer at its place, a translator, and the factor term is their mean. Default: the last feature map before
     pooling."""
@@ -173,7 +180,7 @@ class Config(DataConfig):
     """Weights to start from: FILE, or FILE:KEY as for the teacher. Default: fresh ones, drawn from --seed."""
     student_args: Annotated[ModelArgs | None, _in("Student", **MODEL_ARGS)] = None
     """Constructor arguments: 'layers=(3,3,3)' 'channels=(16,32,64)'; or a JSON object."""
-    student_layer: Annotated[str | None, _in("Student"), _AFTER_TEACHER] = None
+    student_layer: Annotated[str | None, _in("Student"), _OF_FACTORS] = None
     """Submodule whose output is translated; or several, with commas, as many as of the teacher. Default: the last
     feature map before pooling."""
 
@@ -181,47 +188,70 @@ class Config(DataConfig):
     """Which of its outputs is trained, measured and exported, where it gives several; named as the teacher's."""
 
     # -- factor transfer
-    k: Annotated[float, _in("Factor transfer"), Number(gt=0, lte=100), _AFTER_TEACHER] = 0.5
+    k: Annotated[float, _in("Factor transfer"), Number(gt=0, lte=100), _OF_FACTORS] = 0.5
     """Paraphrase rate: factor channels = round(teacher channels x k). May exceed 1."""
-    p: Annotated[float, _in("Factor transfer"), Number(gte=1), _STUDENT] = 1.0
+    p: Annotated[float, _in("Factor transfer"), Number(gte=1), _OF_TRANSLATOR] = 1.0
     """Norm of the factor difference. The paper's choice is 1; 2 is nearly the same."""
-    beta: Annotated[float | Literal["auto"], _in("Factor transfer"), _NOT_NEGATIVE, _STUDENT] = "auto"
-    """Weight of the factor loss. auto: its bound, and for p of 1 and 2 its gradient in the normalised factor, is as
-    large as in the authors' CIFAR-10 program (beta 500 at 2048 elements). 0: no factor transfer, and no paraphraser."""
-    kd_weight: Annotated[float, _in("Other terms"), _NOT_NEGATIVE, _STUDENT] = 0.0
+    # Hinton, Vinyals, Dean, arXiv 1503.02531, section 2: (1 - a) x cross-entropy + a x T^2 x KL at temperature T. T = 4
+    # and a = 0.9 are the field's usual values: those of the attention transfer program (`--alpha 0.9 --temperature 4`)
+    # and of RepDistiller (`-r 0.1 -a 0.9`, Tian, Krishnan, Isola, ICLR 2020).
+    kd_weight: Annotated[float, _in("Other terms"), _NOT_NEGATIVE, Weight(f"{_TERMS}:SoftTargets", kd=_KD)] = 0.0
     """Weight of the teacher's softened predictions (knowledge distillation, Hinton et al. 2015), times the
     temperature's square. 0: none."""
-    kd_temperature: Annotated[float, _in("Other terms"), _POSITIVE, _STUDENT] = 4.0
+    kd_temperature: Annotated[float, _in("Other terms"), _POSITIVE, ActsOn("student", read_by=["kd_weight"])] = 4.0
     """Temperature that softens them."""
-    at_weight: Annotated[float | Literal["auto"], _in("Other terms"), _NOT_NEGATIVE, _STUDENT] = 0.0
+    # Kim, Park, Kwak, NeurIPS 2018, equations 2 to 4.
+    beta: Annotated[
+        float | Literal["auto"],
+        _in("Factor transfer"),
+        _NOT_NEGATIVE,
+        Weight(f"{_TERMS}:FactorTransfer", ft={"beta": "auto"}),
+    ] = "auto"
+    """Weight of the factor loss. auto: its bound, and for p of 1 and 2 its gradient in the normalised factor, is as
+    large as in the authors' CIFAR-10 program (beta 500 at 2048 elements). 0: no factor transfer, and no paraphraser."""
+    # Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, equation 2; beta 1000 as in their program.
+    at_weight: Annotated[
+        float | Literal["auto"],
+        _in("Other terms"),
+        _NOT_NEGATIVE,
+        Weight(f"{_TERMS}:AttentionTransfer", at={"at_weight": "auto"}),
+    ] = 0.0
     """Weight of attention transfer (Zagoruyko & Komodakis 2017), summed over groups, each a mean over places as in
     their program. auto: the bound of their CIFAR-10 program (1000 at 32x32, 16x16 and 8x8). 0: none."""
-    hint_epochs: Annotated[int | Literal["auto"], _in("Other terms"), _NOT_NEGATIVE, _STUDENT] = 0
+    # Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, algorithm 1: stage 1 by the hint (equation 3),
+    # stage 2 by KD (equation 2). Deviation: the KD of `kd`, so that `fitnet` less `kd` is what the hint brings (theirs
+    # has temperature 3 and a weight that falls from 4 to 1). An eighth of the passes: RepDistiller's 30 of 240.
+    hint_epochs: Annotated[
+        int | Literal["auto"],
+        _in("Other terms"),
+        _NOT_NEGATIVE,
+        Weight(None, off=0, fitnet={**_KD, "hint_epochs": "auto"}),
+    ] = 0
     """Passes of a first stage in which the student's lower half regresses the teacher's hint (FitNets, Romero et al.
     2015). auto: an eighth of --epochs. 0: none."""
-    hint_weight: Annotated[float, _in("Other terms"), _NOT_NEGATIVE, _STUDENT] = 0.0
+    hint_weight: Annotated[float, _in("Other terms"), _NOT_NEGATIVE, Weight(f"{_TERMS}:Hint")] = 0.0
     """Weight of the same regression as a term beside the others. It is a whole map, so the teacher stays live."""
-    term: Annotated[str | None, _in("Other terms"), _STUDENT] = None
+    term: Annotated[str | None, _in("Other terms"), Weight(f"{_TERMS}:Own", off=None)] = None
     """Your own term beside the others: package.module:callable, which is given the pair of networks (`pairs.Pair`) and
     returns a `terms.Term`."""
-    teacher_groups: Annotated[str | None, _in("Other terms"), _STUDENT] = None
+    teacher_groups: Annotated[str | None, _in("Other terms"), _OF_GROUPS] = None
     """Teacher's layers, with commas, for attention (all) and hint (the middle one). Default: the end of each group
     (stage) of another size."""
-    student_groups: Annotated[str | None, _in("Other terms"), _STUDENT] = None
+    student_groups: Annotated[str | None, _in("Other terms"), _OF_GROUPS] = None
     """The student's layers, as many. Default: its groups, the last beside the teacher's last."""
-    reconstruction: Annotated[Literal["l1", "l2"], _in("Factor transfer"), _AFTER_TEACHER] = "l1"
+    reconstruction: Annotated[Literal["l1", "l2"], _in("Factor transfer"), _OF_FACTORS] = "l1"
     """Paraphraser's loss: l1 (mean, the authors' program) or l2 (squared, the paper's text)."""
-    factor_batch_norm: Annotated[bool, _in("Factor transfer"), _AFTER_TEACHER] = False
+    factor_batch_norm: Annotated[bool, _in("Factor transfer"), _OF_FACTORS] = False
     """Batch norm in paraphraser and translator. The paper has none."""
-    paraphraser: Annotated[str | None, _in("Factor transfer"), _AFTER_TEACHER] = None
+    paraphraser: Annotated[str | None, _in("Factor transfer"), _OF_FACTORS] = None
     """A trained paraphraser to use: paraphraser.safetensors of another run, or the authors' .pth; with commas one for
     each layer. none: no paraphraser, the factor is the teacher's feature map itself."""
-    paraphraser_epochs: Annotated[int, _in("Factor transfer"), _NOT_NEGATIVE, _AFTER_TEACHER] = 6
+    paraphraser_epochs: Annotated[int, _in("Factor transfer"), _NOT_NEGATIVE, _OF_FACTORS] = 6
     """Passes of the paraphraser's own training, without labels. 0: it stays as it was drawn."""
-    paraphraser_lr: Annotated[float, _in("Factor transfer"), _POSITIVE, _AFTER_TEACHER] = 0.1
+    paraphraser_lr: Annotated[float, _in("Factor transfer"), _POSITIVE, _OF_FACTORS] = 0.1
     """Its learning rate, held constant."""
 
-    translator: Annotated[Literal["conv", "none"], _in("Factor transfer"), _STUDENT] = "conv"
+    translator: Annotated[Literal["conv", "none"], _in("Factor transfer"), _OF_TRANSLATOR] = "conv"
     """conv: the paper's. none: the student's own map is compared, which needs the factor's number of channels."""
 
     views: Annotated[int | Literal["auto"], _in("Factor transfer"), _NOT_NEGATIVE, _AFTER_TEACHER] = 0
@@ -233,7 +263,7 @@ class Config(DataConfig):
     """Passes over the training images, for the student and for the baseline."""
     batch_size: Annotated[int, _in("Training"), _POSITIVE] = 128
     """Images a step, over all processes together."""
-    baseline: Annotated[bool, _in("Training")] = False
+    baseline: Annotated[bool, _in("Training"), _PROTOCOL] = False
     """Also train the same student alone: same initial weights, order, views and schedule."""
     opt: Annotated[str, _in("Training")] = "momentum"
     """timm's optimizer name. (timm's `sgd` is Nesterov; the authors' program is `momentum`.)"""
@@ -271,7 +301,7 @@ class Config(DataConfig):
     """Decay of that average, reached by timm's warm-up: short runs forget their first steps."""
 
     # -- machine
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], _in("Machine")] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], _in("Machine"), _PROTOCOL] = "auto"
     """Where to compute. auto: what Accelerate finds."""
     precision: Annotated[Literal["auto", "fp32", "bf16"], _in("Machine")] = "auto"
     """fp32 (never TF32), or bf16 autocast. auto: bf16 where the hardware has it."""
@@ -285,7 +315,7 @@ class Config(DataConfig):
     """Longest that one process waits for another before it gives the run up. What is saved stays."""
 
     # -- run
-    seed: Annotated[int, _in("Run"), _NOT_NEGATIVE, _STUDENT] = 0
+    seed: Annotated[int, _in("Run"), _NOT_NEGATIVE, ActsOn("student", swept=False)] = 0
     """Owns the initial weights of student and translator, and the noise inside layers."""
     out: Annotated[str | None, _in("Run"), _MACHINE] = None
     """Run folder. Default: runs/DATA-TEACHER-STUDENT-sSEED. The same command again continues it."""
@@ -315,8 +345,7 @@ class Config(DataConfig):
             )
         if self.baseline and not self.label_weight:
             raise ConfigError("--baseline with --label-weight 0", found="a student alone that would learn nothing")
-        taught = self.beta or self.kd_weight or self.at_weight or self.hint_weight or self.term
-        if not (self.label_weight or taught):
+        if not any(getattr(self, name) for name, weight in weights(type(self)).items() if weight.term):
             raise ConfigError(
                 "--label-weight 0 with --beta 0",
                 found="a student that would learn nothing",
@@ -326,9 +355,8 @@ class Config(DataConfig):
 
     def _check_groups(self) -> None:
         """A term reads the groups that are named."""
-        guided = self.at_weight or self.hint_epochs or self.hint_weight
         for name in ("teacher_groups", "student_groups"):
-            if getattr(self, name) and not guided:
+            if getattr(self, name) and not any(getattr(self, weight) for weight in _OF_GROUPS.read_by):
                 raise ConfigError(
                     f"{flag(name)} {getattr(self, name)}",
                     found="no term that reads groups",

@@ -33,8 +33,7 @@ from factor_transfer.config import Config, Rgb
 from factor_transfer.data.dataset import Dataset
 from factor_transfer.data.splits import Batch, Sample, Split
 from factor_transfer.method.factor_transfer import factor_channels
-from factor_transfer.method.losses import StudentOutputs
-from factor_transfer.method.presets import method_of
+from factor_transfer.method.term import StudentOutputs
 from factor_transfer.networks.features import FrozenTeacher, maps, tensor_in, watching
 from factor_transfer.networks.layers import follower
 from factor_transfer.networks.load import InputNorm, Network, Role, count_parameters
@@ -276,18 +275,18 @@ def _losses(job: Job, pair: Pair, found: Diagnosis) -> Iterator[Finding]:
         (name.replace("_", " "), f"{sizes[name]:.3g}", f"{norms[name]:.3g}") for name in sizes
     ]))  # fmt: skip
     rows: list[Sequence[str]] = []
-    for factor in objective.factors:
+    for each, factor in zip(pair.each(), objective.factors, strict=False):
         left = "" if config.paraphraser == "none" else "paraphraser -> "
         right = "" if config.translator == "none" else " <- translator"
         shape = "x".join(map(str, factor.shape))
-        maps = f"{_shape(factor.pair.teacher)} -> {left}{shape}{right} <- {_shape(factor.pair.student)}"
+        maps = f"{_shape(each.teacher)} -> {left}{shape}{right} <- {_shape(each.student)}"
         rows += [("shapes", maps), ("beta", f"{factor.beta:g}: its term is at most {factor.bound:.3g}")]
-    each = 2 * sum(math.prod(shape or ()) for shape in objective.outputs.values())
+    view = 2 * sum(math.prod(shape or ()) for shape in objective.outputs.values())
     rows += [
         ("a pass of the student", f"about {seconds * steps:,.0f} s ({steps:,} steps), {job.engine.memory()}"),
-        ("factor cache", f"{each * len(data.train) / 1e9:.2f} GB a view; --views {job.views or 'not in use'}"),
+        ("factor cache", f"{view * len(data.train) / 1e9:.2f} GB a view; --views {job.views or 'not in use'}"),
     ]
-    found.tables.append(("factor transfer" if config.beta else method_of(vars(config)), ("", "value"), rows))
+    found.tables.append(("factor transfer" if config.beta else objective.method, ("", "value"), rows))
     yield from _weights(config, sizes, norms)
 
 

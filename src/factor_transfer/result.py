@@ -6,7 +6,6 @@ from typing import Any
 
 from factor_transfer.config import plain
 from factor_transfer.export.formats import EXPORT_IMAGES, export_pt2, latency_ms, metadata_of
-from factor_transfer.method.presets import method_of
 from factor_transfer.networks.load import Network, count_parameters
 from factor_transfer.networks.pair import Pair, Side
 from factor_transfer.training.stages import Job
@@ -29,7 +28,7 @@ def finish(job: Job, pair: Pair, student: Side, baseline: Side | None) -> None:
         for role, side in there.items()
     }
     summary |= {
-        "method": method_of(vars(job.config)),
+        "method": job.objective.method,
         **job.objective.layers(),
         "paraphraser": job.run.recorded("paraphraser"),
         "seconds": {stage: found["seconds"] for stage, found in job.run.all_recorded().items()},

@@ -18,32 +18,27 @@ from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
 from factor_transfer.config import FIELDS, Config, plain
-from factor_transfer.method.presets import METHODS, UNGUIDED, settings_of
-from factor_transfer.util.checks import flag, free
+from factor_transfer.method.presets import ALIASES, BASELINE, METHODS, acts_on, settings_of
+from factor_transfer.util.arguments import names_in
+from factor_transfer.util.checks import flag, swept
 from factor_transfer.util.errors import ConfigError, near
 
 _COMPARISON = Parameter(group=Group("Comparison", sort_key=-1), negative_iterable=())
 
-TERM_OF = {
-    **dict.fromkeys(("k", "p", "reconstruction", "factor_batch_norm", "translator"), "beta"),
-    **dict.fromkeys(("paraphraser", "paraphraser_epochs", "paraphraser_lr", "teacher_layer", "student_layer"), "beta"),
-    "kd_temperature": "kd_weight",
-}
-"""The weight without which a setting does nothing; a weight is its own."""
+REFERENCES = {"alone": BASELINE, "kd": "kd"}
+"""Methods that the others are compared with, by their names in the keys of compare.json."""
 
-REFERENCES = ("alone", "kd")
-"""Methods that the others are compared with."""
-
-NOT_SWEPT = free(Config) | {"seed", "baseline", "validate_on", "device"}
-"""Settings of the protocol, or that change no result."""
+SWEPT = swept(Config)
+"""Settings that a comparison may vary: those that change a result, and are not the protocol's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig(Config):
     """All of `factor-transfer compare`."""
 
-    methods: Annotated[str, _COMPARISON] = "alone,kd,at,fitnet,ft,ft+kd"
-    """What is compared, with commas: alone, kd, at, fitnet, ft, ft+kd, at+kd."""
+    methods: Annotated[str, _COMPARISON] = "baseline,kd,at,fitnet,ft,ft+kd"
+    """What is compared, with commas: baseline (the student without a teacher), kd, at, fitnet, ft, and their sums, such
+    as ft+kd and at+kd."""
     seeds: Annotated[int, _COMPARISON, Number(gte=1)] = 5
     """Runs of each: --seed, --seed + 1, ..."""
     jobs: Annotated[int, _COMPARISON, Number(gte=1)] = 1
@@ -65,7 +60,7 @@ class CompareConfig(Config):
                 hint="give --threads 1, or as many as a run shall have",
             )
         if self.baseline:
-            raise ConfigError("--baseline", found="a second run of the student alone", hint="name alone in --methods")
+            raise ConfigError("--baseline", found="a second run of the baseline", hint="name baseline in --methods")
 
     def _check_groups(self) -> None:
         """Each method has terms of its own: `planned` knows them."""
@@ -119,37 +114,47 @@ def planned(config: CompareConfig) -> Plan:
     if config.sweep:
         base["validate_on"] = config.sweep_on
     folder = Path(config.out or default_folder(config))
-    variants = _variants(_methods(config.methods), _sweeps(config.sweep))
+    methods = _methods(config.methods)
+    variants = _variants(methods, _sweeps(config.sweep))
     settings = {each.name: base | settings_of(each.method, base) | each.swept for each in variants}
-    _check_given(config, settings)
+    _check_given(config, methods, settings)
     variants = tuple(each for each in variants if _first(each.name, settings))
     runs = []
     for seed in range(config.seed, config.seed + config.seeds):
         for each in variants:
-            name = re.sub(r"[^\w.+=-]+", "-", each.name) + f"-s{seed}"
+            name = _run_name(folder, each, seed)
             own = settings[each.name] | {"seed": seed, "out": str(folder / name), "overwrite": False}
             runs.append(PlannedRun(name, each.name, seed, Config(**own)))
     return Plan(config, variants, tuple(runs), folder)
 
 
-def _check_given(config: CompareConfig, settings: dict[str, dict[str, Any]]) -> None:
+def _check_given(config: CompareConfig, methods: Sequence[str], settings: dict[str, dict[str, Any]]) -> None:
     """A setting that was given, and that every method sets otherwise, would do nothing.
 
     Raises:
         ConfigError: there is one.
     """
     usual = {each.name: each.default for each in fields(Config)}
-    for name in sorted({name for method in METHODS.values() for name in method}):
-        if any(method.get(name) == "auto" for method in METHODS.values()):
-            continue
+    fitting = {name for preset in METHODS.values() for name, value in preset.items() if value == "auto"}
+    for name in sorted({name for method in methods for name in settings_of(method, {})} - fitting):
         value = getattr(config, name)
         if value != usual[name] and all(each[name] != value for each in settings.values()):
-            if name in UNGUIDED:
-                found, hint = f"no term that reads groups: {', '.join(settings)}", "leave it out, or add at or fitnet"
-            else:
+            if any(acts_on(name, method) for method in methods):
                 own = ", ".join(f"{variant} {each[name]}" for variant, each in settings.items())
                 found, hint = f"methods that set it themselves: {own}", f"leave it out, or give --sweep {name}={value}"
+            else:
+                able = " or ".join(method for method in METHODS if acts_on(name, method))
+                found = f"no method with a term that reads it: {', '.join(methods)}"
+                hint = f"leave it out, or add {able}" if able else f"leave it out, or give --sweep {name}={value}"
             raise ConfigError(f"{flag(name)} {value}", found=found, hint=hint)
+
+
+def _run_name(folder: Path, variant: Variant, seed: int) -> str:
+    """METHOD-sSEED, or METHOD-SETTING=VALUE-sSEED; the method by another of its names where such a run is there."""
+    method, swept = variant.method, variant.name.removeprefix(variant.method)
+    names = [method, *(alias for alias, name in ALIASES.items() if name == method)]
+    folders = [re.sub(r"[^\w.+=-]+", "-", name + swept) + f"-s{seed}" for name in names]
+    return next((name for name in folders if (folder / name).exists()), folders[0])
 
 
 def default_folder(config: Config) -> str:
@@ -158,26 +163,17 @@ def default_folder(config: Config) -> str:
     return "runs/compare-" + "-".join(re.sub(r"[^\w.]+", "_", part) for part in parts)
 
 
-def acts_on(setting: str, method: str) -> bool:
-    """Whether a setting changes anything in a method.
-
-    >>> acts_on("k", "ft"), acts_on("k", "kd"), acts_on("lr", "alone"), acts_on("kd_weight", "ft+kd")
-    (True, False, True, True)
-    >>> acts_on("teacher_groups", "at"), acts_on("teacher_groups", "ft")
-    (True, False)
-    """
-    if setting in UNGUIDED:
-        return setting not in METHODS[method]
-    term = TERM_OF.get(setting, setting)
-    return METHODS[method].get(term, 1) != 0
-
-
 def _methods(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in METHODS:
-            valid = near(name, METHODS) or list(METHODS)
-            raise ConfigError(f"--methods {text}", found=f"no method {name}", valid=valid)
+    """The methods that are named, each once.
+
+    >>> _methods("alone, kd,ft+kd")
+    ['baseline', 'kd', 'ft+kd']
+    """
+    names = ["+".join(ALIASES.get(part, part) for part in name.split("+")) for name in names_in(text)]
+    for part in (part for name in names for part in name.split("+")):
+        if part not in METHODS:
+            valid = near(part, METHODS) or [*METHODS, "their sums, such as ft+kd"]
+            raise ConfigError(f"--methods {text}", found=f"no method {part}", valid=valid)
     if not names:
         raise ConfigError("--methods", found="no method", valid=list(METHODS))
     return list(dict.fromkeys(names))
@@ -189,10 +185,9 @@ def _sweeps(texts: Sequence[str]) -> dict[str, list[Any]]:
     for text in texts:
         name, equals, values = text.partition("=")
         name = name.strip().removeprefix("--").replace("-", "_")
-        if name not in FIELDS or name in NOT_SWEPT:
-            there = [each for each in FIELDS if each not in NOT_SWEPT]
+        if name not in SWEPT:
             what = "a setting that all runs share" if name in FIELDS else "no such setting"
-            raise ConfigError(f"--sweep {text}", found=f"{name}: {what}", valid=near(name, there) or there)
+            raise ConfigError(f"--sweep {text}", found=f"{name}: {what}", valid=near(name, SWEPT) or SWEPT)
         parts = _parts(values)
         if not (equals and parts):
             raise ConfigError(f"--sweep {text}", found="no values", valid=f"--sweep {name}=VALUE,VALUE")
@@ -246,7 +241,7 @@ def _variants(methods: Sequence[str], sweeps: dict[str, list[Any]]) -> tuple[Var
             if acts_on(name, method)
             for value in values
         ]
-        refers = method in REFERENCES and not all(acts_on(name, method) for name in sweeps)
+        refers = method in REFERENCES.values() and not all(acts_on(name, method) for name in sweeps)
         found += [*([Variant(method, method, {})] if refers or not swept else []), *swept]
     return tuple(found)
 

@@ -148,9 +148,10 @@ def _methods(plan: Plan, found: Mapping[PlannedRun, Mapping[str, Any]]) -> list[
         other: {
             each.name: (reference, tops[reference])
             for each in plan.variants
-            if (reference := plan.reference(each, other)) is not None and not (other == "kd" and each.method == "alone")
+            if (reference := plan.reference(each, method)) is not None
+            and not (other == "kd" and each.method == REFERENCES["alone"])
         }
-        for other in REFERENCES
+        for other, method in REFERENCES.items()
     }
     differences = {
         other: against(tops, {name: scores for name, (_, scores) in named.items()}) for other, named in to.items()
@@ -204,7 +205,7 @@ def _check_alike(plan: Plan, found: Mapping[PlannedRun, Mapping[str, Any]]) -> N
     variants = {each.name: each for each in plan.variants}
     there = {(run.variant, run.seed): (run, summary["fingerprints"]) for run, summary in found.items()}
     for (name, seed), (run, pins) in there.items():
-        for method in REFERENCES:
+        for method in REFERENCES.values():
             other = there.get((plan.reference(variants[name], method) or "", seed))
             wrong = [what for pin, what in ALIKE.items() if other and pins.get(pin) != other[1].get(pin)]
             if other and pins.get("version") != other[1].get("version"):

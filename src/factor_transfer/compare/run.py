@@ -28,7 +28,7 @@ from typing import Any, Literal
 from factor_transfer.compare.plan import CompareConfig, Plan, PlannedRun, planned
 from factor_transfer.compare.result import outcome, write_outcome
 from factor_transfer.config import Config
-from factor_transfer.method.losses import numbered
+from factor_transfer.method.term import numbered
 from factor_transfer.report.html import repeat_command
 from factor_transfer.training.engine import stop_signals
 from factor_transfer.training.run_folder import DEFAULTS, FREE, Run
@@ -257,7 +257,7 @@ def _needs(run: PlannedRun) -> list[Made]:
 def _stages(what: Made, run: PlannedRun) -> list[str]:
     """The stages that make it: a paraphraser for each of the teacher's layers."""
     count = len(names_in(run.config.teacher_layer)) if what == "paraphraser" else 1
-    return [numbered(what, place) for place in range(count or 1)]
+    return numbered(what, count or 1)
 
 
 def _key(what: Made, run: PlannedRun) -> str:

@@ -1,18 +1,17 @@
 """The paper (`factor_transfer.py`, which needs torch alone), and the terms of the student's loss (`losses.py`).
 
-`presets.py` has the methods that are compared, with their sources; `health.py` the signs that a training dies. The
-paper's names are this package's own: `from factor_transfer.method import Paraphraser`.
+`presets.py` has the methods that are compared; `health.py` the signs that a training dies. The paper's names are this
+package's own: `from factor_transfer.method import Paraphraser`.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from factor_transfer.method.factor_transfer import *  # noqa: F403
 
 
-def __getattr__(name: str) -> Any:
-    from factor_transfer.method import factor_transfer  # here, so that `presets` is read without torch
-
-    return getattr(factor_transfer, name)
+def __getattr__(name: str) -> Any:  # so that `presets` is read without torch
+    return getattr(importlib.import_module("factor_transfer.method.factor_transfer"), name)

@@ -1,99 +1,35 @@
-"""The terms of the student's loss, and what they read of the teacher.
-
-A term is a class of about 20 lines: it says which teacher outputs it `needs` and which student layers it `taps`, owns
-what it trains (a translator, a regressor), and returns its weighted loss. A new method is a new term; `objective` makes
-them from the settings.
+"""The terms of the student's loss: labels, factors, predictions, attention, hints. `term.py` says what a term is.
 
 Shapes: B samples, C channels, K factor channels, H x W the feature map, N classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from factor_transfer.method.factor_transfer import Paraphraser, Straight, factor_transfer_loss
+from factor_transfer.config import Config
+from factor_transfer.method.factor_transfer import (
+    Paraphraser,
+    Straight,
+    Translator,
+    factor_loss_bound,
+    factor_transfer_loss,
+    portable_beta,
+)
 from factor_transfer.method.health import relative_variety
-
-
-def numbered(name: str, place: int) -> str:
-    """What belongs to the pair of layers at `place`; the first has the plain name.
-
-    >>> numbered("factor", 0), numbered("factor", 1)
-    ('factor', 'factor_1')
-    """
-    return f"{name}_{place}" if place else name
-
-
-def align(feature: Tensor, size: tuple[int, int]) -> Tensor:
-    """Average-pool a map (B, C, H, W) to `size` (height, width), which is no larger; (B, C, *size).
-
-    Deviation: the paper's pairs have maps of one size. Where they differ, the larger is pooled to the smaller.
-
-    >>> align(torch.zeros(2, 64, 8, 8), (4, 4)).shape
-    torch.Size([2, 64, 4, 4])
-    """
-    return feature if tuple(feature.shape[-2:]) == tuple(size) else F.adaptive_avg_pool2d(feature, size)
-
-
-class StudentOutputs(NamedTuple):
-    """What the student gave for one batch."""
-
-    logits: Tensor  # (B, N)
-    feature: Tensor  # (B, C, H, W), of its own layer
-    maps: Mapping[str, Tensor] = {}
-    """Those of every layer that is tapped, by name."""
-
-
-class Reader(nn.Module):
-    """Makes one output of the teacher out of the map of one of its layers.
-
-    Args:
-        layer: the teacher's.
-        size: height and width (H, W) that the map is pooled to.
-    """
-
-    shape: tuple[int, ...] | None = None
-    """Of the output for one sample, where it is small enough to be cached; with None the teacher stays live."""
-
-    def __init__(self, layer: str, size: tuple[int, int]) -> None:
-        super().__init__()
-        self.layer, self.size = layer, size
-
-    def forward(self, feature: Tensor) -> Tensor:
-        """The map (B, C, H, W) as it is, pooled."""
-        return align(feature, self.size)
-
+from factor_transfer.method.term import Given, Group, Reader, StudentOutputs, Term, align, numbered
+from factor_transfer.util.arguments import imported, is_callable_name
+from factor_transfer.util.errors import ConfigError
+from factor_transfer.util.seeds import part_seed, seeded
 
 SAMPLE = 32
 """Samples of a batch that tell whether a factor varies."""
-
-
-class Term(nn.Module):
-    """One summand of the student's loss. Parameters that it owns are trained with the student."""
-
-    name: str
-    needs: frozenset[str] = frozenset()
-    """Teacher outputs that the term reads: `logits`, `factor`, and those of its `readers`. A task whose terms need none
-    runs no teacher."""
-    taps: tuple[str, ...] = ()
-    """Layers of the student whose maps the term reads, besides the student's own layer."""
-
-    def readers(self) -> dict[str, Reader]:
-        """How the teacher's outputs that the term adds are made, by name."""
-        return {}
-
-    def forward(self, student: StudentOutputs, teacher: dict[str, Tensor], labels: Tensor) -> Tensor:
-        """The weighted loss, a scalar averaged over the batch."""
-        raise NotImplementedError
-
-    def seen(self) -> dict[str, Tensor]:
-        """What the last forward showed besides its loss, for the curves: scalars by name."""
-        return {}
 
 
 class Labels(Term):
@@ -105,6 +41,8 @@ class Labels(Term):
         name: what the loss is called in metrics.
     """
 
+    weight: float
+
     def __init__(
         self,
         weight: float = 1.0,
@@ -113,6 +51,11 @@ class Labels(Term):
     ) -> None:
         super().__init__()
         self.weight, self.loss, self.name = weight, loss, name
+
+    @classmethod
+    def made(cls, given: Given) -> Sequence[Term]:
+        """With --label-weight, and the loss of --task."""
+        return [given.labels(given.config.label_weight)]
 
     def forward(self, student: StudentOutputs, teacher: dict[str, Tensor], labels: Tensor) -> Tensor:
         """labels: (B,) class indices, or what the task makes of them."""
@@ -129,11 +72,18 @@ class SoftTargets(Term):
     """
 
     name = "soft_targets"
+    label = "knowledge distillation"
+    weight: float
     needs = frozenset({"logits"})
 
     def __init__(self, weight: float, temperature: float = 4.0) -> None:
         super().__init__()
         self.weight, self.temperature = weight, temperature
+
+    @classmethod
+    def made(cls, given: Given) -> Sequence[Term]:
+        """With --kd-weight and --kd-temperature."""
+        return [cls(given.config.kd_weight, given.config.kd_temperature)]
 
     def forward(self, student: StudentOutputs, teacher: dict[str, Tensor], labels: Tensor) -> Tensor:
         """Compares logits (B, N); `labels` are not read."""
@@ -150,21 +100,39 @@ class FactorTransfer(Term):
         beta: weight.
         p: norm of the difference.
         layer: of the student, where it is not the student's own.
-        place: of its pair of layers, where there are several.
+        number: what the names of all that belongs to its pair of layers end in, such as `_1`; see `numbered`.
     """
 
+    label = "Factor Transfer"
+    factor: Factor
+    """Where it is made from the settings: what it compares."""
+
     def __init__(
-        self, translator: nn.Module, beta: float, p: float = 1, layer: str | None = None, place: int = 0
+        self, translator: nn.Module, beta: float, p: float = 1, layer: str | None = None, number: str = ""
     ) -> None:
         super().__init__()
-        self.translator, self.beta, self.p, self.place = translator, beta, p, place
-        self.name, self.factor = numbered("factor_transfer", place), numbered("factor", place)
-        self.needs = frozenset({self.factor})
+        self.translator, self.p, self.number = translator, p, number
+        self.weight = self.beta = beta
+        self.name, self.output = f"factor_transfer{number}", f"factor{number}"
+        self.needs = frozenset({self.output})
         self.taps = (layer,) if layer is not None else ()
+
+    @classmethod
+    def made(cls, given: Given) -> Sequence[Term]:
+        """One for each pair of layers, with --beta over their number: the term is their mean."""
+        config, count, found = given.config, len(given.layers), []
+        for number, layers, channels in zip(numbered("", count), given.layers, given.factor_channels, strict=True):
+            elements = channels * math.prod(layers.size)
+            beta = portable_beta(elements, config.p) if config.beta == "auto" else config.beta
+            translator = new_translator(config, layers, channels, f"translator{number}")
+            term = cls(translator, beta / count, config.p, layers.student if number else None, number)
+            term.factor = Factor(layers, channels, beta, config.p, config.beta == "auto", count)
+            found.append(term)
+        return found
 
     def forward(self, student: StudentOutputs, teacher: dict[str, Tensor], labels: Tensor) -> Tensor:
         """Pools the student's map to the factor's height and width where it is the larger one."""
-        factor = teacher[self.factor]
+        factor = teacher[self.output]
         feature = student.maps[self.taps[0]] if self.taps else student.feature
         translated = self.translator(align(feature, (factor.shape[-2], factor.shape[-1])))
         self._variety = relative_variety(translated[:SAMPLE].detach(), factor[:SAMPLE])
@@ -172,7 +140,73 @@ class FactorTransfer(Term):
 
     def seen(self) -> dict[str, Tensor]:
         """How much the translator's output varies over a batch, as a share of how much the factors do."""
-        return {numbered("factor_variety", self.place): self._variety}
+        return {f"factor_variety{self.number}": self._variety}
+
+    def lines(self) -> Iterator[str]:
+        """The factor, its beta, and what the term is at most."""
+        factor, (channels, height, width) = self.factor, self.factor.shape
+        where = share = ""
+        if factor.pairs > 1:
+            where = f" of {factor.layers.teacher} for {factor.layers.student}"
+            share = f", of which 1/{factor.pairs} counts"
+        yield (
+            f"factor{where}: {channels} channels of {height}x{width} ({factor.elements} elements); beta "
+            f"{factor.beta:.4g}{' (auto)' if factor.auto else ''}, so its term is at most {factor.bound:.3g}{share}"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Of the first pair of layers; `layers` of the summary has all."""
+        factor = self.factor
+        first = {"elements": factor.elements, "factor_channels": factor.channels, "beta": factor.beta}
+        return {} if self.number else {**first, "bound": factor.bound}
+
+
+class Factor(NamedTuple):
+    """What the term compares at one pair of layers."""
+
+    layers: Group
+    channels: int
+    beta: float
+    """By itself: the weight of the term is this over the number of `pairs`."""
+    p: float
+    auto: bool
+    """Whether beta follows from the number of elements."""
+    pairs: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(K, H, W)."""
+        return self.channels, *self.layers.size
+
+    @property
+    def elements(self) -> int:
+        """K x H x W."""
+        return math.prod(self.shape)
+
+    @property
+    def bound(self) -> float:
+        """What beta times its loss is at most."""
+        return self.beta * factor_loss_bound(self.elements, self.p)
+
+
+def new_translator(config: Config, layers: Group, channels: int, part: str) -> nn.Module:
+    """From the student's channels to so many of the factor; its weights belong to --seed and the name of the part.
+
+    Raises:
+        ConfigError: there shall be none, and the channels differ.
+    """
+    theirs, own = layers.channels
+    if config.translator == "conv":
+        with seeded(part_seed(config.seed, part)):
+            return Translator(own, channels, config.factor_batch_norm)
+    if own != channels:
+        fits = f"--k {own / theirs:.6g}, which makes {own} factor channels" if config.paraphraser != "none" else None
+        raise ConfigError(
+            "--translator none",
+            found=f"{own} channels of the student's {layers.student}, {channels} of the factor",
+            valid=fits or f"a student's layer of {channels} channels, or a teacher's of {own}",
+        )
+    return nn.Identity()
 
 
 class Encoded(Reader):
@@ -192,17 +226,6 @@ class Encoded(Reader):
     def forward(self, feature: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, K, *size)."""
         return self.paraphraser.encode(align(feature, self.size))
-
-
-class Group(NamedTuple):
-    """The end of a teacher's group (stage) beside that of a student's."""
-
-    teacher: str
-    student: str
-    channels: tuple[int, int]
-    """Of the teacher's map, and of the student's."""
-    size: tuple[int, int]
-    """Height and width at which the two meet: the smaller of the maps'."""
 
 
 def attention(feature: Tensor, size: tuple[int, int]) -> Tensor:
@@ -231,6 +254,10 @@ class Attention(Reader):
         return attention(feature, self.size)
 
 
+AT_BOUND = 1000 * sum(2 / side**2 for side in (32, 16, 8))
+"""What the term of attention transfer is at most in the authors' CIFAR-10 program: beta 1000, these maps."""
+
+
 class AttentionTransfer(Term):
     """Attention transfer (Zagoruyko & Komodakis, ICLR 2017, equation 2), summed over groups.
 
@@ -244,12 +271,34 @@ class AttentionTransfer(Term):
     """
 
     name = "attention_transfer"
+    label = "attention transfer"
+    weight: float
 
     def __init__(self, groups: Sequence[Group], weight: float = 1000) -> None:
         super().__init__()
         self.groups, self.weight = tuple(groups), weight
         self.taps = tuple(group.student for group in groups)
         self.needs = frozenset(self.readers())
+
+    @classmethod
+    def made(cls, given: Given) -> Sequence[Term]:
+        """With --at-weight; `auto` makes the bound that of the authors' program."""
+        chosen, term = given.config.at_weight, cls(given.groups, 1.0)
+        term.weight = AT_BOUND / term.bound if chosen == "auto" else chosen
+        return [term]
+
+    @property
+    def bound(self) -> float:
+        """What the term is at most."""
+        return self.weight * sum(2 / math.prod(group.size) for group in self.groups)
+
+    def lines(self) -> Iterator[str]:
+        """The weight, and what the term is at most."""
+        yield f"attention: weight {self.weight:g}, so its term is at most {self.bound:.3g}"
+
+    def record(self) -> dict[str, Any]:
+        """The weight, and the bound that it follows from."""
+        return {"at_weight": self.weight, "at_bound": self.bound}
 
     def readers(self) -> dict[str, Reader]:
         """`attention_0`, ...: one for each group."""
@@ -277,6 +326,8 @@ class Hint(Term):
     """
 
     name = "hint"
+    label = "hints"
+    weight: float
     needs = frozenset({"hint"})
 
     def __init__(self, group: Group, weight: float = 1.0) -> None:
@@ -284,6 +335,17 @@ class Hint(Term):
         self.group, self.weight, self.taps = group, weight, (group.student,)
         theirs, ours = group.channels
         self.regressor = nn.Conv2d(ours, theirs, 1)
+
+    @classmethod
+    def made(cls, given: Given) -> Sequence[Term]:
+        """With --hint-weight."""
+        return [cls.fresh(given, given.config.hint_weight)]
+
+    @classmethod
+    def fresh(cls, given: Given, weight: float = 1.0) -> Hint:
+        """At the middle group, with a fresh regressor, which belongs to --seed."""
+        with seeded(part_seed(given.config.seed, "regressor")):
+            return cls(given.groups[(len(given.groups) - 1) // 2], weight)
 
     def readers(self) -> dict[str, Reader]:
         """`hint`: the whole map."""
@@ -296,3 +358,28 @@ class Hint(Term):
         if ours.dtype != torch.float64:
             ours, theirs = ours.float(), theirs.float()
         return self.weight * F.mse_loss(ours, theirs)
+
+
+class Own(Term):
+    """A term of the user's own, which --term names."""
+
+    @classmethod
+    def made(cls, given: Given) -> Sequence[Term]:
+        """What the callable makes of the pair of networks; its first weights are drawn from --seed.
+
+        Raises:
+            ConfigError: it cannot be imported or called, or gives no term.
+        """
+        config = given.config
+        try:
+            if not is_callable_name(str(config.term)):
+                raise ValueError("no package.module:callable")
+            with seeded(part_seed(config.seed, "term")):
+                term = imported(str(config.term))(given.pair)
+            if not isinstance(term, Term):
+                raise TypeError(f"gives a {type(term).__name__}, no factor_transfer.method.losses.Term")
+        except Exception as error:  # whatever code of the user's raises
+            valid = "package.module:callable, such as new_method:Distances in examples/"
+            raise ConfigError(f"--term {config.term}", found=str(error), valid=valid) from error
+        term.label = term.label or str(config.term)
+        return [term]

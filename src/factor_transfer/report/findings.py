@@ -19,7 +19,7 @@ from factor_transfer.data.dataset import Dataset
 from factor_transfer.data.splits import Batch
 from factor_transfer.data.views import spaced
 from factor_transfer.method.factor_transfer import Paraphraser, Translator, normalize_factor
-from factor_transfer.method.losses import align
+from factor_transfer.method.term import align
 from factor_transfer.networks.features import Tapped, feature_shape
 from factor_transfer.networks.load import Network
 from factor_transfer.networks.pair import Modules

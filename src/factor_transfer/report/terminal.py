@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from factor_transfer.method.presets import ALONE
+from factor_transfer.method.presets import LABELS_ALONE
 from factor_transfer.training.run_folder import saved_summary
 from factor_transfer.util.arguments import Size, written
 from factor_transfer.util.console import say, table, warn
@@ -133,7 +133,7 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
     gained = f" and {_than(student, teacher)} top-1" if "top1" in teacher and "top1" in student else ""
     lines = [f"The student has {size} the teacher's parameters{gained}."]
     what = summary.get("method", "Factor Transfer")
-    if "baseline" in summary and what != ALONE:
+    if "baseline" in summary and what != LABELS_ALONE:
         against = _than(student, summary["baseline"])
         gave = f"{what[:1].upper()}{what[1:]} gave it {against} than training alone did."
         lines.append(f"{gave} One seed is no proof: try several.")

@@ -17,7 +17,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from factor_transfer.config import Config
 from factor_transfer.method.factor_transfer import normalize_factor
-from factor_transfer.method.losses import FactorTransfer, align
+from factor_transfer.method.losses import FactorTransfer
+from factor_transfer.method.term import align
 from factor_transfer.report.pictures import strongest, tiles
 from factor_transfer.training.run_folder import Run
 from factor_transfer.training.step import DistillationTask

@@ -18,7 +18,8 @@ from factor_transfer.config import Config
 from factor_transfer.data.dataset import open_data
 from factor_transfer.data.views import VERSION, Transform
 from factor_transfer.method.factor_transfer import Paraphraser, Straight
-from factor_transfer.method.losses import FactorTransfer, Labels, Reader, SoftTargets, Term, numbered
+from factor_transfer.method.losses import FactorTransfer, Labels, SoftTargets
+from factor_transfer.method.term import Reader, Term, numbered
 from factor_transfer.networks.compiled import Compiled, check_compiler, check_exports
 from factor_transfer.networks.features import FrozenTeacher
 from factor_transfer.networks.load import Network, Role, count_parameters, own_size
@@ -31,7 +32,7 @@ from factor_transfer.training.evaluation import evaluate, evaluate_paraphraser, 
 from factor_transfer.training.objective import (
     Objective,
     fresh_paraphrasers,
-    given_paraphrasers,
+    named_paraphrasers,
     new_paraphraser,
     trained_up_to,
 )
@@ -146,9 +147,9 @@ class Job:
         kept = [paraphraser.factor_channels for paraphraser in fresh_paraphrasers(self.config, pair)]
         self.objective = Objective(self.config, pair, kept, len(self.data.classes))
         if self.config.beta == "auto":
-            for place, factor in enumerate(self.objective.factors):
-                changed = "auto set another beta when the run began"
-                self.hold(numbered("beta", place), repr(factor.beta), "--beta", changed)
+            factors = self.objective.factors
+            for name, factor in zip(numbered("beta", len(factors)), factors, strict=True):
+                self.hold(name, repr(factor.beta), "--beta", "auto set another beta when the run began")
         self.views = self._choose_views()
         return pair
 
@@ -240,15 +241,14 @@ class Job:
         if self.config.paraphraser == "none":
             say("no paraphraser: the factor is the teacher's feature map itself")
             return fresh_paraphrasers(self.config, pair)
-        return [self._paraphraser(each, place) for place, each in enumerate(pair.each())]
+        return [self._paraphraser(name, each, file) for name, each, file in named_paraphrasers(self.config, pair)]
 
-    def _paraphraser(self, pair: Pair, place: int) -> Paraphraser:
-        """The trained paraphraser, given or trained here without labels; its error is measured either way."""
-        config, run, name = self.config, self.run, numbered("paraphraser", place)
+    def _paraphraser(self, name: str, pair: Pair, file: str | None) -> Paraphraser:
+        """The trained paraphraser, given in a file or trained here without labels; its error is measured either way."""
+        config, run = self.config, self.run
         found = self.recorded(name)
-        given = given_paraphrasers(config, 1 + len(self._teacher.more))[place]
-        file = str(run.path(f"{name}.safetensors")) if found else given
-        paraphraser = new_paraphraser(config, pair, file, place)
+        file = str(run.path(f"{name}.safetensors")) if found else file
+        paraphraser = new_paraphraser(config, pair, file, name)
         assert isinstance(paraphraser, Paraphraser)
         if config.paraphraser is not None and found is None:
             weights = state_fingerprint(paraphraser.state_dict())
@@ -377,8 +377,7 @@ class Job:
         network.module.load_state_dict(trained.student.module.state_dict())
         for term in trained.terms.values():
             if isinstance(term, FactorTransfer):  # no part of the student, but the report shows its factors
-                name = numbered("translator", term.place)
-                self.run.save_weights(name, term.translator.state_dict(), {"format": "pt"})
+                self.run.save_weights(f"translator{term.number}", term.translator.state_dict(), {"format": "pt"})
         self.run.save_weights(plan.stage, network.module.state_dict(), {"format": "pt"})
         return training
 

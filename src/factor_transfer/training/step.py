@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from factor_transfer.method.factor_transfer import Paraphraser, Straight, reconstruction_loss
 from factor_transfer.method.health import DEAD
-from factor_transfer.method.losses import Labels, Reader, StudentOutputs, Term, align
+from factor_transfer.method.losses import Labels
+from factor_transfer.method.term import Reader, StudentOutputs, Term, align
 from factor_transfer.networks.features import Tapped
 
 Result = dict[str, Any]

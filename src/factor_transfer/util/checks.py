@@ -31,10 +31,34 @@ class ActsOn:
         *parts: their names; none: the setting may differ when a run is continued.
         named: the setting is a place, and a fingerprint of what lies there is checked in its stead.
         machine: each process of a run may have its own.
+        read_by: the weights of the terms that read the setting: it does nothing where they are all off.
+        swept: whether a comparison may vary the setting.
     """
 
-    def __init__(self, *parts: Part, named: bool = False, machine: bool = False) -> None:
+    def __init__(
+        self,
+        *parts: Part,
+        named: bool = False,
+        machine: bool = False,
+        read_by: Sequence[str] = (),
+        swept: bool = True,
+    ) -> None:
         self.parts, self.named, self.machine = frozenset(parts), named, machine
+        self.read_by, self.swept = tuple(read_by), swept and bool(parts)
+
+
+class Weight(ActsOn):
+    """Metadata of the setting that gives a term of the student's loss its weight, and so declares the term.
+
+    Args:
+        term: the term's class, package.module:Class; None for a stage of its own.
+        off: the setting's value in a method that does not name it.
+        **presets: methods with the term that are compared by name, and the settings that make each.
+    """
+
+    def __init__(self, term: str | None, *, off: Any = 0.0, **presets: Mapping[str, Any]) -> None:
+        super().__init__("student")
+        self.term, self.off, self.presets = term, off, presets
 
 
 def flag(name: str) -> str:
@@ -82,6 +106,22 @@ def named(kind: type) -> frozenset[str]:
 def of_a_machine(kind: type) -> frozenset[str]:
     """The fields that each process of a run may have of its own."""
     return frozenset(name for name, acts in _acts(kind) if acts is not None and acts.machine)
+
+
+def weights(kind: type) -> dict[str, Weight]:
+    """The fields of a dataclass that are weights of terms, in order."""
+    return {name: acts for name, acts in _acts(kind) if isinstance(acts, Weight)}
+
+
+def read_by(kind: type, name: str) -> tuple[str, ...]:
+    """The weights of the terms that read a field; of a weight, itself; none where the field is no term's."""
+    acts = dict(_acts(kind))[name]
+    return (name,) if isinstance(acts, Weight) else acts.read_by if acts is not None else ()
+
+
+def swept(kind: type) -> tuple[str, ...]:
+    """The fields that a comparison may vary, in order."""
+    return tuple(name for name, acts in _acts(kind) if acts is None or acts.swept)
 
 
 @cache
