@@ -1,7 +1,8 @@
-"""What a run does only at its end, or only with its last batch, is tried on a few images before anything is trained.
+"""Try, before anything is trained, what a run does only at its end or only with its last batch.
 
-A training step of every stage on its smallest batch; what is trained, built again from what is recorded of it and with
-weights from a file, as every command does later; one image alone, as whoever uses it does; disk space. All on copies.
+There is a training step of every stage on its smallest batch. Every trained network is built again from its record,
+with weights from a file, as later commands do, and evaluated on a single image. Disk space is checked. All this works
+on copies and a few images.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from factor_transfer.util.errors import ConfigError, FactorTransferError, ModelE
 from factor_transfer.util.seeds import seeded
 
 ENOUGH = 8
-"""Images of a batch on which a step fails only where it fails on more, too; but for memory."""
+"""Images of a trial step. If a step on so many fails, it also fails on more; only memory may still be short."""
 
 COPIES = 12
-"""Sizes of a network that its stage writes at most: checkpoints of weights, optimizer and average, and exports."""
+"""Disk space that a stage needs, in sizes of its network: checkpoints (weights, optimizer, average) and exports."""
 
 CLOSE = 1e-3
 """Largest difference of logits that count as the same, relative to the largest."""
@@ -48,7 +49,7 @@ Task = DistillationTask | ParaphraserTask
 
 
 def rehearse(job: Job, pair: Pair) -> None:
-    """Try what a run will do; nothing of it stays.
+    """Try what a run will do; nothing is kept.
 
     Raises:
         ConfigError: a batch too small to train on, or too large for the device.
@@ -132,7 +133,7 @@ def _student(job: Job, pair: Pair) -> DistillationTask:
 
 
 def _try_steps(job: Job, task: Task, counts: list[int], what: str) -> None:
-    """A step each on so many images."""
+    """Try a training step for each number of images."""
     config, processes = job.config, job.engine.processes
     job.engine.place(task)
     for count in counts:
@@ -167,7 +168,7 @@ def _try_steps(job: Job, task: Task, counts: list[int], what: str) -> None:
 
 
 def _failure(run: Callable[[], object]) -> Exception | None:
-    """What it raises; the user's own mistakes, which are told already, go through."""
+    """The exception that `run` raises, if any. Errors of our own, with their message for the user, go through."""
     try:
         run()
     except FactorTransferError:
@@ -239,7 +240,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _built_again(job: Job, side: Side, trained: nn.Module) -> nn.Module:
-    """The network as later commands build it, with what the trained one has learned, from a file."""
+    """The network as later commands build it, with the trained weights from a file."""
     network, config = side.network, job.config
     there = {name: getattr(network, name) for name in ("mean", "std")} | {"img_size": network.size}
     there["model_args"] = plain(network.model_args)

@@ -1,4 +1,4 @@
-"""Which students would fit: timm's networks, measured on this machine at the size of the images."""
+"""`factor-transfer suggest`: students within limits of size and latency, measured on this machine."""
 
 from __future__ import annotations
 
@@ -123,8 +123,8 @@ def suggest(config: SuggestConfig) -> tuple[list[Suggestion], Size]:
 def _latencies(candidates: Sequence[Candidate], classes: int, size: Size) -> list[float]:
     """Median milliseconds of one image through each, in processes of their own, as in use.
 
-    In one process with all of them, each would find the heap in the pieces that the others left. They take turns, so
-    that no disturbance meets one of them alone.
+    In one process with all of them, a network would be timed on a heap that the others have fragmented. They take
+    turns, so that a disturbance affects all of them.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -136,7 +136,7 @@ def _latencies(candidates: Sequence[Candidate], classes: int, size: Size) -> lis
 
 def _latency(candidate: Candidate, classes: int, size: Size, threads: int) -> float:
     torch.set_num_threads(threads)
-    keep_memory()  # whether glibc gives any back depends on what chances to lie behind it
+    keep_memory()  # else glibc may give freed memory back, by chance, and the latency has page faults in it
     name, args = candidate
     network = load_network(name, role="student", num_classes=classes, img_size=size, args=args)
     return latency_ms([network.module], [size], rounds=10)[0]

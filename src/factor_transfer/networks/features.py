@@ -19,20 +19,20 @@ from factor_transfer.util.errors import ModelError, listed, near
 from factor_transfer.util.files import state_fingerprint
 
 PREFIXES = (0, 1, 2, 4, 5)
-"""Class, distillation and register tokens that are looked for where a network does not say how many it has."""
+"""Numbers of class, distillation and register tokens to try where a network does not say how many it has."""
 
 SQUARE = (1, 1)
-"""Height and width of images, where only their aspect matters."""
+"""Height and width of square images; only the aspect matters."""
 
 POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-"""What comes after the last map, even where (as in VGG) its output has more than one place."""
+"""Pooling after the last map: never a feature map itself, even where (as in VGG) its output has several places."""
 
 
 class Tapped(nn.Module):
     """A network that gives, beside its own output, the output of one of its submodules as a feature map.
 
-    The network itself is left as it is: the hook lives only while `forward` runs. Where a later layer overwrites the
-    output in place, the map is what that layer made of it.
+    The hook exists only while `forward` runs, so the network itself is not changed. If a later layer works in place on
+    the output (as ReLU may), the map is the result of that layer.
 
     Args:
         module: the network.
@@ -108,9 +108,9 @@ class _Reached(Exception):  # noqa: N818 (no error)
 
 
 def _keep_layout(found: Any) -> None:
-    """Have the gradient of a channels-last map arrive channels-last.
+    """Put the gradient of a channels-last map into channels-last layout.
 
-    That of pooling does not, and every layer before it would then compute several times slower.
+    The gradient of pooling has another layout, with which every layer before it computes several times slower.
     """
     if not (isinstance(found, Tensor) and found.requires_grad and found.ndim == 4):
         return
@@ -211,7 +211,7 @@ def _like(shape: Sequence[int], size: Sequence[int]) -> bool:
 
 
 def _grid(places: int, size: Sequence[int]) -> tuple[int, int] | None:
-    """Rows and columns of so many tokens of images; None where there are no such.
+    """Rows and columns of the tokens of an image; None where no grid of the image's aspect has so many.
 
     >>> _grid(49, (224, 224)), _grid(8, (32, 16)), _grid(7, (32, 16))
     ((7, 7), (4, 2), None)
@@ -225,7 +225,7 @@ def _grid(places: int, size: Sequence[int]) -> tuple[int, int] | None:
 
 
 def _prefix(tokens: int, module: nn.Module, size: Sequence[int]) -> int:
-    """How many of so many tokens stand before those of an image; -1 where they are none."""
+    """How many of `tokens` come before those of the image; -1 where these are no tokens of such an image."""
     told: list[Any] = [part.num_prefix_tokens for part in module.modules() if hasattr(part, "num_prefix_tokens")]
     return next((int(each) for each in (*told[:1], *PREFIXES) if _grid(tokens - each, size)), -1)
 
@@ -292,8 +292,8 @@ def _watching_all(module: nn.Module, flow: list[tuple[str, Any]]) -> Iterator[No
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
-    """What `torch.compile` has made of a module before knows of no hook that came later: inside, it runs as written."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes a second
+    """Run modules uncompiled inside: code that `torch.compile` made earlier would skip hooks that were added later."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled then; and importing it takes a second
         return nullcontext()
     return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return] # torch's own
 

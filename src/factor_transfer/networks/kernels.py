@@ -1,13 +1,13 @@
-"""Kernels of torch that write past their memory on some CPUs, and what is computed in their place.
+"""Replace a kernel of torch that writes past its memory on some CPUs.
 
-Known: the gradient of the weights of a convolution of one pixel (1x1) with a stride, channels-last, of fewer input
-channels than oneDNN's kernel takes at once: 8 with AVX2, 16 with AVX-512. It kills the process, or gives wrong values
-without a word. The cause is known to oneDNN (its issue 6035: the offset into a workspace). `benchmarks/kernels.py`
-searches for such shapes, and `results/kernels.json` tells which were tried, and with which versions.
+It computes the gradient of the weights of a 1x1 convolution with a stride, channels-last, with fewer input channels
+than oneDNN's kernel takes at once: 8 with AVX2, 16 with AVX-512. It kills the process, or gives wrong values without
+an error. The cause is known to oneDNN (its issue 6035: the offset into a workspace). `benchmarks/kernels.py`
+searches for such shapes. `results/kernels.json` lists those that were tried, with the versions.
 
-The gradient is taken over from torch at its dispatcher, so it makes no difference who calls the convolution, in which
-layout, or whether the backward pass computes a part of the forward pass anew. All CPUs are treated alike: which kernels
-oneDNN chooses depends on environment variables, too, and the same shape then gives the same bits everywhere.
+The replacement is registered with torch's dispatcher. So it works for every caller and layout, and inside activation
+checkpointing. All CPUs are treated alike, because oneDNN's choice of a kernel also depends on environment variables;
+and so the same shape gives the same bits everywhere.
 
 Shapes: B samples, C input channels, O output channels, H x W the map.
 """
@@ -37,8 +37,8 @@ _library: Library | None = None
 
 
 def guard() -> None:
-    """Compute in another way what would corrupt memory, in this process and on CPUs; each shape is said once."""
-    global _library  # noqa: PLW0603 # it is torch's dispatcher that is changed, and there is one
+    """Register the replacement, for CPUs and in this process. The user is told of each shape once."""
+    global _library  # noqa: PLW0603 # there is one dispatcher in a process
     _said.clear()
     if _library is not None:
         return
@@ -53,10 +53,10 @@ def guard() -> None:
 
 
 def _usual() -> Callable[..., Any]:
-    """Torch's own `convolution_backward`, once another one stands in its place."""
+    """Torch's own `convolution_backward`, after `guard` has replaced it."""
     if hasattr(torch.library, "get_kernel"):
         return torch.library.get_kernel(BACKWARD, "CPU").call_boxed
-    # Before torch 2.10. It is one kernel for all devices, so that of a device that nobody has changed is the same.
+    # Before torch 2.10. One kernel serves all devices, so that of another, unchanged device is the same.
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.MkldnnCPU)
     return lambda _, *given: BACKWARD.redispatch(keys, *given)
 
@@ -73,7 +73,7 @@ def gradients(
 ) -> Any:  # fmt: skip
     """As `torch.ops.aten.convolution_backward`, for convolutions that are `broken`; NotImplemented for all others.
 
-    A convolution of one pixel reads every `stride`-th pixel alone: with these taken out first, its stride is 1.
+    A 1x1 convolution reads every `stride`-th pixel alone. These pixels are taken out first; the stride is then 1.
 
     Args:
         gradient: of the output, (B, O, ...).

@@ -34,17 +34,18 @@ _APPLIED = frozenset((
     "tanh", "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm",
     "add", "__add__", "__radd__", "cat", "concat", "concatenate",
 ))  # fmt: skip
-"""Functions that still belong to the group whose output they are applied to."""
+"""Functions that still belong to the group that they are applied to."""
 
 
 @torch.no_grad()
 def find_layer(module: nn.Module, images: Tensor) -> str:
     """The submodule whose output is the last feature map before pooling: the last group after its last activation.
 
-    It is found by looking at what flows: the outermost submodule that returns the very tensor that timm's
-    `forward_features` returns (or one of its shape), or without `forward_features` the last one to return a map
-    with more than one place through which all goes that the output depends on: one of several branches is none, and
-    neither is what a head of convolutions makes. Of several last maps, as CrossViT has, it is the last one.
+    The network runs once, and the output of every submodule is looked at. With timm's `forward_features`, the layer
+    is the outermost submodule that returned that very tensor (or else one of its shape). Without it, the layer is
+    the last one whose map has more than one place and lies on every path from the images to the output. So one of
+    several branches is not it, and neither is a head of convolutions. Of several last maps, as in CrossViT, it is
+    the last one.
 
     Args:
         module: the network.
@@ -59,7 +60,7 @@ def find_layer(module: nn.Module, images: Tensor) -> str:
     side, known = min(images.shape[-2:]), hasattr(module, "forward_features")
     layer, pooled = (None, True) if side <= SMALL and not known else _last_layer(module, images)
     if pooled and not known:
-        # The last map of small images may have one place, as if it were pooled: larger ones tell them apart.
+        # With small images the last map may have one place, as if it were pooled. Larger images tell the two apart.
         with suppress(Exception):  # whatever a network raises that is made for one size
             larger = max(4 * min(side, SMALL), 2 * side)
             layer, _ = _last_layer(module, F.interpolate(images, [each * larger // side for each in images.shape[-2:]]))
@@ -75,9 +76,9 @@ def find_layer(module: nn.Module, images: Tensor) -> str:
 
 
 def _last_layer(module: nn.Module, images: Tensor) -> tuple[str | None, bool]:
-    """The layer of the last map, and whether maps of one place come after all others."""
+    """The layer of the last map, and whether the very last output of a submodule has one place."""
     own = hasattr(module, "forward_features")
-    with torch.set_grad_enabled(not own):  # whose graph tells what the output depends on
+    with torch.set_grad_enabled(not own):  # autograd's graph tells what the output depends on
         images = images.detach().requires_grad_(not own)
         flow, output = flow_of(module, images)
     size = images.shape[-2:]
@@ -90,7 +91,7 @@ def _last_layer(module: nn.Module, images: Tensor) -> tuple[str | None, bool]:
 
 
 def _of_the_trunk(module: nn.Module, flow: Flow, output: Any, images: Tensor) -> list[Tensor]:
-    """Of the maps with more than one place before the head the last that is no branch; all, where each is one."""
+    """The last map with more than one place, before the head, that is no branch; all, where each is a branch."""
     maps = [(name, tensor) for name, tensor in flow if shape_of(tensor, module, images.shape[-2:])[1:] != (1, 1)]
     head = conv_head(module)
     found = maps[: next((place for place, (name, _) in enumerate(maps) if name == head), None)] or maps
@@ -103,10 +104,10 @@ def _of_the_trunk(module: nn.Module, flow: Flow, output: Any, images: Tensor) ->
 def find_groups(module: nn.Module, images: Tensor) -> list[tuple[str, tuple[int, int, int]]]:
     """The ends of a network's groups (stages): (layer, (C, H, W)), for each height and width the last, in order.
 
-    A group is a submodule that holds two or more layers with weights of its map's size; so the next group's first
-    convolution, which may still have that size, is none. Where no submodule is (a flat network), it is the last layer.
-    The last group ends where `find_layer` says. What comes before the first group (a stem) is none, and neither is a
-    map of one place.
+    A group is a submodule that holds two or more layers with weights whose maps have the size of its own map. So the
+    first convolution of the next group, which may still have that size, is no group. Where no submodule is one (a flat
+    network), the last layer of that size ends the group. The last group ends where `find_layer` says. A stem before the
+    first group is no group, and neither is a map of one place.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU())
     >>> find_groups(net, torch.zeros(2, 3, 8, 8))
@@ -123,7 +124,7 @@ def find_groups(module: nn.Module, images: Tensor) -> list[tuple[str, tuple[int,
         weighted = [name for name, weight in parts if isinstance(weight, Tensor) and weight.ndim > 1]
         groups = [each for each in named if sum(name.startswith(f"{each[0]}.") for name in weighted) > 1]
         _, output = groups[-1] if groups else min(reversed(named), key=lambda each: each[0].count("."))
-        if size != (1, 1) and weighted:  # maps that no weights make are attention's own
+        if size != (1, 1) and weighted:  # maps without weights come from inside attention
             found.append((layer_of(flow, output), shape(output), bool(groups)))
     found.sort(key=lambda each: each[1][1:], reverse=True)
     if not found:
@@ -137,9 +138,9 @@ def find_groups(module: nn.Module, images: Tensor) -> list[tuple[str, tuple[int,
 
 
 def carries_all(feature: Tensor, outputs: Iterable[Tensor], images: Tensor) -> bool:
-    """Whether `outputs` depend on `images` through `feature` alone: the graph of autograd has no way around it.
+    """Whether every path in autograd's graph from `outputs` to `images` goes through `feature`.
 
-    Where there is no graph, as of code under `no_grad`, nothing tells, and the answer is True.
+    Where there is no graph, as under `no_grad`, the answer is True.
 
     >>> images = torch.ones(1, requires_grad=True)
     >>> one, other = 2 * images, 3 * images
@@ -177,7 +178,7 @@ def conv_head(module: nn.Module) -> str | None:
 
 
 class _Followers(TorchFunctionMode):
-    """Notes the functions that make new tensors of a tensor."""
+    """Records the functions that compute new tensors from a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,9 +196,9 @@ class _Followers(TorchFunctionMode):
 
 @torch.no_grad()
 def follower(module: nn.Module, layer: str, images: Tensor) -> str | None:
-    """The activation, norm, sum or concatenation that takes a layer's output: None, where it ends its group.
+    """The activation, norm, sum or concatenation that is applied to a layer's output; None where there is none.
 
-    (What works in place needs no word: the map is then what it has made of it.)
+    Functions that work in place do not count: the tapped map already has their result.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
     >>> follower(net, "0", torch.zeros(2, 3, 6, 6)), follower(net, "1", torch.zeros(2, 3, 6, 6))

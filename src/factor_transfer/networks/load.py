@@ -1,4 +1,4 @@
-"""A network from a name, an input normalisation, and a teacher that stays as it is.
+"""Load a network from its name (or take a module), with its weights and its input normalisation.
 
 Names are timm's (its registry, `local-dir:FOLDER`, `hf-hub:NAME`; the paper's CIFAR families are in `zoo`), or
 `torchvision/NAME`, or `package.module:callable` for a network of the user's own.
@@ -89,7 +89,7 @@ class Network:
     notes: tuple[str, ...] = ()
     """What its user should know."""
     headless: bool = False
-    """It has no head for the data's classes, as a self-supervised backbone: only a teacher may be so."""
+    """It has no head for the data's classes, like a self-supervised backbone. Only a teacher may have none."""
     output: str | None = None
     """Which of its own outputs the logits are; None where it gives one tensor."""
     origin: str = ""
@@ -137,7 +137,7 @@ def load_network(
         args: constructor arguments.
         weights: a safetensors or torch file, or `pretrained` for timm's own.
         output: which of its outputs the logits are, by name; default: the one that can only be them.
-        seed: owns the weights that are drawn here.
+        seed: of the weights that are initialised here.
         mean: channel means of its input; default: the model's own.
         std: channel deviations likewise.
 
@@ -174,7 +174,7 @@ def load_network(
 
 @dataclass(frozen=True)
 class _Built:
-    """A network as its name or its owner gives it."""
+    """A network before weights from a file are loaded."""
 
     module: nn.Module
     pretrained: bool
@@ -194,7 +194,7 @@ def _built(
     weights: str | None,
     notes: list[str],
 ) -> _Built:
-    """The network of a name, with timm's or torchvision's weights where they are wanted, else with drawn ones."""
+    """The network of a name, with timm's or torchvision's weights if they are asked for, else with fresh ones."""
     if "img_size" in args:
         raise ModelError(
             f"--{role}-args img_size",
@@ -269,7 +269,7 @@ def name_of(given: str | nn.Module) -> str:
 
 
 def own_size(given: str | nn.Module, role: Role = "student") -> int | Size:
-    """Size of the images that a network was made for, in pixels: one number for a square, else height and width."""
+    """Size of the images that a network was designed for, in pixels: one number for a square, else height and width."""
     if isinstance(given, nn.Module):
         own = getattr(given, "pretrained_cfg", None) or {}
     elif parse_name(given, role)[0] in {"torchvision", "callable"}:
@@ -313,7 +313,7 @@ def _create(
             module = create(**made, pretrained=pretrained)
             own_classes = (made.get("pretrained_cfg") or {}).get("num_classes")
             if pretrained and own_classes not in {None, num_classes}:
-                # For another head timm loads all of the weights loosely; with their own head it is strict.
+                # With another head timm loads weights non-strictly. A build with their own head checks them.
                 create(**{**made, "num_classes": own_classes}, pretrained=True)
     except TypeError as error:
         raise ModelError(
@@ -333,21 +333,21 @@ def _create(
 def _torchvision(
     name: str, num_classes: int, args: Mapping[str, Any], *, pretrained: bool
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """torchvision's network, and the arguments that build its like, `num_classes` among them.
+    """A torchvision network, and the arguments that build it again without its weights.
 
-    With its own weights it is the very network that there is without them: a head for other classes than theirs is
-    drawn anew, and so are auxiliary heads that are asked for.
+    With torchvision's weights it has the same structure as without them. Its head is new where the number of classes
+    differs, and so are auxiliary heads that were asked for.
 
     Args:
         name: torchvision/NAME.
         num_classes: N of its head.
         args: further arguments of its constructor.
-        pretrained: it shall have torchvision's weights.
+        pretrained: load torchvision's weights.
     """
     plain, more = name.removeprefix(TORCHVISION), dict(args)
     if not pretrained:
         return _bare(plain, num_classes, more), {"num_classes": num_classes, **more}
-    # With weights it is built with auxiliary heads, asked for or not.
+    # With weights, torchvision adds auxiliary heads even if none were asked for.
     whole = torchvision.models.get_model(
         plain, weights="DEFAULT", **{k: v for k, v in more.items() if k != "aux_logits"}
     )
@@ -369,7 +369,7 @@ def _bare(plain: str, num_classes: int, args: Mapping[str, Any]) -> nn.Module:
 
 
 def _set_by_weights(whole: nn.Module, plain: str, args: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments that weights set unasked, as GoogLeNet's `transform_input`."""
+    """Arguments that torchvision changes when it loads weights, such as GoogLeNet's `transform_input`."""
     with torch.random.fork_rng(devices=[]):  # on the CPU: RegNet computes its sizes with tensors
         bare = _bare(plain, TORCHVISION_CLASSES, args)
     names = set(inspect.signature(type(whole).__init__).parameters) & vars(whole).keys() & vars(bare).keys()
@@ -421,7 +421,7 @@ def _call(model_name: str, pretrained: bool, **args: Any) -> nn.Module:
 
 
 def _first_line(error: Exception) -> str:
-    """With the next one, where the first only announces it."""
+    """The first line of an error's message; and the second, where the first ends in a colon."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     shown = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
     return shown or type(error).__name__

@@ -1,8 +1,8 @@
-"""What a network says of classes, wherever in its output it says it: unwrapped once, where the network is loaded.
+"""Find the logits in whatever a network returns. This is done once, when the network is loaded.
 
 A network may give a plain tensor, or tensors in dicts, tuples, lists, named tuples, dataclasses and objects like them;
-and another form in training than in evaluation (GoogLeNet's auxiliary logits). A forward hook on the network then makes
-the logits of it, so that whoever calls the network gets a plain tensor. Its parameters keep their names.
+and may return another form in training than in evaluation (GoogLeNet's auxiliary logits). A forward hook on the network
+then picks the logits, so that every caller gets a plain tensor. The names of its parameters stay the same.
 
 Shapes: B images, N classes.
 """
@@ -22,7 +22,7 @@ from factor_transfer.util.errors import ModelError, listed
 from factor_transfer.util.seeds import seeded
 
 LOGITS = "logits"
-"""What logits are called where they have a name."""
+"""Name of the output that is taken as the logits, if there is one."""
 
 
 def tensors(output: Any, at: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -75,7 +75,7 @@ def _parts(output: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Choice:
-    """Where the logits are in what a network gives."""
+    """Which tensor of a network's output is the logits."""
 
     name: str
     """Of the tensor; empty for a plain one."""
@@ -135,18 +135,18 @@ def _listed(shapes: Mapping[str, str]) -> str:
 
 
 class Unwrap:
-    """A forward hook that makes a plain tensor of whatever a network gives.
+    """A forward hook that replaces a network's output by one of its tensors.
 
     Args:
         evaluation: name of the tensor in eval mode.
-        training: in training mode; or why there is none, which is raised when it is asked for.
+        training: name in training mode; or the error to raise in training mode, where it has no logits.
     """
 
     def __init__(self, evaluation: str, training: str | ModelError) -> None:
         self.evaluation, self.training = evaluation, training
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Tensor:
-        """The output's tensor of the mode that the network is in."""
+        """The tensor for the mode (training or evaluation) that the network is in."""
         if isinstance(output, Tensor):
             return output
         name = self.training if module.training else self.evaluation
@@ -170,7 +170,7 @@ def given_by(module: nn.Module, size: Size, count: int, *, foreign: bool) -> tup
     try:
         with seeded(0):
             return output, copy.train()(images)
-    except Exception:  # whatever a network raises that only evaluates; whoever trains it is told
+    except Exception:  # a network for evaluation only may raise anything; training it raises an error later
         return output, None
 
 

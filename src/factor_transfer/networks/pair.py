@@ -1,4 +1,4 @@
-"""Teacher and student side by side: where each feature map is read, and the size at which the two meet."""
+"""Teacher and student: where the feature map of each is read, and the size at which the two are compared."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Pair:
-    """Teacher and student, and the size at which their maps meet."""
+    """Teacher and student, and the size at which their maps are compared."""
 
     teacher: Side
     student: Side

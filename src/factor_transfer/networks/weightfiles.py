@@ -1,4 +1,4 @@
-"""Files of weights, known by their content and not by their name: what each is, and the tensors in it.
+"""Recognise a file of weights by its content, not by its name, and read the tensors in it.
 
 Weights are data: safetensors, or torch files read with `weights_only=True` on the CPU.
 """
@@ -24,10 +24,10 @@ from factor_transfer.util.errors import ModelError, first_line, listed, near
 
 VALID = "a safetensors file, or a torch file that holds only tensors"
 HEAD = 4096
-"""Bytes that are looked at."""
+"""Bytes at the start of a file that are enough to recognise it."""
 
 MOST, DEEPEST = 200_000, 16
-"""Entries of a file that are looked at, and how deep: a small hostile file can unfold without end."""
+"""Limits on the entries of a file and on their nesting: a small hostile file can expand without end."""
 
 AGAIN = "fetch it again, and compare its size with the original's"
 UNPACK = "unpack it, and give the file of weights inside"
@@ -61,7 +61,7 @@ SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"7z\xbc\xaf", "a 7z archive", UNPACK),
     (0, b"Rar!", "a rar archive", UNPACK),
 )
-"""Where a kind of file has which bytes."""
+"""(offset, bytes there, what the file is, what to do instead)."""
 
 
 TIMMS = (
@@ -148,13 +148,13 @@ def identify(path: Path, given: str) -> Kind:
         raise ModelError(given, found=str(error.strerror or error), valid=VALID) from error
     if not head:
         return Kind(None, "an empty file", AGAIN)
-    # A header of 640 bytes, for one, begins as a pickle does.
+    # safetensors first: the length of its header can look like the first bytes of a pickle.
     found = _safetensors(path, head, size) or _signature(path, head) or _zip(path, head) or _text(head)
     return found or Kind(None, f"no kind of file that is known here; it begins with {head[:8]!r}", AGAIN)
 
 
 def _signature(path: Path, head: bytes) -> Kind | None:
-    """What a few bytes tell."""
+    """A kind of file that is known by a few bytes."""
     for offset, mark, what, hint in SIGNATURES:
         if head[offset:].startswith(mark):
             return Kind(None, what, hint)
@@ -239,7 +239,7 @@ def _text(head: bytes) -> Kind | None:
 
 
 def _folder(path: Path) -> Kind:
-    """A folder where a file belongs: what it is, and how its weights are named."""
+    """What a folder is that was given in place of a file, and how to name its weights."""
     names = {entry.name for entry in path.iterdir()}
     weights = sorted(name for name in names if name.endswith((".safetensors", ".pth", ".pt", ".bin", ".ckpt")))
     if "data.pkl" in names:
@@ -260,7 +260,7 @@ def _folder(path: Path) -> Kind:
 
 
 def check_config(folder: Path, given: str) -> None:
-    """That a folder is one of timm's: its config.json names an architecture.
+    """Check that a folder is a timm model: its config.json names an architecture.
 
     Raises:
         ModelError: it is another one, or none.
@@ -282,7 +282,11 @@ def check_config(folder: Path, given: str) -> None:
 
 
 def check_folder(folder: Path, given: str) -> str:
-    """That timm can read the file of weights that it takes of a folder; what the user should know of its choice.
+    """Check that timm can read the file of weights that it would pick from a folder.
+
+    Returns:
+        A note for the user on which file, or which average of weights, timm picks; empty if there is nothing to say.
+
 
     Raises:
         ModelError: it is missing, is no file of weights, or is of another kind than its name says.
@@ -311,12 +315,12 @@ def _torch_content(path: Path) -> Any:
     with (
         torch.serialization.safe_globals([argparse.Namespace]),
         path.open("rb") as file,
-    ):  # by name torch would go by it
+    ):  # an open file: given a name, torch would judge the file by its suffix
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _needs_code(path: Path, given: str, error: Exception) -> ModelError:
-    """The refusal of a file that would run code: which, and how its weights are had."""
+    """The error for a file that would run code: which code, and how to get at its weights."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     except Exception:  # torch's older form has no list of them

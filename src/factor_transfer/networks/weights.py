@@ -1,6 +1,9 @@
-"""Weights into a network: all of what it needs, and nothing else; finite, and data, never code.
+"""Load weights into a network, strictly: every tensor that it has, no other, all finite.
 
-A head of another size is a choice, not a mismatch. `weightfiles` reads files, `unwrap` finds the weights in them.
+A head for another number of classes is no mismatch: the network then keeps its own, new head. `weightfiles` reads the
+file. `take` finds the network's tensors in it, inside containers (`state_dict`, `model`, `ema`, ...) and behind
+prefixes (`module.`, `net.`, `teacher.`, ...). There is no list of such names: a set of weights is whatever lies under
+one prefix and has the network's own names and shapes.
 """
 
 from __future__ import annotations
@@ -23,16 +26,16 @@ from factor_transfer.networks.weightfiles import Tensors, identify, read_tensors
 from factor_transfer.util.errors import ModelError, listed, near
 
 BOOKKEEPING = frozenset({"n_averaged", "total_ops", "total_params"})
-"""What torch's averages (SWA) and profilers (thop) leave among the weights: last words of names."""
+"""Last parts of the names of tensors that torch's averages (SWA) and profilers (thop) add to the weights."""
 
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-"""What data parallelism, torch.compile, FSDP and activation checkpointing put into the middle of names."""
+"""Parts that data parallelism, torch.compile, FSDP and activation checkpointing insert into names."""
 
 COUNTER = "num_batches_tracked"
-"""Batch norm's counter: files of before torch 0.4.1 lack it, and nothing is computed with it."""
+"""Batch norm's counter. Files from before torch 0.4.1 lack it, and no output depends on it."""
 
 STATISTICS = ("running_mean", "running_var")
-"""Buffers that are computed with as weights are."""
+"""Names of buffers that must be finite, like weights."""
 
 
 def load_weights(module: nn.Module, path: str | Path, given: str) -> None:
@@ -47,9 +50,9 @@ def load_weights(module: nn.Module, path: str | Path, given: str) -> None:
 
 
 def check_finite(module: nn.Module, given: str) -> None:
-    """That a network can compute: no weight and no statistic of it is NaN or infinite.
+    """Check that no weight and no batch-norm statistic of a network is NaN or infinite.
 
-    Other buffers may be infinite, as masks of attention are.
+    Other buffers may be infinite: masks of attention are.
 
     Raises:
         ModelError: a tensor is not; the message names it.
@@ -66,7 +69,7 @@ def check_finite(module: nn.Module, given: str) -> None:
             given,
             found=f"{len(bad)} of {len(state)} tensors that are not finite (NaN or infinite values): {listed(bad)}",
             valid="finite weights",
-            hint="the training that made them had diverged: give weights of before that",
+            hint="the training that made them had diverged: give weights from before that",
         )
 
 
@@ -97,7 +100,7 @@ def load_paraphraser(path: str | Path, *, channels: int, k: float, batch_norm: b
             ) from error
         load_weights(paraphraser, path, given)
     else:
-        read_tensors(Path(path), given)  # which says what is wrong with the file itself
+        read_tensors(Path(path), given)  # it raises the errors of the file itself
         try:
             paraphraser = load_reference_paraphraser(path)
         except ModelError as error:
@@ -127,7 +130,7 @@ def load_but_head(module: nn.Module, weights: str, given: str) -> tuple[bool, st
     """Load a file of weights, whose head may be for other classes, or not there (a self-supervised backbone).
 
     Args:
-        module: the network, with a head for the classes that it shall have.
+        module: the network, with a head for the wanted classes.
         weights: the file, or FILE:KEY where it holds several sets of weights.
         given: the setting that named it, for messages.
 
@@ -143,7 +146,7 @@ def load_but_head(module: nn.Module, weights: str, given: str) -> tuple[bool, st
     taken = take(read_tensors(file, given), own, given.removesuffix(f":{key}"), key, places)
     state = taken.state
     head = [name for name in own if name.rpartition(".")[0] in places]
-    if not head:  # the network shall have none, whatever the file has
+    if not head:  # the network has no head: that of the file is left out
         state = {name: value for name, value in state.items() if name.rpartition(".")[0] not in places}
     bare = hasattr(module, "get_classifier") and not any(name in state for name in head)
     other = bool(head) and (bare or any(state[n].shape[0] != own[n].shape[0] for n in head if n in state))
@@ -170,7 +173,7 @@ def head_places(module: nn.Module) -> list[str]:
 
 def _load_state(module: nn.Module, state: Mapping[str, Tensor], given: str) -> None:
     own = module.state_dict()
-    # Files of before torch 0.4.1 lack batch norm's counter, which counts and is not computed with.
+    # Files from before torch 0.4.1 lack batch norm's counter, which no output depends on.
     counters = {name: value for name, value in own.items() if name.endswith(COUNTER)}
     state = counters | dict(state)
     problems = {
@@ -202,7 +205,7 @@ def _load_state(module: nn.Module, state: Mapping[str, Tensor], given: str) -> N
 def load_all(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load tensors for every name of a module's state.
 
-    Files hold tensors alone. A module's state also has the version of each part, without which MNASNet loads nothing.
+    The state dict of a module also has the version of each submodule, which files lack and MNASNet needs.
     """
     own = module.state_dict()
     assert own.keys() == state.keys()
@@ -223,7 +226,7 @@ class Taken:
 
     state: dict[str, Tensor]
     said: str = ""
-    """For the user; `` where the file holds the weights as they are, and nothing else."""
+    """A note for the user; empty where the file holds the network's weights alone, under its names."""
 
 
 @dataclass(frozen=True)
@@ -346,7 +349,7 @@ def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def _ambiguous(given: str, sets: list[_Set]) -> ModelError:
-    """An average that is too young is worse than the weights, an old one better: only the user knows."""
+    """The error for several sets that fit. Nothing tells which is better: a young average is worse than the weights."""
     names = [each.name or "the file itself" for each in sets]
     averages = [name for name in names if "ema" in name.lower() or "averag" in name.lower() or "swa" in name.lower()]
     meant = f" ({listed(averages)}: an average, by its name)" if averages else ""

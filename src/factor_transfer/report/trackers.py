@@ -1,7 +1,7 @@
-"""Watching a run while it trains: TensorBoard in the run folder, or any of Accelerate's trackers.
+"""Live curves: TensorBoard in the run folder, or any of Accelerate's trackers.
 
-They are told after every pass what `metrics.jsonl` holds, so that a resumed run leaves no gap; nothing that they do
-touches weights, statistics or random numbers.
+After every pass they get the values of its line in `metrics.jsonl`, so that a resumed run leaves no gap. They change no
+weights, statistics or random numbers.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from factor_transfer.training.trainer import Trainer
 from factor_transfer.util.errors import ConfigError
 
 PICTURED = 4
-"""Training images whose factors are shown; and the channels of each are twice as many."""
+"""Number of training images whose factors are shown, with twice as many channels each."""
 
 ENLARGED = 6
-"""Pixels a side that show one place of a factor."""
+"""Pixels a side for each place of a factor."""
 
 
 @contextmanager

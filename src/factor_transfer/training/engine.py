@@ -1,4 +1,4 @@
-"""The machine a run computes on: device, processes, precision, and the signals that ask it to stop."""
+"""What a run computes on: device, processes, precision; and the signals that ask it to stop."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ from factor_transfer.util.console import warn
 from factor_transfer.util.errors import ConfigError, RunError, TrainingError, first_line
 
 SAME_SIGNAL_SECONDS = 1.0
-"""A launcher passes on the signal that its processes have had from the terminal or from SLURM, too."""
+"""Within this time a second signal is taken for the first: launchers repeat what the terminal or SLURM has sent."""
 
 LEAST = 2
-"""Samples that batch norm needs of a process's part."""
+"""Samples that every process needs for batch norm."""
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 
 
 class Engine:
-    """The machine: device, processes and precision, the same for every stage of a run.
+    """Device, processes and precision, the same for every stage of a run.
 
     Args:
         device: auto, cpu, cuda or mps; launch and processes are Accelerate's.
@@ -88,7 +88,7 @@ class Engine:
         kind = _kind(device, cuda=available["cuda"], mps=available["mps"])
         self.timeout = timedelta(minutes=timeout_minutes)
         compare_machines(kind, self.timeout)
-        # Precision is ours: neither Accelerate's environment variables nor its settings file may change it.
+        # --precision alone sets it: Accelerate's environment variables and settings file must not change it.
         self.accelerator = Accelerator(
             cpu=PartialState().device.type == "cpu" if accelerate_has_begun() else kind == "cpu",
             mixed_precision="no",
@@ -138,7 +138,7 @@ class Engine:
         return bool(self.accelerator.is_main_process)
 
     def wait(self) -> None:
-        """Wait until every process has called this. For short waits, within the timeout; else see `unhurried`."""
+        """Wait until every process has called this, within the timeout. For longer waits there is `unhurried`."""
         self.accelerator.wait_for_everyone()
 
     def memory(self) -> str:
@@ -150,23 +150,23 @@ class Engine:
         return taken
 
     def unhurried(self) -> AbstractContextManager[None]:
-        """Inside, each process works by itself, as long as it takes; at the end each waits for all that live.
+        """Inside, each process works by itself without a time limit; at the end each waits for all others.
 
-        For whatever one process does alone, or one machine may do more slowly than another. See `processes`.
+        For work of one process alone, or work that one machine may do more slowly than another. See `processes`.
         """
         return unhurried(self.rank, self.processes, self.timeout.total_seconds())
 
     def seed_noise(self, seed: int) -> None:
         """Seed the noise inside layers on this device.
 
-        `torch.manual_seed` seeds every kind of device there is, and takes its time for those that are not here.
+        `torch.manual_seed` would seed every kind of device, which takes time for those that are absent.
         """
         torch.default_generator.manual_seed(seed)
         if self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(seed)
 
     def settle(self) -> None:
-        """Until the device has done what it was given: a GPU is behind the program, and clocks measure nothing."""
+        """Wait until the device has finished its work. A GPU works asynchronously, so clocks need this."""
         if self.device.type != "cpu":
             torch.get_device_module(self.device).synchronize()
 
@@ -208,9 +208,9 @@ class Engine:
 
     @torch.no_grad()
     def share_buffers(self, module: nn.Module) -> None:
-        """Batch-norm statistics as the mean over processes, each of which has met only its part of the images.
+        """Set batch-norm statistics to their mean over processes, each of which has seen only its part of a batch.
 
-        After every step, so that all processes hold the same state at any moment: what one of them saves is whole.
+        This is done after every step, so that all processes hold the same state whenever one of them saves it.
         """
         if self.processes == 1:
             return
@@ -225,11 +225,11 @@ class Engine:
         return self.accelerator.reduce(values, "sum")  # type: ignore[no-any-return]
 
     def all_of(self, value: T) -> list[T]:
-        """The `value` of every process, in order of rank. Every process must ask."""
+        """The `value` of every process, in order of rank. Every process must call this."""
         return [value] if self.processes == 1 else list(gather_object([value]))
 
     def told(self, value: T) -> T:
-        """The `value` of the first process, which decides for all. Every process must ask."""
+        """The `value` of the first process. Every process must call this."""
         if self.processes == 1:
             return value
         box = [value]
@@ -245,7 +245,7 @@ class Engine:
         return int(self.total(marks).max())
 
     def check_same(self, value: str, given: str, valid: str, hint: str) -> None:
-        """Hold all processes to one value. Every process must ask.
+        """Check that all processes have the same value. Every process must call this.
 
         Args:
             value: of this process.
@@ -263,7 +263,7 @@ class Engine:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Say in plain words that another process is gone.
+        """Turn the error of a collective operation into a message that another process is lost.
 
         Raises:
             TrainingError: a collective operation failed.
@@ -289,7 +289,7 @@ class StopRequest:
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """SIGINT and SIGTERM let the step under way finish; another one, a second or more later, acts at once."""
+    """Inside, SIGINT and SIGTERM only set the request: the current step finishes. A second signal acts at once."""
     request = StopRequest()
     before: dict[int, Any] = {}
     first = 0.0
@@ -345,12 +345,12 @@ def _device(kind: str, accelerator: Accelerator) -> torch.device:
 
 
 def compute_in_float32() -> None:
-    """Have CUDA compute float32 as float32: torch leaves TF32, with 10 bits of mantissa, to convolutions."""
+    """Switch TF32 off: by default torch computes float32 convolutions on CUDA with 10 bits of mantissa."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def _has_bf16(device: torch.device) -> bool:
-    """Hardware that computes in bf16; elsewhere it is emulated, and slower than float32."""
+    """Whether the hardware computes in bf16. Emulated bf16 is slower than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())

@@ -27,19 +27,19 @@ from torch.distributed.rendezvous import rendezvous
 from factor_transfer.util.errors import ConfigError, TrainingError
 
 ALIKE = ("factor-transfer", "torch", "torchvision", "timm", "numpy", "pillow")
-"""Packages that decide what is computed: of one version in all processes of a run."""
+"""Packages that must have the same version in all processes of a run."""
 
 _stores: list[Any] = []
-"""Kept open: the first process may serve it, and the others read later than it does."""
+"""Stores that stay open: the first process may serve them while others still read."""
 
 BEATS = 8
-"""Signs of life within the limit."""
+"""Signs of life that a busy process gives within the time limit."""
 
 FIRST_POLL, LAST_POLL = 0.001, 0.2
-"""Seconds between looks, which grow from the first to the last: most waits are short."""
+"""Seconds between polls. They grow from the first to the last, since most waits are short."""
 
 _turns = count()
-"""Of this process: all processes enter the same turns in the same order."""
+"""Numbers the uses of `unhurried` in this process; all processes enter them in the same order."""
 
 
 # -- before the processes are joined
@@ -75,7 +75,7 @@ def machine_facts(device: str) -> dict[str, str]:
 
 
 def compare_machines(device: str, timeout: timedelta) -> None:
-    """Hold all processes of a launch to one kind of device and the same versions, before they are joined.
+    """Check that all processes of a launch have one kind of device and the same versions, before they are joined.
 
     Args:
         device: the kind that this process computes on.
@@ -122,7 +122,7 @@ def hosts_of(local_sizes: list[str | None]) -> int:
 
 
 def check_alone() -> None:
-    """Accelerate's `--cpu` leaves starting processes to MPI: without it several are asked for and one comes.
+    """Check that `accelerate launch --cpu` has started as many processes as asked: without MPI it starts one.
 
     Raises:
         ConfigError: that happened.
@@ -138,7 +138,7 @@ def check_alone() -> None:
 
 
 def leave_group() -> None:
-    """A process that ends while gloo's threads still run is aborted, finished or not."""
+    """Leave the process group at exit. With gloo's threads still running, a finished process would be aborted."""
     if is_initialized():
         destroy_process_group()
 
@@ -148,7 +148,7 @@ def leave_group() -> None:
 
 @contextmanager
 def unhurried(rank: int, processes: int, limit: float) -> Iterator[None]:
-    """Inside, each process works by itself, as long as it takes; at the end each waits for all the others.
+    """Inside, each process works by itself without a time limit; at the end each waits for all the others.
 
     Every process must enter, if only to wait. There may be no collective operation inside.
 
@@ -172,7 +172,7 @@ def unhurried(rank: int, processes: int, limit: float) -> Iterator[None]:
         turn.say("done", rank)
         turn.wait()
     except BaseException:
-        with suppress(DistError):  # the store is gone with the process that kept it
+        with suppress(DistError):  # the process that served the store may be gone
             turn.say("failed", rank)
         raise
     finally:
@@ -181,7 +181,7 @@ def unhurried(rank: int, processes: int, limit: float) -> Iterator[None]:
 
 
 class _Turn:
-    """One such time, in the store: a count of signs of life for each process, and what each has done."""
+    """One use of `unhurried`: counters in the store, for each process and each of lives, done, left and failed."""
 
     def __init__(self, store: Any, rank: int, processes: int, limit: float) -> None:
         self.store, self.rank, self.processes, self.limit = store, rank, processes, limit
@@ -196,11 +196,11 @@ class _Turn:
     def beat(self, ended: threading.Event) -> None:
         """Say that this process lives, until it has left."""
         while not ended.wait(self.limit / BEATS):
-            with suppress(DistError):  # the main thread meets it, too, and says so
+            with suppress(DistError):  # the main thread has the same error, and raises it
                 self.say("lives", self.rank)
 
     def wait(self) -> None:
-        """Until all others are done; and the first, which may keep the store, until all have read that."""
+        """Wait until all others are done. The first process, which may serve the store, waits until all know that."""
         self._wait_for("done")
         self.say("left", self.rank)
         if self.rank == 0:

@@ -1,4 +1,4 @@
-"""The run folder, the only truth about a run: settings, environment, metrics, checkpoints, finished stages.
+"""The run folder: settings, environment, metrics, checkpoints, finished stages. Every command reads a run from it.
 
 RUN/config.json         settings as resolved
     environment.json    versions, machine, threads
@@ -41,7 +41,7 @@ FREE = free(Config)
 """Settings that may differ when a run is continued: they change no result, or what they name is fingerprinted."""
 
 DEFAULTS = {each.name: plain(each.default) for each in fields(Config) if each.default is not MISSING}
-"""What a run of an early version, which had fewer settings, was made with."""
+"""Values of settings that the config.json of an older run may lack."""
 
 IDENTITY = "2"
 """Raise it when a fingerprint of `Run.pin` is made otherwise, so that it cannot be compared with earlier ones."""
@@ -78,14 +78,14 @@ class Run:
         return any(self.folder.glob("stages/*.json")) or any(self.folder.glob("checkpoints/*.pt"))
 
     def identity(self) -> str:
-        """Tells this folder from one of the same name on another machine: whose lock it is under."""
+        """Differs between folders of one name on two machines: the content of the lock file."""
         path = self.path("lock")
         return path.read_text(errors="replace") if path.exists() else "no such folder"
 
     # -- what must stay the same
 
     def pin(self, name: str, value: str, changed: str) -> None:
-        """Hold a fingerprint to what it was when the run began; the first call writes it down.
+        """Check a fingerprint against the one that the run began with; the first call records it.
 
         Raises:
             RunError: it differs; `changed` says so.
@@ -123,10 +123,10 @@ class Run:
         return {path.stem: read_json(path) for path in sorted(self.path("stages").glob("*.json"))}
 
     def record(self, stage: str, found: Mapping[str, Any]) -> dict[str, Any]:
-        """Mark a stage as finished, with what it found; its checkpoints go.
+        """Mark a stage as finished, with its results, and delete its checkpoints.
 
         Raises:
-            TrainingError: what it found is not finite, because its very last step was too long.
+            TrainingError: a result is not finite, because the very last step diverged.
         """
         for name, value in found.items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -320,7 +320,7 @@ def _check_folder(folder: Path, *, overwrite: bool) -> None:
 
 
 def _continue_or_begin(run: Run, config: Config, now: Mapping[str, Any]) -> None:
-    if not run.begun:  # a mistake ended it before anything was computed: nothing holds it to those settings
+    if not run.begun:  # an error ended it before anything was computed: other settings are allowed
         for name in ("config.json", "environment.json", "fingerprints.json"):
             run.path(name).unlink(missing_ok=True)
     if not run.path("config.json").exists():

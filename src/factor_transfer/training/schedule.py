@@ -1,4 +1,4 @@
-"""How a stage is trained: passes, learning rate, and timm's optimizer and schedule over them."""
+"""How a stage is trained: its passes and learning rate, with timm's optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Plan:
     epochs: int
     lr: float
     seed: int
-    """Owns the noise inside layers."""
+    """Seed of the noise inside layers."""
     views: int = 0
     """Pass e shows view e mod `views`; 0: every pass a view of its own."""
     average: bool = False

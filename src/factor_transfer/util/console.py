@@ -29,7 +29,7 @@ def say(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """A line that the user should not miss."""
+    """A warning, on standard error."""
     _console.print(f"[yellow]warning:[/] {escape(harmless(text))}", soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, locks, checksums, fingerprints."""
+"""Atomic writes, locks, checksums and fingerprints of files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from factor_transfer.util.errors import RunError
 
-if sys.platform != "win32":  # which `machine.check_supported` refuses with a word
+if sys.platform != "win32":  # not supported: `machine.check_supported` says so
     import fcntl
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ def cache_folder(given: str | None) -> Path:
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write `content` so that a reader, or a crash at any moment, finds the old file or the new one, never a part."""
     data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # machines that share a disk share no ids
+    temporary = path.with_name(
+        f".{path.name}.{secrets.token_hex(4)}.tmp"
+    )  # process ids are no names: machines may share a disk
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -87,7 +89,7 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` for one process; the kernel lets go of it when the process ends, however it ends.
+    """Hold the lock file `path` for one process. The kernel releases it when the process ends, however it ends.
 
     Raises:
         RunError: another process holds it.
@@ -127,8 +129,8 @@ def waiting_lock(path: Path) -> Iterator[None]:
 def reserve(handle: int, size: int) -> None:
     """Give an open file its size, all of it on disk, so that no later write into it meets a full disk.
 
-    Where the system cannot reserve (macOS, some file systems) zeros are written behind what is there: slower, and as
-    safe. A hole, as `ftruncate` makes, would not do: a full disk under a memory map kills the process.
+    Where the system cannot reserve space (macOS, some file systems), zeros are appended, which is slower and as safe.
+    `ftruncate` is not enough: it leaves a hole, and a full disk under a memory map kills the process.
 
     Raises:
         OSError: the disk is too full.

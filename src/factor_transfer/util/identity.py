@@ -1,9 +1,9 @@
-"""What a network, a term's reader or an augmentation computes, as one hash: its code, its structure, its plain values.
+"""One hash over what a network, a term's reader or an augmentation computes: its code, structure and plain values.
 
-Weights are left to `state_fingerprint`. Code of the user's (and of this package) counts by its source, without
-comments; code of installed libraries by the library's version. Whatever a function reads of its module, its closure
-and its defaults is followed. What no rule here reaches (state inside C code, files that are read later) is not seen:
-whoever keeps results under such a hash compares some of them with fresh ones, as the factor cache does.
+Weights are not part of it: see `state_fingerprint`. Code of the user and of this package counts by its source without
+comments, code of installed libraries by the library's version. What a function reads from its module, its closure and
+its defaults is followed. State inside C code and files that are read later are not seen. So results that are stored
+under such a hash must be spot-checked against fresh ones, as the factor cache does.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ BOOKKEEPING = frozenset({"training", "_parameters", "_modules", "_buffers", "_no
     "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks", "_compiled_call_impl"})  # fmt: skip
-"""What torch keeps in every module. Of it, hooks of the forward pass and plain buffers are looked at by themselves."""
+"""Attributes that torch keeps in every module. Forward hooks and buffers that are not saved are added separately."""
 
 LABELS = frozenset({"pretrained_cfg", "default_cfg"})
-"""Attributes of timm's networks that say where weights came from, and compute nothing."""
+"""Attributes of timm's networks that say where weights came from. No output depends on them."""
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...))
 
@@ -63,7 +63,7 @@ class _Walk:
 
     Args:
         versions: see `code_fingerprint`.
-        ranks: only to put the objects of a set in an order, so that other sets, which may lead back, are not entered.
+        ranks: this walk only sorts the objects of a set. It enters no other set, which could lead back to the first.
     """
 
     def __init__(self, versions: bool, ranks: bool = False) -> None:
@@ -138,7 +138,7 @@ class _Walk:
             self.add(each)
 
     def _logger(self, value: logging.Logger) -> None:
-        """By its name: it leads to all others, and remembers what was logged."""
+        """By its name: a logger refers to all others, and keeps what was logged."""
         self.note("logger", value.name)
 
     def _environment(self, _: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""The machine: which systems are supported, how many threads read files, and what glibc does with freed memory.
+"""What the program asks of the system: supported platforms, threads that read files, and glibc's allocator.
 
 Nothing here imports torch.
 """
@@ -17,7 +17,7 @@ from factor_transfer.util.console import pass_bar
 from factor_transfer.util.errors import ConfigError
 
 SUPPORTED = {"linux": "Linux", "darwin": "macOS"}
-"""Systems that have what the program calls; by Python's own names."""
+"""Supported systems, by their names in Python (`sys.platform`) and in messages."""
 
 BLOCK = 128
 """Images that a thread takes at a time."""
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 def check_supported() -> None:
-    """That this system is one of `SUPPORTED`.
+    """Check that this system is one of `SUPPORTED`.
 
     Raises:
         ConfigError: it is another one.
@@ -44,7 +44,10 @@ def check_supported() -> None:
 
 
 def blocks(label: str, count: int, work: Callable[[range], T]) -> Iterator[T]:
-    """`work` over ranges of 0..count-1, in order, by one thread a core."""
+    """Results of `work` over consecutive ranges of 0..count-1, in order, computed by one thread a core.
+
+    Threads help, since reading, decoding and hashing release the interpreter's lock.
+    """
     parts = [range(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
     with ThreadPoolExecutor(cores()) as pool, pass_bar(label, count) as bar:
         for part, found in zip(parts, pool.map(work, parts), strict=True):
@@ -53,15 +56,16 @@ def blocks(label: str, count: int, work: Callable[[range], T]) -> Iterator[T]:
 
 
 def cores() -> int:
-    """Processes or threads that decode: one a core, at most 8."""
+    """Number of processes or threads that decode images: one a core, at most 8."""
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def keep_memory() -> None:
-    """Have glibc keep what is freed for the next step; elsewhere nothing is changed.
+    """Have glibc keep freed memory for the next step. With another C library nothing happens.
 
-    By default it gives large blocks back to the system, which hands them out again page by page, cleared: a few
-    thousand page faults a step.
+    By default glibc gives large blocks back to the system. The next step gets them again page by page, zeroed, with
+    some thousand page faults. The setting is for the whole process, so only the command line and processes of our own
+    use it.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,6 +1,6 @@
-"""Randomness is addressed, not consumed: every random choice is a function of a seed and of what it is for.
+"""Every random choice is a function of a seed and of its purpose, and not of how many were drawn before.
 
-So the same choice is made for any batch size, number of workers or processes, and after any interruption.
+So it is the same for any batch size, number of workers or processes, and after any interruption.
 """
 
 from __future__ import annotations
