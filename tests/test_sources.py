@@ -59,6 +59,11 @@ names = [(picture, "ab"[label]) for picture, label in items]
 def numbers(): return items, items[:4], ["a", "b"]
 def words(): return names, None, ("a", "b")
 def unnamed(): return names, names[:4], None
+def png(picture):
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+def encoded(): return [(png(picture), label) for picture, label in items], items[:4], ["a", "b"]
 def parts(): return Part(12), Part(4), ["a", "b"]
 def targets(): return Part(12, targets=[0] * 6 + [1] * 6), None, ["a", "b"]
 turned_items = [(sideways(number), label) for number, (_, label) in enumerate(items)]
@@ -73,6 +78,7 @@ def beyond(): return items, None, ["a"]
 def unknown(): return names, None, ["a", "c"]
 def half(): return [*items, (noise(0), None)], None, ["a", "b"]
 def flat(): return [1, 2], None, ["a", "b"]
+def matrices(): return [(np.zeros((9, 9, 3), np.uint8), index % 2) for index in range(8)], None, ["a", "b"]
 def lost(): return [*names[:5], ("nowhere.png", "b")], None, None
 """
 
@@ -92,7 +98,7 @@ def opened(name: str, **changed: Any) -> Dataset:
     return open_data(DataConfig(data=f"own:{name}", workers=0, **changed), lambda: 112)
 
 
-@pytest.mark.parametrize("name", ["numbers", "words", "unnamed", "parts", "turned", "large"])
+@pytest.mark.parametrize("name", ["numbers", "words", "unnamed", "encoded", "parts", "turned", "large"])
 def test_own__gives_its_images_and_labels_by_index(module: Path, name: str) -> None:
     found = opened(name)
     assert found.classes == ("a", "b")
@@ -142,6 +148,7 @@ def test_own__another_pixel_or_label_is_another_fingerprint(module: Path, monkey
         ("bare", "without a label.*--label-weight 0"),
         ("flat", "TypeError"),
         ("lost", "nowhere.png"),
+        ("matrices", "a ndarray, which is no image"),
     ],
 )
 def test_own__what_is_wrong_is_said(module: Path, name: str, said: str) -> None:

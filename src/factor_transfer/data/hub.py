@@ -44,14 +44,12 @@ def hub_dataset(name: str, config: DataConfig, given: str) -> Source:
     """
     try:
         import datasets
-        from timm.data.readers import create_reader
     except ImportError as error:
         raise DataError(given, found=str(error), hint='pip install "factor-transfer[hf]"') from error
-    folder = config.data_dir
     if not Path(name).exists():
         say(f"data: {name} is no local folder; it comes from the Hugging Face cache, or is downloaded")
     try:
-        splits = datasets.load_dataset(name, cache_dir=folder)
+        splits = datasets.load_dataset(name, cache_dir=config.data_dir)
     except Exception as error:  # its builders, readers and network raise what they like
         raise DataError(given, found=first_line(error), valid="a dataset's folder, or its name") from error
     found = {split: kind for split in splits if (kind := split_of(split)) is not None}
@@ -65,15 +63,15 @@ def hub_dataset(name: str, config: DataConfig, given: str) -> Source:
         own = tuple(features[label].names)
 
     def part(split: str) -> Images:
-        keys = {"input_key": picture, "target_key": label or picture}
-        reader = create_reader(f"hfds/{name}", root=folder, split=split, download=False, **keys)
-        values: list[Any] = list(reader.dataset[label]) if label else [UNLABELLED] * len(reader)
+        rows = splits[split]
+        values: list[Any] = list(rows[label]) if label else [UNLABELLED] * len(rows)
         if any(value is None or (own and value < 0) for value in values):
             raise DataError(given, found=f"images without a class in {split}", valid="a class for every image")
-        names = [str(index) for index in range(len(reader))]
-        labels = [own[value] if own else str(value) for value in values]
-        _check_images(reader.dataset, picture, split, given)
-        return Indexed(f"hfds/{name} {split}", names, labels, reader)
+        pictures = rows.select_columns(picture).cast_column(picture, datasets.Image(decode=False))
+        _check_images(pictures, picture, split, given)
+        return Indexed.of(
+            f"hfds/{name} {split}", pictures, [own[value] if own else str(value) for value in values], picture
+        )
 
     validation = part(roles.validation) if roles.validation is not None else None
     columns = f"images are column {picture}, {f'classes column {label}' if label else 'no labels are read'}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -179,12 +179,18 @@ class Files(Images):
 
 @dataclass(frozen=True)
 class Indexed(Images):
-    """Images of a dataset of another library or of the user: `dataset[index]` is a pair of image and label.
+    """Images of a dataset of another library or of the user's: `dataset[index][key]` is one.
 
-    The image is a PIL image, an open file of torchvision's or timm's, or the path of an image file.
+    It is a PIL image, the path or the bytes of an image file, or Hugging Face's mapping of both.
     """
 
     dataset: Any
+    key: Any = 0
+
+    @classmethod
+    def of(cls, where: str, dataset: Any, labels: Sequence[str], key: Any = 0) -> Indexed:
+        """The images of `dataset`, named by their index."""
+        return cls(where, [str(index) for index in range(len(labels))], labels, dataset, key)
 
     def open(self, index: int) -> Image.Image:
         """See `Images`."""
@@ -199,12 +205,14 @@ class Indexed(Images):
         return found if isinstance(found, bytes) else f"{found.mode} {found.size}".encode() + found.tobytes()
 
     def _found(self, index: int) -> Image.Image | bytes:
-        found = self.dataset[index][0]
-        if isinstance(found, Image.Image):
-            return found
-        with Path(found).open("rb") if isinstance(found, (str, Path)) else found as file:
-            data: bytes = file.read()
-        return data
+        found = self.dataset[index][self.key]
+        if isinstance(found, Mapping):
+            found = found["bytes"] or found["path"]
+        if isinstance(found, (str, Path)):
+            return Path(found).read_bytes()
+        if not isinstance(found, (Image.Image, bytes)):
+            raise TypeError(f"a {type(found).__name__}, which is no image, path or bytes")
+        return found
 
 
 @dataclass(frozen=True)

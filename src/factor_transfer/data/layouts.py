@@ -1,4 +1,4 @@
-"""Which folder, tar or split serves as what; and the classes of a folder's images.
+"""Which folder or tar is the training set and which is measured on, and the classes of a folder's images.
 
 Splits are known by their names, in any case and with the usual additions (`training_set`, `Test-Images`, `val2017`).
 What could be read in two ways is refused: a guess would train on test images, or make classes of splits.
@@ -174,9 +174,8 @@ class _Place:
             return {name: _Place(self.path / name, self.given, self.packed.below(name)) for name in self.packed.tops()}
         entries = sorted((e for e in os.scandir(self.path) if not left_by_system(e.name)), key=lambda e: e.name)
         folders = [entry.name for entry in entries if entry.is_dir()]
-        tars = [
-            e.name for e in entries if e.name.lower().endswith(".tar") and e.is_file() and e.name[:-4] not in folders
-        ]
+        files = [entry.name for entry in entries if entry.is_file()]
+        tars = [name for name in files if name.lower().endswith(".tar") and name[:-4] not in folders]
         return {name: _Place(self.path / name, self.given) for name in (*folders, *tars)}
 
     def beside(self) -> dict[str, str]:
@@ -205,9 +204,8 @@ def read_folder(root: Path, given: str, flat: bool) -> Source:
     where = str(place.path)
     if not found:
         images, notes = _class_folders(place.tree, where, given, flat)
-        return Source(
-            images, None, None, (f"images: {where}, in which no folder is a split", *notes, *_alike(place.tree))
-        )
+        whole = f"images: {where}, in which no folder is a split"
+        return Source(images, None, None, (whole, *notes, *_alike(place.tree)))
     try:
         roles = chosen(found, [name for name in place.inside if name not in found], given)
     except DataError as error:
@@ -300,23 +298,20 @@ def _class_folders(tree: Tree, where: str, given: str, flat: bool) -> tuple[Imag
     if not images:
         found = f"no images in {where}" + (f", but {left_out}" if left_out else "")
         raise DataError(given, found=found, valid="class folders of images: .jpg, .png, .webp and what else PIL reads")
-    names = sorted((name for name in images if "/" in name), key=natural)
-    if not names and flat:
-        names = sorted(images, key=natural)
-        ranges = [images[name] for name in names]
-        return Files(where, names, [UNLABELLED] * len(names), ranges), notes
+    bare = flat and _is_flat(tree)
+    names = sorted((name for name in images if bare or "/" in name), key=natural)
     if not names:
         found = f"{len(images)} images in {where}, but no class folders"
         hint = "without labels, give --label-weight 0"
         if split_of(Path(where).name):
             hint += f"; where {Path(where).name} is a class, put all class folders into a folder train/"
         raise DataError(given, found=found, valid="class/image.jpg", hint=hint)
-    loose = sorted((name for name in images if "/" not in name), key=natural)
+    loose = sorted(images.keys() - set(names), key=natural)
     if loose:
         notes.append(f"{len(loose)} images in {where} lie in no class folder and are left out: {listed(loose)}")
     filled = {name.partition("/")[0] for name in names}
     empty = sorted({folder.partition("/")[0] for folder in tree.folders} - filled, key=natural)
-    if empty:
+    if empty and not bare:
         raise DataError(
             given,
             found=f"{len(empty)} class folders without an image in {where}: {listed(empty)}",
@@ -324,9 +319,8 @@ def _class_folders(tree: Tree, where: str, given: str, flat: bool) -> tuple[Imag
             hint="fill or remove them",
         )
     _check_turned({name: splits_among(inner) for name, inner in _seconds(tree).items()}, where, given)
-    ranges = [images[name] for name in names]
-    labels = [name.partition("/")[0] for name in names]
-    return Files(where, names, labels, ranges), notes
+    labels = [UNLABELLED if bare else name.partition("/")[0] for name in names]
+    return Files(where, names, labels, [images[name] for name in names]), notes
 
 
 def _seconds(tree: Tree) -> dict[str, set[str]]:

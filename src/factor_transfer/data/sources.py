@@ -8,7 +8,7 @@ A source of your own is a function without arguments, given as `--data package.m
 * `train` and `validation` are addressed by index: `len(train)` is the number of images, and `train[i]` is a pair of
   image and label, the same one each time. Lists and the datasets of torch and torchvision are such. `validation` may be
   None: then a share of the training images is set aside (`--validation-share`).
-* The image is a PIL image, or the path of an image file.
+* The image is a PIL image, or the path or the bytes of an image file.
 * The label is a place in the class names, or one of them; or None for every image, with `--label-weight 0`.
 * The class names are in index order. None: they are the labels themselves, sorted.
 
@@ -124,10 +124,6 @@ def _digits() -> Source:
 # -- datasets addressed by index: torchvision's, and the user's own
 
 
-def _indexed(where: str, dataset: Any, labels: Sequence[str]) -> Images:
-    return Indexed(where, [str(index) for index in range(len(labels))], labels, dataset)
-
-
 def _torch(name: str, config: DataConfig, given: str) -> Source:
     from timm.data import create_dataset
 
@@ -150,7 +146,7 @@ def _torch(name: str, config: DataConfig, given: str) -> Source:
             raise DataError(given, found=reason, hint=hint) from error
         classes = tuple(map(str, found.wnids if name == "imagenet" else found.classes))
         targets = np.asarray(found.targets).reshape(len(found), -1)[:, 0]
-        return _indexed(f"torch/{name} {split}", found, [classes[target] for target in targets]), classes
+        return Indexed.of(f"torch/{name} {split}", found, [classes[target] for target in targets]), classes
 
     train, classes = part("train")
     measured = "validation set" if name in ("imagenet", "places365") else "test set"
@@ -181,7 +177,7 @@ def _own(name: str, config: DataConfig, given: str) -> Source:
     if bare and (config.label_weight or any(set(found) != {UNLABELLED} for found in labels.values())):
         hint = "where no image has one, give --label-weight 0"
         raise DataError(given, found=f"{bare[0]} images without a label", valid="a label for every image", hint=hint)
-    images = [_indexed(f"{name} {part}", parts[part], found) for part, found in labels.items()]
+    images = [Indexed.of(f"{name} {part}", parts[part], found) for part, found in labels.items()]
     held = "" if len(images) > 1 else "; it gives no validation images"
     note = f"images: those that {name} gives{held}"
     return Source(images[0], images[1] if len(images) > 1 else None, None if bare else order, (note,))

@@ -12,7 +12,7 @@ import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -128,7 +128,6 @@ class FileSplit(Split):
             batch_size=None,
             sampler=wanted,
             num_workers=min(self._workers, len(wanted)),
-            collate_fn=_unchanged,
             worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # or the loader would draw from the global one
         )
@@ -203,13 +202,6 @@ class _Chunks(torch.utils.data.Dataset["Batch | Unreadable"]):
             return self.split.show(chunk, self.view)
         except Unreadable as error:
             return error
-
-
-# -- worker processes
-
-
-def _unchanged(found: Any) -> Any:
-    return found
 
 
 def _begin_worker(_: int) -> None:

@@ -1,4 +1,4 @@
-"""What lies in a folder or a tar: the one walk that finds images, for every command, and counts what it leaves out.
+"""The files in a folder or a tar: every command finds images by this walk, which counts what it leaves out.
 
 Folders and tars are walked here and not by timm's readers, whose tar handles are shared by forked workers.
 A tar member is a byte range of its tar, which every read opens for itself.
@@ -12,7 +12,6 @@ import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from factor_transfer.data.images import Range, image_extensions
 from factor_transfer.util.errors import DataError, listed
@@ -26,8 +25,6 @@ BY_SYSTEMS = frozenset(
 LINKS = 40
 """Links to links that are followed in a tar, as Linux does on a disk."""
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class Tree:
@@ -40,13 +37,10 @@ class Tree:
 
     def below(self, name: str) -> Tree:
         """What lies in folder `name`."""
-        start = name + "/"
-
-        def inner(names: Mapping[str, T]) -> dict[str, T]:
-            return {path.removeprefix(start): value for path, value in names.items() if path.startswith(start)}
-
-        folders = frozenset(path.removeprefix(start) for path in self.folders if path.startswith(start))
-        return Tree(inner(self.files), folders, inner(self.left_out))
+        start, end = name + "/", len(name) + 1
+        files = {path[end:]: place for path, place in self.files.items() if path.startswith(start)}
+        left_out = {path[end:]: kind for path, kind in self.left_out.items() if path.startswith(start)}
+        return Tree(files, frozenset(path[end:] for path in self.folders if path.startswith(start)), left_out)
 
     def images(self) -> Tree:
         """The images alone; the other files are left out."""
@@ -146,9 +140,11 @@ def tar_tree(path: Path, given: str) -> Tree:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 name = posixpath.normpath(member.name).lstrip("/")
-                apart = _apart(name)
-                if apart is not None:
-                    left_out[apart[0]] = apart[1]
+                parts = [] if name == "." else name.split("/")
+                kinds = [left_by_system(part) for part in parts]
+                odd = next((place for place, kind in enumerate(kinds) if kind), None)
+                if odd is not None:
+                    left_out["/".join(parts[: odd + 1])] = str(kinds[odd])  # all in it is left out with it
                 elif member.isdir():
                     folders.add(name)
                 elif member.islnk() or member.issym():
@@ -169,13 +165,3 @@ def tar_tree(path: Path, given: str) -> Tree:
         else:
             left_out[name] = "link to a folder or out of the tar"
     return Tree(files, frozenset(folders - {"."}), left_out)
-
-
-def _apart(name: str) -> tuple[str, str] | None:
-    """The outermost part of a path that a system left there, and its kind."""
-    parts = name.split("/")
-    for place, part in enumerate(parts):
-        kind = left_by_system(part) if part != "." else None
-        if kind is not None:
-            return "/".join(parts[: place + 1]), kind
-    return None

@@ -1,10 +1,11 @@
 """Replayable augmentation: a view is a pure function of (data seed, sample index, view index).
 
-Nothing is drawn from a generator that others share: every random number is the hash of what it is for. So a view has
-the same bits in any order, for any batch size and any number of workers or processes, today and after an interruption.
-Images are uint8 throughout; each network normalises them for itself.
+Every random number is a hash of what it is used for; no generator is shared. So a view has the same bits in any order,
+for any batch size and any number of workers or processes, and after an interruption. The order of a pass and the choice
+of samples are such functions, too. Images are uint8 throughout; each network normalises them for itself.
 
-Shapes: B images, C = 3 channels, H x W pixels.
+Shapes: B images, C = 3 channels, H x W pixels; n samples. `seed` is the data seed, `index` the place of a sample in its
+split, and `view` which view of it.
 """
 
 from __future__ import annotations
@@ -35,14 +36,9 @@ Transform = Callable[[Image.Image], Any]
 
 
 def hashed(seed: int, index: np.ndarray) -> np.ndarray:
-    """64 random bits for each index: place `index` of the splitmix64 sequence that begins at `seed`.
+    """64 random bits for each index: place `index` of the splitmix64 sequence that begins at `seed` (below 2**64).
 
-    Args:
-        seed: 0 or more, below 2**64; see `part_seed`.
-        index: integers of any shape.
-
-    Returns:
-        uint64, of the same shape.
+    The result is uint64, of the shape of `index`.
 
     >>> hex(int(hashed(0, np.array([0]))[0]))  # the first number of the published sequence
     '0xe220a8397b1dcdaf'
@@ -64,25 +60,15 @@ def permutation(data_seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def held_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Which samples form a stratified validation set: `share` of each class, rounded, and never all of a class.
+    """Which samples form a stratified validation set, bool (n,): `share` of each class, rounded, and never all of it.
 
-    Args:
-        labels: class index of each sample, (n,).
-        share: above 0 and below 1.
-        seed: owns the choice.
-
-    Returns:
-        bool (n,), true for validation.
+    `labels` (n,) are the classes of the samples.
 
     >>> int(held_out(np.array([0] * 10 + [1] * 20), 0.1, seed=0).sum())
     3
     """
-    bits = hashed(seed, np.arange(len(labels)))
-    chosen = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        count = min(max(round(share * len(members)), 1), len(members) - 1)
-        chosen[members[np.argsort(bits[members], kind="stable")[:count]]] = True
+    _, ranks, sizes = _ranked(labels, seed)
+    chosen: np.ndarray = ranks < np.minimum(np.maximum(np.rint(share * sizes), 1), sizes - 1)
     return chosen
 
 
@@ -96,45 +82,40 @@ def spaced(length: int, count: int) -> np.ndarray:
 
 
 def evenly(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Which `count` samples form a share with as many of each class, up to rounding; a class too small gives all.
+    """Which `count` samples are chosen, bool (n,): as many of each class, up to rounding; a class too small gives all.
 
-    The samples of a smaller share are among those of a larger one.
-
-    Args:
-        labels: class index of each sample, (n,).
-        count: from 1 to n.
-        seed: owns the choice.
-
-    Returns:
-        bool (n,), true for the chosen.
+    `labels` (n,) are the classes of the samples. The samples of a smaller share are among those of a larger one.
 
     >>> labels = np.array([0] * 10 + [1] * 20 + [2])
     >>> np.bincount(labels[evenly(labels, 9, seed=0)])
     array([4, 4, 1])
     """
-    bits = hashed(seed, np.arange(len(labels)))
-    place = np.empty(len(labels), dtype=np.int64)  # within its class
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        place[members[np.argsort(bits[members], kind="stable")]] = np.arange(len(members))
+    bits, ranks, _ = _ranked(labels, seed)
     chosen = np.zeros(len(labels), dtype=bool)
-    chosen[np.lexsort((bits, place))[:count]] = True  # the first of each class, then the second of each, ...
+    chosen[np.lexsort((bits, ranks))[:count]] = True  # the first of each class, then the second of each, ...
     return chosen
+
+
+def _ranked(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The hash of each sample, its rank by hash within its class, and how many its class has: (n,) each."""
+    bits = hashed(seed, np.arange(len(labels)))
+    order = np.lexsort((bits, labels))
+    _, first, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    ranks, sizes = np.empty((2, len(labels)), dtype=np.int64)
+    ranks[order], sizes[order] = np.arange(len(labels)) - np.repeat(first, counts), np.repeat(counts, counts)
+    return bits, ranks, sizes
 
 
 def crop_and_flip(pixels: Tensor, index: np.ndarray, view: int, seed: int, padding: int, hflip: float) -> Tensor:
     """Zero-pad, crop at random to the old size, flip at random: small images, a whole batch at once.
 
     Args:
-        pixels: uint8 (B, 3, H, W), on the CPU; channels-last is fastest.
-        index: the samples' indices in their split, (B,).
-        view: which view of them.
-        seed: the data seed.
+        pixels: uint8 (B, 3, H, W), on the CPU; channels-last is fastest. The result is such pixels, channels-last.
+        index: of the samples, (B,).
+        view: see the top of this file, as for `seed`.
+        seed: owns the choice.
         padding: pixels on each side.
         hflip: probability of a horizontal flip.
-
-    Returns:
-        uint8 (B, 3, H, W), channels-last.
 
     >>> batch = torch.arange(12, dtype=torch.uint8).reshape(1, 3, 2, 2)
     >>> crop_and_flip(batch, np.array([7]), view=0, seed=0, padding=0, hflip=1.0)[0, 0].tolist()
@@ -165,7 +146,7 @@ def random_resized_crop(
     index: int,
     view: int,
 ) -> Tensor:
-    """torchvision's RandomResizedCrop, flip and ColorJitter (brightness, contrast, saturation) of a large image.
+    """torchvision's RandomResizedCrop, flip and ColorJitter of a large RGB image: uint8 (3, H, W).
 
     The aspect of the crop varies as torchvision's does, from 3/4 to 4/3 of the one that is shown undistorted: the
     frame's own; or where evaluation squashes images, the image's. Where it adds borders, they are added here too.
@@ -175,13 +156,10 @@ def random_resized_crop(
         frame: size of the result, H x W, and how evaluation fits an image into it.
         scale: smallest and largest share of the area that is kept.
         hflip: probability of a horizontal flip.
-        color_jitter: strength; 0 leaves the colours alone.
-        seed: the data seed.
-        index: the sample's index in its split.
-        view: which view of it.
-
-    Returns:
-        uint8 (3, H, W).
+        color_jitter: strength, of brightness, contrast and saturation; 0 leaves the colours alone.
+        seed: see the top of this file, as for `index` and `view`.
+        index: of the sample.
+        view: of it.
 
     >>> photo, frame = Image.new("RGB", (300, 200)), Frame.of((224, 112))
     >>> random_resized_crop(photo, frame, (0.35, 1.0), 0.5, 0.4, seed=0, index=0, view=0).shape
@@ -201,18 +179,9 @@ def random_resized_crop(
 
 
 def own_view(transform: Transform, image: Image.Image, size: AnySize, seed: int, index: int, view: int) -> Tensor:
-    """The user's own augmentation of an image, replayed by seeding torch, numpy and `random` for this view.
+    """The user's own augmentation of an RGB image, replayed by seeding torch, numpy and `random`: uint8 (3, H, W).
 
-    Args:
-        transform: from an RGB image to an image or a uint8 tensor (3, H, W).
-        image: RGB.
-        size: of the result, H x W.
-        seed: the data seed.
-        index: the sample's index in its split.
-        view: which view of it.
-
-    Returns:
-        uint8 (3, H, W).
+    `size` is H x W, the size that the networks see.
 
     Raises:
         ValueError: `transform` gives something else.
