@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 
 import factor_transfer.zoo  # noqa: F401
 from factor_transfer.method.losses import align
-from factor_transfer.networks.features import Tapped, feature_shape
+from factor_transfer.networks.features import FrozenTeacher, Tapped, feature_shape
 from factor_transfer.networks.layers import find_layer, follower
 from factor_transfer.networks.load import load_network
 from factor_transfer.util.errors import ModelError
@@ -238,3 +238,25 @@ def test_tapped__reads_inside_a_sequential_of_a_network_that_fx_cannot_trace() -
         torch.fx.symbolic_trace(module)
     assert find_layer(module, images) == "parts.3"
     torch.testing.assert_close(Tapped(module, "parts.1")(images)[1], module.parts[:2](module.stem(images)))
+
+
+class Counts(nn.Module):
+    """Writes to a buffer in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        return x
+
+
+def test_frozen_teacher__knows_whether_it_changed() -> None:
+    still = FrozenTeacher(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    still.train()
+    still(torch.randn(2, 3, 8, 8))
+    assert still.unchanged()
+    moving = FrozenTeacher(Counts())
+    moving(torch.randn(2, 3, 8, 8))
+    assert not moving.unchanged()

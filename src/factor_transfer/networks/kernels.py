@@ -116,16 +116,6 @@ def _tell(weight: Tensor, stride: list[int]) -> None:
     sides = "x".join("1" for _ in stride)
     say(
         f"a {sides} convolution with stride {max(stride)} of {weight.shape[1]} channels: torch's kernel for the "
-        "gradient of its weights corrupts memory on some CPUs; it is computed with stride 1 from every "
-        f"{_nth(max(stride))} pixel instead"
+        "gradient of its weights corrupts memory on some CPUs; it is computed with stride 1 from the "
+        "pixels that the convolution reads"
     )
-
-
-def _nth(step: int) -> str:
-    """An ordinal.
-
-    >>> _nth(2), _nth(4), _nth(12), _nth(21), _nth(33)
-    ('second', '4th', '12th', '21st', '33rd')
-    """
-    ending = "th" if step % 100 in {11, 12, 13} else {1: "st", 2: "nd", 3: "rd"}.get(step % 10, "th")
-    return {2: "second", 3: "third"}.get(step, f"{step}{ending}")

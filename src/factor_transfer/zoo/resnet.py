@@ -4,13 +4,15 @@ Section 4.2: a 3x3 convolution, three groups of n basic blocks with 16, 32 and 6
 a linear layer; 6n + 2 layers. Shortcuts that change shape are parameter-free (option A, `cifar_resnet20`, the paper's
 choice for CIFAR) or 1x1 convolutions (option B, `cifar_resnet20_b`, as in the program of the factor transfer paper).
 
+Depths are 20 (0.27 M parameters), 32 (0.46 M), 44 (0.66 M), 56 (0.85 M) and 110 (1.7 M).
+
 The map to tap is the output of `layer3`: the last block after its final ReLU, (B, 64, 8, 8) for 32x32 images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -125,73 +127,17 @@ def _make_shortcut(in_channels: int, channels: int, stride: int, shortcut: Short
     return nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
 
 
-_DEPTHS = (20, 32, 44, 56, 110)
-default_cfgs = generate_default_cfgs(
-    {f"cifar_resnet{depth}{suffix}": cifar_cfg("conv1", 8) for depth in _DEPTHS for suffix in ("", "_b")}
-)
+def _resnet(depth: int, shortcut: Shortcut) -> Callable[..., CifarResNet]:
+    """timm's entry point for one depth: `cifar_resnet20` with option A, `cifar_resnet20_b` with option B."""
+
+    def entry_point(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+        args = {"layers": ((depth - 2) // 6,) * 3, "shortcut": shortcut, **kwargs}
+        return build(CifarResNet, name, pretrained, groups=len(args["layers"]), **args)
+
+    name = entry_point.__name__ = f"cifar_resnet{depth}" + ("_b" if shortcut == "B" else "")
+    return entry_point
 
 
-def _resnet(depth: int, shortcut: Shortcut, pretrained: bool, /, **kwargs: Any) -> CifarResNet:
-    name = f"cifar_resnet{depth}" + ("_b" if shortcut == "B" else "")
-    args = {"layers": ((depth - 2) // 6,) * 3, "shortcut": shortcut, **kwargs}
-    return build(CifarResNet, name, pretrained, groups=len(args["layers"]), **args)
-
-
-@registered
-def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    """ResNet-20, option A; 0.27 M parameters."""
-    return _resnet(20, "A", pretrained, **kwargs)
-
-
-@registered
-def cifar_resnet32(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    """ResNet-32, option A; 0.46 M parameters."""
-    return _resnet(32, "A", pretrained, **kwargs)
-
-
-@registered
-def cifar_resnet44(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    """ResNet-44, option A; 0.66 M parameters."""
-    return _resnet(44, "A", pretrained, **kwargs)
-
-
-@registered
-def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    """ResNet-56, option A; 0.85 M parameters."""
-    return _resnet(56, "A", pretrained, **kwargs)
-
-
-@registered
-def cifar_resnet110(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    """ResNet-110, option A; 1.7 M parameters."""
-    return _resnet(110, "A", pretrained, **kwargs)
-
-
-@registered
-def cifar_resnet20_b(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    """ResNet-20, option B; 0.27 M parameters."""
-    return _resnet(20, "B", pretrained, **kwargs)
-
-
-@registered
-def cifar_resnet32_b(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    """ResNet-32, option B; 0.47 M parameters."""
-    return _resnet(32, "B", pretrained, **kwargs)
-
-
-@registered
-def cifar_resnet44_b(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    """ResNet-44, option B; 0.66 M parameters."""
-    return _resnet(44, "B", pretrained, **kwargs)
-
-
-@registered
-def cifar_resnet56_b(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    """ResNet-56, option B; 0.86 M parameters."""
-    return _resnet(56, "B", pretrained, **kwargs)
-
-
-@registered
-def cifar_resnet110_b(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    """ResNet-110, option B; 1.7 M parameters."""
-    return _resnet(110, "B", pretrained, **kwargs)
+_VARIANTS = [_resnet(depth, shortcut) for depth in (20, 32, 44, 56, 110) for shortcut in get_args(Shortcut)]
+default_cfgs = generate_default_cfgs({variant.__name__: cifar_cfg("conv1", 8) for variant in _VARIANTS})
+globals().update({variant.__name__: registered(variant) for variant in _VARIANTS})

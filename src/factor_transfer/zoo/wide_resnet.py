@@ -2,7 +2,7 @@
 
 Table 1: a 3x3 convolution, three groups of (depth - 4) / 6 pre-activation blocks B(3,3) with 16, 32 and 64 times
 `width` channels, batch norm and ReLU, global average pooling and a linear layer. `cifar_wrn_40_2` has depth 40 and
-width 2.
+width 2. Parameters: 16_1 has 0.18 M, 16_2 0.69 M, 40_1 0.56 M, 40_2 2.2 M, 46_4 10 M.
 
 The map to tap is the output of `relu`: pre-activation blocks end in a sum, so `layer3` is tapped too early, before
 the last batch norm and ReLU. (B, 64 x width, 8, 8) for 32x32 images.
@@ -10,7 +10,7 @@ the last batch norm and ReLU. (B, 64 x width, 8, 8) for 32x32 images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from timm.models import generate_default_cfgs
@@ -96,41 +96,17 @@ class PreActivationBlock(nn.Module):
         return y + carried
 
 
-_SIZES = ((16, 1), (16, 2), (40, 1), (40, 2), (46, 4))
-default_cfgs = generate_default_cfgs({f"cifar_wrn_{depth}_{width}": cifar_cfg("conv1", 8) for depth, width in _SIZES})
+def _wrn(depth: int, width: int) -> Callable[..., CifarWideResNet]:
+    """timm's entry point for one depth and width, such as `cifar_wrn_40_2`."""
+
+    def entry_point(pretrained: bool = False, **kwargs: Any) -> CifarWideResNet:
+        args = {"depth": depth, "width": width, "channels": (16, 32, 64), **kwargs}
+        return build(CifarWideResNet, name, pretrained, groups=len(args["channels"]), **args)
+
+    name = entry_point.__name__ = f"cifar_wrn_{depth}_{width}"
+    return entry_point
 
 
-def _wrn(depth: int, width: int, pretrained: bool, /, **kwargs: Any) -> CifarWideResNet:
-    args = {"depth": depth, "width": width, **kwargs}
-    groups = len(kwargs.get("channels", (16, 32, 64)))
-    return build(CifarWideResNet, f"cifar_wrn_{depth}_{width}", pretrained, groups=groups, **args)
-
-
-@registered
-def cifar_wrn_16_1(pretrained: bool = False, **kwargs: Any) -> CifarWideResNet:
-    """WRN-16-1; 0.18 M parameters."""
-    return _wrn(16, 1, pretrained, **kwargs)
-
-
-@registered
-def cifar_wrn_16_2(pretrained: bool = False, **kwargs: Any) -> CifarWideResNet:
-    """WRN-16-2; 0.69 M parameters."""
-    return _wrn(16, 2, pretrained, **kwargs)
-
-
-@registered
-def cifar_wrn_40_1(pretrained: bool = False, **kwargs: Any) -> CifarWideResNet:
-    """WRN-40-1; 0.56 M parameters."""
-    return _wrn(40, 1, pretrained, **kwargs)
-
-
-@registered
-def cifar_wrn_40_2(pretrained: bool = False, **kwargs: Any) -> CifarWideResNet:
-    """WRN-40-2; 2.2 M parameters."""
-    return _wrn(40, 2, pretrained, **kwargs)
-
-
-@registered
-def cifar_wrn_46_4(pretrained: bool = False, **kwargs: Any) -> CifarWideResNet:
-    """WRN-46-4; 10 M parameters."""
-    return _wrn(46, 4, pretrained, **kwargs)
+_VARIANTS = [_wrn(*size) for size in ((16, 1), (16, 2), (40, 1), (40, 2), (46, 4))]
+default_cfgs = generate_default_cfgs({variant.__name__: cifar_cfg("conv1", 8) for variant in _VARIANTS})
+globals().update({variant.__name__: registered(variant) for variant in _VARIANTS})
