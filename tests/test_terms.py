@@ -237,7 +237,7 @@ def run(settings: dict[str, Any], out: Path, **more: Any) -> tuple[str, dict[str
 
 
 TERMS = {
-    "baseline": ("labels alone", {"cross_entropy"}),
+    "baseline": ("baseline", {"cross_entropy"}),
     "kd": ("knowledge distillation", {"cross_entropy", "soft_targets"}),
     "ft": ("Factor Transfer", {"cross_entropy", "factor_transfer"}),
     "at": ("attention transfer", {"cross_entropy", "attention_transfer"}),

@@ -99,7 +99,7 @@ def distill(
     from factor_transfer.report.terminal import show
 
     result = run_distillation(settings)
-    show(result.folder, result.summary)
+    show(result.folder)
 
 
 @app.command
@@ -164,7 +164,7 @@ def evaluate(
     as_json: AsJson = False,
     trust_config: TrustRun = False,
 ) -> None:
-    """Measure the networks of a finished run again: top-1 on its validation images, in float32.
+    """Measure the networks of a finished run again, on its validation images and in float32.
 
     Parameters
     ----------
@@ -258,7 +258,7 @@ def export(
     images
         Validation images on which each is compared with the trained student, at most.
     int8_loss
-        Points of top-1 that int8 may lose; with more it is not written.
+        Points of top-1 (or of the task's own metric) that int8 may lose; with more it is not written.
     latency
         Measure p50 and p95 of teacher and student: batch 1 and 32, one thread and all.
     license
@@ -291,6 +291,7 @@ def predict(
     top: int = 5,
     threads: int | None = None,
     as_json: AsJson = False,
+    trust_config: TrustRun = False,
 ) -> None:
     """Name what is on images, with an exported student, through onnxruntime or torch.
 
@@ -307,12 +308,12 @@ def predict(
     """
     from factor_transfer.export.predict import predict_images
 
-    sys.exit(predict_images(student, images, top=top, threads=threads, as_json=as_json))
+    sys.exit(predict_images(student, images, top=top, threads=threads, as_json=as_json, trust_config=trust_config))
 
 
 @app.command
 def demo(*, out: str = "runs/demo", seed: int = 0, overwrite: bool = False) -> None:
-    """The whole job on the built-in digits in about half a minute: teacher, paraphraser, student alone, student by FT.
+    """The whole job on the built-in digits in about half a minute: teacher, paraphraser, baseline, student by FT.
 
     Parameters
     ----------
@@ -327,7 +328,7 @@ def demo(*, out: str = "runs/demo", seed: int = 0, overwrite: bool = False) -> N
     from factor_transfer.report.terminal import show
 
     result = run_distillation(recipe("demo", out=out, seed=seed, overwrite=overwrite))
-    show(result.folder, result.summary)
+    show(result.folder)
 
 
 @app.command(name="recipes")

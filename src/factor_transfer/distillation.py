@@ -1,9 +1,10 @@
-"""The whole job in one call: teacher, paraphraser, student, the student alone, export. `_work` has them in order."""
+"""The whole job in one call: teacher, paraphraser, student, baseline, export. `_work` has them in order."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,25 +12,29 @@ from typing import Any
 
 from torch import nn
 
-from factor_transfer.config import FIELDS, Config, DataConfig
+from factor_transfer.config import FIELDS, Config, DataConfig, plain
 from factor_transfer.data.views import Transform
 from factor_transfer.doctor import quick
-from factor_transfer.networks.pair import Modules
+from factor_transfer.export.formats import EXPORT_IMAGES, export_pt2, latency_ms, metadata_of
+from factor_transfer.networks.load import Network, count_parameters
+from factor_transfer.networks.pair import Modules, Pair, Side
 from factor_transfer.rehearsal import rehearse
 from factor_transfer.report.html import write_report
 from factor_transfer.report.trackers import watched
-from factor_transfer.result import finish
 from factor_transfer.tasks.base import task_of
 from factor_transfer.training.engine import Engine
 from factor_transfer.training.evaluation import evaluate
-from factor_transfer.training.finished import ROLES, answers, open_images, rebuild
+from factor_transfer.training.finished import answers, open_images, rebuild
 from factor_transfer.training.orders import check_orders
 from factor_transfer.training.processes import first_difference
 from factor_transfer.training.run_folder import environment, open_run, saved_config, saved_summary
 from factor_transfer.training.stages import Job
+from factor_transfer.training.summary import DataSummary, NetworkSummary, Summary, read_summary
+from factor_transfer.util.arguments import brief
 from factor_transfer.util.checks import flag, of_a_machine
 from factor_transfer.util.console import say, silence, warn
-from factor_transfer.util.errors import ConfigError, RunError, listed, near
+from factor_transfer.util.errors import ConfigError, RunError, first_line, listed, near
+from factor_transfer.util.files import state_fingerprint, write_json
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,75 @@ def _work(job: Job) -> None:
         finish(job, pair, student, baseline)
 
 
+def finish(job: Job, pair: Pair, student: Side, baseline: Side | None) -> None:
+    """Export the student, measure latency, and write summary.json."""
+    run, data = job.run, job.data
+    if not run.writes:
+        return
+    networks = [pair.teacher.network, student.network]  # the baseline is another student: it has that one's latency
+    teacher_ms, student_ms = latency_ms([each.module for each in networks], [each.size for each in networks])
+    exported = _export(job, student.network)
+    summary = Summary(
+        teacher=_described(job, "teacher", pair.teacher, teacher_ms),
+        baseline=_described(job, "baseline", baseline, student_ms) if baseline is not None else None,
+        student=_described(job, "student", student, student_ms, exported),
+        method=job.objective.method,
+        metrics=job.task.metrics,
+        loss_name=job.task.loss_name,
+        **job.objective.layers(),
+        paraphraser=run.recorded("paraphraser"),
+        seconds={stage: found["seconds"] for stage, found in run.all_recorded().items()},
+        data=DataSummary(
+            name=data.name,
+            train=len(data.train),
+            validation=len(data.validation),
+            img_size=data.img_size,
+            classes=list(data.classes),
+        ),
+        fingerprints=run.pins(),
+        settings=job.config.to_dict(),
+        environment=run.environment(),
+    )
+    write_json(run.path("summary.json"), summary.to_json())
+
+
+def _export(job: Job, network: Network) -> dict[str, Any]:
+    """How far student.pt2 is from the student; or why there is none: hours of training are not lost to that."""
+    try:
+        images, about = job.sample(EXPORT_IMAGES), metadata_of(network, job.data, job.config.task)
+        path = job.run.path("student.pt2")
+        return {"pt2_difference": export_pt2(network.module, network.norm(images), path, about)}
+    except Exception as error:  # torch.export raises whatever it meets in foreign code
+        reason = first_line(error)
+        warn(f"student.pt2 was not written ({reason}); student.safetensors is whole")
+        return {"pt2_error": reason}
+
+
+def _described(
+    job: Job, role: str, side: Side, latency: float, exported: Mapping[str, Any] | None = None
+) -> NetworkSummary:
+    network, keys = side.network, {metric.key for metric in job.task.metrics}
+    found = {name: value for name, value in (job.run.recorded(role) or {}).items() if name != "seconds"}
+    tensors = network.module.state_dict().values()
+    return NetworkSummary(
+        name=network.name,
+        weights=network.origin or None,
+        measured={name: value for name, value in found.items() if name in keys},
+        more={name: value for name, value in found.items() if name not in keys} | dict(exported or {}),
+        parameters=count_parameters(network.module),
+        size_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        latency_ms=latency,
+        layer=side.layer,
+        img_size=brief(network.size),
+        mean=list(network.mean),
+        std=list(network.std),
+        model_args=plain(network.model_args),
+        output=network.output,
+        is_module=side.role in job.modules,
+        fingerprint=state_fingerprint(network.module.state_dict()),
+    )
+
+
 def _report(folder: Path, modules: Modules, engine: Engine) -> None:
     """A report that cannot be made loses no run: it can be made later."""
     try:
@@ -172,9 +246,9 @@ def evaluate_run(folder: Path, data: DataConfig | None = None, device: str = "au
         DataError: the images are missing or unreadable.
         ConfigError: there are classes that the run does not know.
     """
-    config, summary = saved_config(folder), saved_summary(folder)
+    config, summary = saved_config(folder), read_summary(folder)
     shown, task = data or config, task_of(config.task)
-    if not summary["data"]["classes"]:
+    if not summary.data.classes:
         raise _headless(folder)
     images = open_images(shown, summary, others=data is not None)
     if not images.labelled:
@@ -188,8 +262,8 @@ def evaluate_run(folder: Path, data: DataConfig | None = None, device: str = "au
     say(f"data: {images.name}, {len(images.validation):,} images")
     engine = Engine(device, config.precision, config.threads)
     found = {}
-    for role in ROLES:
-        if role in summary and answers(config, role, network := rebuild(folder, role)):
+    for role in summary.networks:
+        if answers(config, role, network := rebuild(folder, role)):
             found[role] = evaluate(
                 network.classifier, images.validation, engine, task, batch_size=config.batch_size, precise=True
             )

@@ -217,7 +217,7 @@ def _try_what_is_trained(job: Job, side: Side, trained: nn.Module) -> None:
         )
     if side.role == "student" and (side.role in job.modules or is_callable_name(network.name)):
         with tempfile.TemporaryDirectory() as folder:
-            about = metadata_of(network, job.data)
+            about = metadata_of(network, job.data, job.config.task)
             error = _failure(lambda: export_pt2(module, images, Path(folder) / "student.pt2", about))
         if error is not None:
             warn(f"{given}: student.pt2 will not be written ({first_line(error)}); student.safetensors will")

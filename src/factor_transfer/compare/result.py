@@ -10,7 +10,11 @@ from typing import Any
 from factor_transfer.compare.plan import REFERENCES, CompareConfig, Plan, PlannedRun
 from factor_transfer.compare.statistics import Difference, Gap, Scores, against, gap_closed, spread, verdict
 from factor_transfer.config import FIELDS, plain
+from factor_transfer.method.presets import ALIASES
 from factor_transfer.report.html import repeat_command
+from factor_transfer.tasks.classification import Classification
+from factor_transfer.tasks.metric import Metric
+from factor_transfer.training.summary import Summary, read_summary
 from factor_transfer.util.console import say, table
 from factor_transfer.util.errors import RunError
 from factor_transfer.util.files import read_json, write_atomic, write_json
@@ -28,7 +32,9 @@ ALIKE = {
 SHARED = ("teacher", "paraphraser")
 """Stages that one run does for many; their seconds are no method's."""
 
-HEADER = ("", "n", "top-1 %", "to alone", "p", "to kd", "p", "gap closed", "s / run", "x alone")
+KEYS = [f"to_{name}" for name in REFERENCES]
+"""In compare.json: the differences to each of the references. They are gains: above 0 a method is the better one."""
+
 FIGURES, DIFFERENCES = (0, 1, 2, 7, 8, 9), (0, 3, 4, 5, 6)
 """The columns of each of the two tables on a terminal."""
 
@@ -41,30 +47,37 @@ def outcome(plan: Plan) -> dict[str, Any]:
     """
     found = {run: summary for run in plan.runs if (summary := _summary(run)) is not None}
     _check_alike(plan, found)
-    first: Mapping[str, Any] = next(iter(found.values()), {})
+    first = next(iter(found.values()), None)
+    metric = first.metric if first else Classification.metrics[0]
     return {
         "complete": len(found) == len(plan.runs),
         "runs_finished": len(found),
         "runs_planned": len(plan.runs),
         "command": _command(plan),
         "scored_on": _scored_on(plan, first),
-        "teacher": {key: first["teacher"].get(key) for key in ("name", "top1", "parameters")} if first else None,
-        "student": {key: first["student"].get(key) for key in ("name", "parameters")} if first else None,
-        "data": {key: value for key, value in first.get("data", {}).items() if key != "classes"},
-        "methods": _methods(plan, found),
+        "metric": asdict(metric),
+        "teacher": {
+            "name": first.teacher.name,
+            metric.key: first.value("teacher"),
+            "parameters": first.teacher.parameters,
+        }
+        if first
+        else None,
+        "student": {"name": first.student.name, "parameters": first.student.parameters} if first else None,
+        "data": {key: value for key, value in asdict(first.data).items() if key != "classes"} if first else {},
+        "methods": _methods(plan, found, metric),
         "shared_seconds": _shared_seconds(found.values()),
         "jobs": plan.config.jobs,
-        "environments": _different([summary["environment"] for summary in found.values()]),
+        "environments": _different([summary.environment for summary in found.values()]),
         "settings": plain({name: getattr(plan.config, name) for name in FIELDS}),
         "runs": [
             {
                 "name": run.name,
                 "method": run.variant,
                 "seed": run.seed,
-                "top1": summary["student"].get("top1"),
-                "loss": summary["student"].get("loss"),
-                "teacher_top1": summary["teacher"].get("top1"),
-                "seconds": summary["seconds"],
+                **{each.key: summary.student.measured.get(each.key) for each in summary.metrics},
+                f"teacher_{metric.key}": summary.value("teacher"),
+                "seconds": summary.seconds,
             }
             for run, summary in found.items()
         ],
@@ -80,40 +93,62 @@ def write_outcome(folder: Path, found: Mapping[str, Any]) -> None:
 def show_outcome(folder: Path, found: Mapping[str, Any]) -> None:
     """Print the figures, the differences and the verdicts: two tables, since a terminal is narrow."""
     there = [each for each in found["methods"] if each["n"]]
-    compared = [each for each in there if each["to_alone"] or each["to_kd"]]
-    _table(_title(found), FIGURES, there)
+    compared = [each for each in there if _compared(each)]
+    metric = _metric(found)
+    _table(_title(found), FIGURES, there, metric)
     if compared:
-        _table("differences, with their 95 % intervals", DIFFERENCES, compared)
+        _table(f"gains ({metric.points or metric.label}), with their 95 % intervals", DIFFERENCES, compared, metric)
     for line in _verdicts(found):
         say(line)
     say(f"scored on {found['scored_on']}")
     say(f"all of it: {folder / 'compare.md'}, {folder / 'compare.json'}")
 
 
-def _table(title: str, columns: Sequence[int], methods: Sequence[Mapping[str, Any]]) -> None:
-    rows = [_row(each) for each in methods]
-    table(title, [HEADER[place] for place in columns], [[row[place] for place in columns] for row in rows])
+def _table(title: str, columns: Sequence[int], methods: Sequence[Mapping[str, Any]], metric: Metric) -> None:
+    header, rows = _header(metric), [_row(each, metric) for each in methods]
+    table(title, [header[place] for place in columns], [[row[place] for place in columns] for row in rows])
+
+
+def _metric(found: Mapping[str, Any]) -> Metric:
+    """What the methods are compared by; a file that names none is of classification."""
+    return Metric(**found["metric"]) if found.get("metric") else Classification.metrics[0]
+
+
+def _header(metric: Metric) -> tuple[str, ...]:
+    return ("", "n", metric.heading, "to baseline", "p", "to kd", "p", "gap closed", "s / run", "x baseline")
+
+
+def _compared(each: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The differences of a method that there are."""
+    return [each[key] for key in KEYS if each[key]]
+
+
+def _name(name: str) -> str:
+    """A variant of an earlier comparison, by its method's name of today."""
+    method, *rest = name.split(" ", 1)
+    return " ".join([ALIASES.get(method, method), *rest])
 
 
 def in_words(found: Mapping[str, Any]) -> str:
     """compare.md."""
     methods = [each for each in found["methods"] if each["n"]]
-    seeds = sorted({seed for each in methods for seed in each["top1"]}, key=int)
-    teacher = found["teacher"] or {}
-    top1 = f", {teacher['top1']:.2f} % top-1" if teacher.get("top1") is not None else ""
+    metric, teacher = _metric(found), found["teacher"] or {}
+    seeds = sorted({seed for each in methods for seed in each[metric.key]}, key=int)
+    value = teacher.get(metric.key)
+    measured = "" if value is None else f", {metric.label} {metric.shown(value)}"
     done = f"{found['runs_finished']} of {found['runs_planned']} runs"
-    raw = [(each["name"], *(_two(each["top1"].get(seed)) for seed in seeds)) for each in methods]
+    raw = [(_name(each["name"]), *(metric.number(each[metric.key].get(seed)) for seed in seeds)) for each in methods]
     machines = "; ".join(", ".join(f"{key} {value}" for key, value in each.items()) for each in found["environments"])
     parts = [
         f"# {_title(found)}",
-        f"Teacher: {teacher.get('name')}, {teacher.get('parameters'):,} parameters{top1}. "
+        f"Teacher: {teacher.get('name')}, {teacher.get('parameters'):,} parameters{measured}. "
         f"{'All ' if found['complete'] else ''}{done} are finished."
         if methods
         else f"No run is finished yet ({done}).",
-        _markdown(HEADER, [_row(each) for each in methods]),
+        _markdown(_header(metric), [_row(each, metric) for each in methods]),
         "\n".join(f"- {line}" for line in _verdicts(found)),
         _note(found),
-        "## Every run, top-1 %",
+        f"## Every run, {metric.heading}",
         _markdown(("", *(f"seed {seed}" for seed in seeds)), raw),
         "## Again",
         f"```\n{found['command']}\n```",
@@ -127,26 +162,29 @@ def tabulated(folder: Path) -> dict[str, Any] | None:
     if not (folder / "compare.json").exists():
         return None
     found = read_json(folder / "compare.json")
-    rows = [_row(each) for each in found["methods"] if each["n"]]
-    return {"header": HEADER, "rows": rows, "verdicts": _verdicts(found), "note": _note(found)}
+    metric = _metric(found)
+    rows = [_row(each, metric) for each in found["methods"] if each["n"]]
+    return {"header": _header(metric), "rows": rows, "verdicts": _verdicts(found), "note": _note(found)}
 
 
 # -- the figures
 
 
-def _methods(plan: Plan, found: Mapping[PlannedRun, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    tops: dict[str, dict[int, float]] = {each.name: {} for each in plan.variants}
+def _methods(plan: Plan, found: Mapping[PlannedRun, Summary], metric: Metric) -> list[dict[str, Any]]:
+    values: dict[str, dict[int, float]] = {each.name: {} for each in plan.variants}
     seconds: dict[str, dict[int, float]] = {each.name: {} for each in plan.variants}
     teachers: dict[str, float | None] = {}
     for run, summary in found.items():
-        if "top1" in summary["student"]:
-            tops[run.variant][run.seed] = summary["student"]["top1"]
-        own = [value for stage, value in summary["seconds"].items() if not stage.startswith(SHARED)]
+        if (value := summary.value("student")) is not None:
+            values[run.variant][run.seed] = value
+        own = [value for stage, value in summary.seconds.items() if not stage.startswith(SHARED)]
         seconds[run.variant][run.seed] = sum(own)
-        teachers[run.variant] = summary["teacher"].get("top1")
+        teachers[run.variant] = summary.value("teacher")
+    # Statistics are of scores: the higher, the better.
+    scores = {name: {seed: metric.gain(value, 0.0) for seed, value in each.items()} for name, each in values.items()}
     to = {
         other: {
-            each.name: (reference, tops[reference])
+            each.name: (reference, scores[reference])
             for each in plan.variants
             if (reference := plan.reference(each, method)) is not None
             and not (other == "kd" and each.method == REFERENCES["alone"])
@@ -154,46 +192,50 @@ def _methods(plan: Plan, found: Mapping[PlannedRun, Mapping[str, Any]]) -> list[
         for other, method in REFERENCES.items()
     }
     differences = {
-        other: against(tops, {name: scores for name, (_, scores) in named.items()}) for other, named in to.items()
+        other: against(scores, {name: each for name, (_, each) in named.items()}) for other, named in to.items()
     }
     rows = []
     for each in plan.variants:
-        alone, teacher = to["alone"].get(each.name), teachers.get(each.name)
+        baseline, teacher = to["alone"].get(each.name), teachers.get(each.name)
         gap = None
-        if alone is not None and teacher is not None and not _seen_by_teacher(plan):
-            gap = gap_closed(tops[each.name], alone[1], teacher)
+        if baseline is not None and teacher is not None and not _seen_by_teacher(plan):
+            gap = gap_closed(scores[each.name], baseline[1], metric.gain(teacher, 0.0))
         rows.append(
             {
                 "name": each.name,
                 "method": each.method,
                 "swept": plain(each.swept),
-                **_figures(tops[each.name], seconds[each.name], seconds[alone[0]] if alone else None),
+                metric.key: {str(seed): value for seed, value in values[each.name].items()},
+                **_figures(values[each.name], seconds[each.name], seconds[baseline[0]] if baseline else None),
                 "gap_closed": asdict(gap) if gap else None,
-                **{f"to_{other}": _to(to[other], differences[other], each.name) for other in REFERENCES},
+                **{f"to_{other}": _to(to[other], differences[other], each.name, metric) for other in REFERENCES},
             }
         )
     return rows
 
 
-def _figures(tops: Scores, seconds: Scores, alone: Scores | None) -> dict[str, Any]:
-    both = sorted(seconds.keys() & (alone or {}).keys())
-    mean, sd = spread(list(tops.values())) if tops else (None, None)
-    relative = sum(seconds[seed] for seed in both) / sum((alone or {})[seed] for seed in both) if both else None
+def _figures(values: Scores, seconds: Scores, baseline: Scores | None) -> dict[str, Any]:
+    both = sorted(seconds.keys() & (baseline or {}).keys())
+    mean, sd = spread(list(values.values())) if values else (None, None)
+    relative = sum(seconds[seed] for seed in both) / sum((baseline or {})[seed] for seed in both) if both else None
     return {
-        "n": len(tops),
+        "n": len(values),
         "mean": mean,
         "sd": sd,
-        "top1": {str(seed): value for seed, value in tops.items()},
         "seconds": spread(list(seconds.values()))[0] if seconds else None,
         "seconds_to_alone": relative,
     }
 
 
-def _to(named: Mapping[str, tuple[str, Scores]], differences: Mapping[str, Difference], name: str) -> Any:
+def _to(
+    named: Mapping[str, tuple[str, Scores]], differences: Mapping[str, Difference], name: str, metric: Metric
+) -> Any:
     if name not in differences:
         return None
     found, tested = differences[name], sum(each.p is not None for each in differences.values())
-    return {"what": named[name][0], **found.to_dict(), "verdict": verdict(found, named[name][0], tested)}
+    other = named[name][0]
+    said = verdict(found, other, tested, metric.points or metric.label, metric.digits)
+    return {"what": other, **found.to_dict(), "verdict": said}
 
 
 def _seen_by_teacher(plan: Plan) -> bool:
@@ -201,9 +243,9 @@ def _seen_by_teacher(plan: Plan) -> bool:
     return plan.runs[0].config.validate_on == "train-holdout" and not plan.config.teacher_epochs
 
 
-def _check_alike(plan: Plan, found: Mapping[PlannedRun, Mapping[str, Any]]) -> None:
+def _check_alike(plan: Plan, found: Mapping[PlannedRun, Summary]) -> None:
     variants = {each.name: each for each in plan.variants}
-    there = {(run.variant, run.seed): (run, summary["fingerprints"]) for run, summary in found.items()}
+    there = {(run.variant, run.seed): (run, summary.fingerprints) for run, summary in found.items()}
     for (name, seed), (run, pins) in there.items():
         for method in REFERENCES.values():
             other = there.get((plan.reference(variants[name], method) or "", seed))
@@ -219,8 +261,8 @@ def _check_alike(plan: Plan, found: Mapping[PlannedRun, Mapping[str, Any]]) -> N
                 )
 
 
-def _scored_on(plan: Plan, summary: Mapping[str, Any]) -> str:
-    count = f"{summary['data']['validation']:,} " if summary else ""
+def _scored_on(plan: Plan, summary: Summary | None) -> str:
+    count = f"{summary.data.validation:,} " if summary else ""
     if plan.runs[0].config.validate_on != "train-holdout":
         return f"{count}validation images"
     seen = "; the teacher may have been trained on them, so no gap is given" if _seen_by_teacher(plan) else ""
@@ -230,16 +272,15 @@ def _scored_on(plan: Plan, summary: Mapping[str, Any]) -> str:
 def _shared_seconds(summaries: Any) -> dict[str, float]:
     """Seconds of what was made for all."""
     found: dict[str, float] = {}
-    for stage, seconds in (pair for each in summaries for pair in each["seconds"].items()):
+    for stage, seconds in (pair for each in summaries for pair in each.seconds.items()):
         if stage.startswith(SHARED) and seconds:
             found[stage] = found.get(stage, 0.0) + seconds
     return found
 
 
-def _summary(run: PlannedRun) -> dict[str, Any] | None:
-    path = Path(run.config.out or "") / "summary.json"
-    found: dict[str, Any] | None = read_json(path) if path.exists() else None
-    return found
+def _summary(run: PlannedRun) -> Summary | None:
+    folder = Path(run.config.out or "")
+    return read_summary(folder) if (folder / "summary.json").exists() else None
 
 
 def _command(plan: Plan) -> str:
@@ -269,32 +310,33 @@ def _note(found: Mapping[str, Any]) -> str:
     aside = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in found["shared_seconds"].items())
     return (
         f"Scored on {found['scored_on']}, after the last pass. Mean and standard deviation over seeds; paired "
-        "differences with their 95 % t interval; p of the paired t-test, corrected for all methods (Holm); the share "
-        "of the teacher's lead over the student alone that is closed, with Fieller's 95 % interval, where that lead is "
+        "gains (above 0 the method is the better one) with their 95 % t interval; "
+        "p of the paired t-test, corrected for all methods (Holm); the share "
+        "of the teacher's lead over the baseline that is closed, with Fieller's 95 % interval, where that lead is "
         f"itself beyond its interval; seconds of the student's own training, {found['jobs']} at once. Made once for "
         f"all: {aside or 'nothing'}."
     )
 
 
-def _row(each: Mapping[str, Any]) -> tuple[str, ...]:
+def _row(each: Mapping[str, Any], metric: Metric) -> tuple[str, ...]:
     gap = each["gap_closed"]
     return (
-        each["name"],
+        _name(each["name"]),
         str(each["n"]),
-        _two(each["mean"]) + (f" ± {each['sd']:.2f}" if each["sd"] is not None else ""),
-        *_shown(each["to_alone"]),
-        *_shown(each["to_kd"]),
+        metric.number(each["mean"]) + (f" ± {metric.number(each['sd'])}" if each["sd"] is not None else ""),
+        *(cell for key in KEYS for cell in _shown(each[key], metric)),
         _gap(Gap(**gap)) if gap else "-",
         f"{each['seconds']:.1f}" if each["seconds"] is not None else "-",
         f"{each['seconds_to_alone']:.2f}" if each["seconds_to_alone"] is not None else "-",
     )
 
 
-def _shown(found: Mapping[str, Any] | None) -> tuple[str, str]:
+def _shown(found: Mapping[str, Any] | None, metric: Metric) -> tuple[str, str]:
     if found is None:
         return "-", "-"
-    span = f" ({found['low']:+.2f} to {found['high']:+.2f})" if found["low"] is not None else ""
-    return f"{found['mean']:+.2f}{span}", "-" if found["p_holm"] is None else _p(found["p_holm"])
+    mean, low, high = (f"{found[name] or 0:+.{metric.digits}f}" for name in ("mean", "low", "high"))
+    span = f" ({low} to {high})" if found["low"] is not None else ""
+    return f"{mean}{span}", "-" if found["p_holm"] is None else _p(found["p_holm"])
 
 
 def _gap(gap: Gap) -> str:
@@ -305,15 +347,11 @@ def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _two(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
 def _verdicts(found: Mapping[str, Any]) -> list[str]:
     return [
-        f"{each['name']}: " + "; ".join(to["verdict"] for to in (each["to_alone"], each["to_kd"]) if to)
+        f"{_name(each['name'])}: " + "; ".join(to["verdict"] for to in _compared(each))
         for each in found["methods"]
-        if each["to_alone"] or each["to_kd"]
+        if _compared(each)
     ]
 
 

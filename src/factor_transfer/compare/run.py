@@ -32,6 +32,7 @@ from factor_transfer.method.term import numbered
 from factor_transfer.report.html import repeat_command
 from factor_transfer.training.engine import stop_signals
 from factor_transfer.training.run_folder import DEFAULTS, FREE, Run
+from factor_transfer.training.summary import read_summary
 from factor_transfer.util.arguments import names_in
 from factor_transfer.util.checks import acting_on, flag
 from factor_transfer.util.console import say, warn
@@ -164,11 +165,12 @@ class _Runner:
 
     def _tell(self, run: PlannedRun) -> None:
         write_outcome(self.plan.folder, outcome(self.plan))
-        summary = read_json(_folder(run) / "summary.json")
+        summary = read_summary(_folder(run))
         left = len(self.pending) + len(self.running)
         minutes = (time.monotonic() - self.began) / self.done * left / 60
-        top1 = f"{summary['student']['top1']:.2f} %" if "top1" in summary["student"] else "finished"
-        say(f"{run.name}: {top1}; {left} to go, about {minutes:.0f} min")
+        value = summary.value("student")
+        found = "finished" if value is None else summary.metric.shown(value)
+        say(f"{run.name}: {found}; {left} to go, about {minutes:.0f} min")
 
     def _stop(self, signum: int) -> None:
         """Let all runs under way save and end."""

@@ -1,4 +1,4 @@
-"""Figures of runs in, verdicts out: paired differences with intervals, Holm's correction, the share of a gap closed.
+"""Scores in, the higher the better; verdicts out: paired differences, Holm's correction, the share of a gap closed.
 
 Runs are paired by seed: both of a pair have the same first weights, order and views. Differences are taken to be
 normal, as Student's t wants; intervals are of 95 % and say how far a mean over seeds may be off, no more: teacher,
@@ -46,7 +46,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Gap:
-    """The share of the teacher's lead over the student alone that a method closes."""
+    """The share of the teacher's lead over the baseline that a method closes."""
 
     closed: float
     low: float
@@ -110,12 +110,12 @@ def against(scores: Mapping[str, Scores], reference: Mapping[str, Scores]) -> di
     return {name: replace(difference, p_holm=corrected.get(name)) for name, difference in there.items()}
 
 
-def gap_closed(method: Scores, alone: Scores, teacher: float) -> Gap | None:
-    """(method - alone) / (teacher - alone), of means over the seeds that both have.
+def gap_closed(method: Scores, baseline: Scores, teacher: float) -> Gap | None:
+    """(method - baseline) / (teacher - baseline), of means over the seeds that both have.
 
-    The interval is Fieller's for a ratio of paired means: all shares s for which method - alone - s (teacher - alone)
-    does not differ from 0 by the paired t-test. It is finite exactly where the lead differs from 0, and the share is
-    given nowhere else.
+    The interval is Fieller's for a ratio of paired means: all shares s for which
+    method - baseline - s (teacher - baseline) does not differ from 0 by the paired t-test. It is finite exactly where
+    the lead differs from 0, and the share is given nowhere else.
 
     Returns:
         None where the interval of the teacher's lead is not above 0, or there is none (one seed, no spread).
@@ -124,40 +124,42 @@ def gap_closed(method: Scores, alone: Scores, teacher: float) -> Gap | None:
     >>> round(found.closed, 3), round(found.low, 3), round(found.high, 3)
     (0.464, 0.327, 0.611)
     """
-    seeds = sorted(method.keys() & alone.keys())
-    lead = paired(dict.fromkeys(seeds, teacher), alone)
+    seeds = sorted(method.keys() & baseline.keys())
+    lead = paired(dict.fromkeys(seeds, teacher), baseline)
     if lead is None or lead.low is None or lead.low <= 0:
         return None
-    x = np.array([method[seed] - alone[seed] for seed in seeds])
-    y = np.array([teacher - alone[seed] for seed in seeds])
+    x = np.array([method[seed] - baseline[seed] for seed in seeds])
+    y = np.array([teacher - baseline[seed] for seed in seeds])
     (xx, xy), (_, yy) = np.cov(x, y) * _t(len(seeds)) ** 2 / len(seeds)
     a, b, c = y.mean() ** 2 - yy, x.mean() * y.mean() - xy, x.mean() ** 2 - xx  # a > 0, since the lead's interval is
     half = math.sqrt(max(b * b - a * c, 0.0))
     return Gap(float(x.mean() / y.mean()), float((b - half) / a), float((b + half) / a))
 
 
-def verdict(found: Difference, other: str, tested: int) -> str:
+def verdict(found: Difference, other: str, tested: int, unit: str = "points", digits: int = 2) -> str:
     """What a difference says in words, and no more than its interval does.
 
     Args:
         found: the difference, corrected.
         other: what it is to, as a name.
         tested: how many methods were tested against it.
+        unit: of the difference.
+        digits: after the decimal point.
 
-    >>> verdict(Difference(5, 1.0, 0.3, 0.6, 1.4, 0.002, 0.004), "alone", 2)
-    'gains 0.60 to 1.40 points over alone'
-    >>> verdict(Difference(5, 0.1, 0.3, -0.3, 0.5, 0.5, 1.0), "alone", 2)
-    'no difference to alone is shown: it may be -0.30 to +0.50 points'
+    >>> verdict(Difference(5, 1.0, 0.3, 0.6, 1.4, 0.002, 0.004), "baseline", 2)
+    'gains 0.60 to 1.40 points over baseline'
+    >>> verdict(Difference(5, 0.1, 0.3, -0.3, 0.5, 0.5, 1.0), "baseline", 2)
+    'no difference to baseline is shown: it may be -0.30 to +0.50 points'
     """
     if found.n == 1:
-        return f"one seed ({found.mean:+.2f} points to {other}): no interval, and nothing is shown"
+        return f"one seed ({found.mean:+.{digits}f} {unit} to {other}): no interval, and nothing is shown"
     if found.low is None or found.high is None:
-        return f"{found.mean:+.2f} points to {other} in each of {found.n} seeds: no spread to judge by"
+        return f"{found.mean:+.{digits}f} {unit} to {other} in each of {found.n} seeds: no spread to judge by"
     if found.p_holm is not None and found.p_holm < 1 - LEVEL:
         if found.mean > 0:
-            return f"gains {found.low:.2f} to {found.high:.2f} points over {other}"
-        return f"loses {-found.high:.2f} to {-found.low:.2f} points to {other}"
-    span = f"{found.low:+.2f} to {found.high:+.2f} points"
+            return f"gains {found.low:.{digits}f} to {found.high:.{digits}f} {unit} over {other}"
+        return f"loses {-found.high:.{digits}f} to {-found.low:.{digits}f} {unit} to {other}"
+    span = f"{found.low:+.{digits}f} to {found.high:+.{digits}f} {unit}"
     if found.low > 0 or found.high < 0:
         return f"no difference to {other} is shown: by itself it is {span}, but one of {tested} may be so by chance"
     return f"no difference to {other} is shown: it may be {span}"

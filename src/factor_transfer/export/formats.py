@@ -42,10 +42,10 @@ READABLE = 0o644
 """safetensors makes files that only their owner can read; these are made to leave."""
 
 Metadata = Mapping[str, Any]
-"""What a file says of itself: architecture, model_args, img_size, mean, std, classes, resize."""
+"""What a file says of itself: architecture, model_args, img_size, mean, std, classes, task, resize."""
 
 
-def metadata_of(network: Network, data: Dataset) -> dict[str, Any]:
+def metadata_of(network: Network, data: Dataset, task: str) -> dict[str, Any]:
     """What an export of a network that was trained on `data` says of itself: no other file is needed to use it.
 
     `img_size` is one number for a square, else height and width. `bit_depth` is of grey images of more than 8 bits,
@@ -59,6 +59,7 @@ def metadata_of(network: Network, data: Dataset) -> dict[str, Any]:
         "mean": list(network.mean),
         "std": list(network.std),
         "classes": list(data.classes),
+        "task": task,
         "resize": data.frame.described(),
         "bit_depth": data.bit_depth,
     }

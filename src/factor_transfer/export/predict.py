@@ -8,7 +8,6 @@ import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from math import exp
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,9 +20,11 @@ from factor_transfer.data.frames import Frame
 from factor_transfer.data.images import decoded, image_formats, natural
 from factor_transfer.data.trees import counted, folder_tree
 from factor_transfer.export.runtimes import Runtime, kind_of, load
+from factor_transfer.tasks.base import task_of
+from factor_transfer.util.arguments import is_callable_name
 from factor_transfer.util.checks import check_arguments
 from factor_transfer.util.console import say, warn
-from factor_transfer.util.errors import DataError, RunError, first_line
+from factor_transfer.util.errors import ConfigError, DataError, RunError, first_line
 
 BATCH = 32
 
@@ -38,8 +39,9 @@ def predict_images(
     top: Annotated[int, Number(gte=1)],
     threads: Annotated[int | None, Number(gte=1, lte=MOST_THREADS)],
     as_json: bool,
+    trust_config: bool = False,
 ) -> int:
-    """Print the likeliest classes of each image.
+    """Print the answer for each image: its likeliest classes, or what another task shows.
 
     Args:
         student: a run folder, a folder of exports, or one exported file.
@@ -47,17 +49,27 @@ def predict_images(
         top: classes for each image.
         threads: CPU threads.
         as_json: print one JSON list.
+        trust_config: run the code of a task that the file names by package.module:callable.
 
     Returns:
         0; 2 where an image could not be read: the others are answered all the same.
 
     Raises:
-        ConfigError: a number out of range.
+        ConfigError: a number out of range, or a task whose code is not trusted.
         RunError: no export that can be run here.
         DataError: no images.
     """
     check_arguments(predict_images, top=top, threads=threads)
     runtime = open_student(student, threads)
+    name_of_task = runtime.metadata.get("task", "classification")
+    if is_callable_name(name_of_task) and not trust_config:
+        raise ConfigError(
+            str(student),
+            found=f"task: {name_of_task}, which is code that would be run",
+            valid="a student for classification, or --trust-config",
+            hint="read that code, then add --trust-config",
+        )
+    task = task_of(name_of_task)
     classes, frame, bits = runtime.metadata["classes"], Frame.read(runtime.metadata), runtime.metadata.get("bit_depth")
     answers, unread, content = [], 0, Content()
     batch: list[tuple[str, bytes]] = []
@@ -65,11 +77,10 @@ def predict_images(
     def answer() -> None:
         logits = array("f", runtime.logits(b"".join(pixels for _, pixels in batch), len(batch)))
         for place, (name, _) in enumerate(batch):
-            found = likeliest(logits[place * len(classes) : (place + 1) * len(classes)], classes, top)
-            answers.append({"image": name, "top": found})
+            found = task.answer(logits[place * len(classes) : (place + 1) * len(classes)], classes, top)
+            answers.append({"image": name, **found})
             if not as_json:
-                shown = "  ".join(f"{each['class']} {100 * each['probability']:.1f} %" for each in found)
-                print(f"{name}: {shown}")  # noqa: T201 (the command's output)
+                print(f"{name}: {task.in_words(found)}")  # noqa: T201 (the command's output)
         batch.clear()
 
     for name, source in find_images(images):
@@ -95,18 +106,6 @@ def predict_images(
     if as_json:
         print(json.dumps(answers, ensure_ascii=False, indent=1))  # noqa: T201
     return 2 if unread else 0
-
-
-def likeliest(logits: Sequence[float], classes: Sequence[str], top: int) -> list[dict[str, Any]]:
-    """The `top` classes with their probabilities, likeliest first.
-
-    >>> likeliest([0.0, 0.0], ["cat", "dog"], top=1)
-    [{'class': 'cat', 'index': 0, 'probability': 0.5}]
-    """
-    largest = max(logits)
-    weights = [exp(value - largest) for value in logits]
-    order = sorted(range(len(weights)), key=lambda place: -weights[place])[:top]
-    return [{"class": classes[at], "index": at, "probability": weights[at] / sum(weights)} for at in order]
 
 
 def open_student(given: Path, threads: int | None = None) -> Runtime:

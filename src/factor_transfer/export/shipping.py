@@ -1,7 +1,7 @@
 """`factor-transfer export`: the student in every format, each proved in a fresh process, with a card and latencies.
 
 EXPORT/student.pt2, student.onnx, student.int8.onnx, student.safetensors, timm/   written only if they agree
-       exports.json    what was found: differences, top-1, bytes, latency
+       exports.json    what was found: differences, the headline metric, bytes, latency
        README.md       the model card
 """
 
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -42,8 +42,10 @@ from factor_transfer.export.formats import (
 from factor_transfer.networks.load import Network
 from factor_transfer.networks.pair import Modules
 from factor_transfer.report.card import write_card
+from factor_transfer.tasks.base import task_of
 from factor_transfer.training.finished import answers, open_images, rebuild
-from factor_transfer.training.run_folder import cpu_name, saved_config, saved_summary
+from factor_transfer.training.run_folder import cpu_name, saved_config
+from factor_transfer.training.summary import read_summary
 from factor_transfer.util.arguments import is_callable_name
 from factor_transfer.util.checks import check
 from factor_transfer.util.console import say, warn
@@ -71,7 +73,7 @@ WITHOUT = {
 }
 """What the fresh process cannot import."""
 
-TOP1, AGREEMENT, COSINE = "top-1", "agreement with the trained student", "cosine with the trained student's features"
+AGREEMENT, COSINE = "agreement with the trained student", "cosine with the trained student's features"
 
 CALIBRATION = 512
 """Training images that show int8 the ranges of activations."""
@@ -132,7 +134,7 @@ def export_run(folder: Path, choices: Choices | None = None, modules: Modules | 
             found["latency"], found["machine"] = job.latency(out, work, found["formats"])
     found["failed"] = job.failed
     write_json(out / "exports.json", found)
-    write_card(out / "README.md", job.summary, found, vars(choices))
+    write_card(out / "README.md", job.summary, found, job.task, vars(choices))
     if job.failed:
         raise RunError(f"{folder}: {', '.join(job.failed)}", found="; ".join(job.failed.values()),
                        hint=f"the other formats are in {out}")  # fmt: skip
@@ -170,14 +172,14 @@ class _Export:
 
     def __init__(self, folder: Path, choices: Choices, modules: Modules) -> None:
         self.folder, self.choices, self.modules = folder, choices, modules
-        self.config, self.summary = saved_config(folder), saved_summary(folder)
+        self.config, self.summary = saved_config(folder), read_summary(folder)
+        self.task = task_of(self.config.task)
         self.student = rebuild(folder, "student", modules.get("student"))
         self.module = plain_copy(self.student.module)
         self.data: Dataset = open_images(self.config, self.summary)
         self.failed: dict[str, str] = {}
         validation = self.data.validation
         self.chosen = spaced(len(validation), self.choices.images)
-        self.labels = torch.from_numpy(validation.labels[self.chosen])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -199,10 +201,11 @@ class _Export:
     @cached_property
     def terms(self) -> dict[str, Any]:
         """What the checks were made against."""
-        top1 = round(100 * float((self.logits.argmax(1) == self.labels).float().mean()), 4)
+        metric = self.task.headline
         return {
             "images": len(self.chosen),
-            "reference_top1": top1 if self.measure == TOP1 else None,
+            "metric": asdict(metric),
+            f"reference_{metric.key}": self._score(self.logits),
             "measure": self.measure,
             "largest_logit": float(self.logits.abs().max()),
             "tolerance": TOLERANCE,
@@ -212,19 +215,32 @@ class _Export:
 
     @cached_property
     def measure(self) -> str:
-        """What int8 is judged by: top-1, or how near it is to the student where there are no labels, or no head."""
+        """What int8 is judged by: the headline metric, or how near it is to the student without labels or a head."""
         if not answers(self.config, "student", self.student):
             return COSINE
-        return TOP1 if self.data.labelled else AGREEMENT
+        return self.task.headline.label if self.data.labelled else AGREEMENT
+
+    def _score(self, outputs: torch.Tensor) -> float | None:
+        """The headline metric of outputs (images, N); None where the measure is another one."""
+        if self.measure in {AGREEMENT, COSINE}:
+            return None
+        sums = self.task.sums(outputs, self.targets)
+        return round(float(self.task.values(sums, len(outputs))[self.task.headline.key]), 4)
+
+    @cached_property
+    def targets(self) -> torch.Tensor:
+        """What the images should be answered with."""
+        chunks = np.array_split(self.chosen, -(-len(self.chosen) // self.config.batch_size))
+        return torch.cat([self.task.targets(batch) for batch in self.data.validation.batches(chunks, view=None)])
 
     @property
     def custom(self) -> bool:
         """No library can build it: the user's own code."""
-        return bool(self.summary["student"].get("is_module")) or is_callable_name(self.config.student)
+        return self.summary.student.is_module or is_callable_name(self.config.student)
 
     def metadata(self, network: Network | None = None) -> dict[str, Any]:
         """What a file says of itself."""
-        return metadata_of(network or self.student, self.data)
+        return metadata_of(network or self.student, self.data, self.config.task)
 
     def _shown(self, network: Network, split: Split, chosen: np.ndarray | None = None) -> Iterator[Any]:
         """Normalised images and uint8 pixels (B, H, W, 3), as evaluation shows them."""
@@ -290,7 +306,8 @@ class _Export:
             RunError: it does not agree.
         """
         size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
-        row: dict[str, Any] = {"format": form, "file": path.name, "needs": NEEDS[form], "bytes": size, "top1": None,
+        metric = self.task.headline
+        row: dict[str, Any] = {"format": form, "file": path.name, "needs": NEEDS[form], "bytes": size, metric.key: None,
                "max_difference": None, "mean_difference": None}  # fmt: skip
         architecture = self.metadata()["architecture"]
         if form in {"safetensors", "timm"} and architecture.startswith("cifar_"):
@@ -313,20 +330,20 @@ class _Export:
             row["agreement"] = round(100 * float(torch.cosine_similarity(got, self.logits).mean()), 4)
             row["other_answers"] = 0
         else:
-            same = got.argmax(1) == self.logits.argmax(1)
+            same = self.task.answers(got)[1] == self.task.answers(self.logits)[1]
             row["agreement"], row["other_answers"] = round(100 * float(same.float().mean()), 4), int((~same).sum())
-        if self.measure == TOP1:
-            row["top1"] = round(100 * float((got.argmax(1) == self.labels).float().mean()), 4)
+        row[metric.key] = self._score(got)
         self._judge(form, row)
         return row
 
     def _judge(self, form: str, row: Mapping[str, Any]) -> None:
         if form == "onnx-int8":
-            kept = row["top1"] if self.measure == TOP1 else row["agreement"]
-            lost = (self.terms["reference_top1"] if self.measure == TOP1 else 100) - kept
+            metric = self.task.headline
+            kept, reference = row[metric.key], self.terms[f"reference_{metric.key}"]
+            lost = 100 - row["agreement"] if kept is None else metric.gain(reference, kept)
             allowed = self.choices.int8_loss
             if not lost <= allowed:
-                found = f"it loses {lost:.2f} points of {self.measure}"
+                found = f"it loses {lost:.2f} {metric.points} of {self.measure}"
                 hint = "allow more with --int8-loss, or ship the float32 file"
                 raise RunError("int8", found=found, valid=f"at most {allowed:g}", hint=hint)
             return

@@ -31,10 +31,6 @@ Deviation of at+kd: the text of Zagoruyko & Komodakis lets beta fall while train
 does not.
 """
 
-LABELS_ALONE = "labels alone"
-"""What a run's method is called where it has no term but the labels."""
-
-
 def settings_of(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """A method's settings; where it says `auto` and a value was given, the given one.
 

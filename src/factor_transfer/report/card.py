@@ -10,8 +10,8 @@ import yaml
 
 from factor_transfer.data.frames import Frame
 from factor_transfer.report.html import rendered, repeat_command, scored
-from factor_transfer.report.terminal import label
-from factor_transfer.training.finished import ROLES
+from factor_transfer.tasks.base import Task
+from factor_transfer.training.summary import Summary
 from factor_transfer.util.files import write_atomic
 
 USE = """import numpy as np, onnxruntime
@@ -34,35 +34,45 @@ METHOD = """Factor Transfer (Kim, Park, Kwak: *Paraphrasing Complex Network: Net
 NeurIPS 2018, arXiv 1802.04977)"""
 
 
-def write_card(path: Path, summary: Mapping[str, Any], exports: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+def write_card(path: Path, summary: Summary, exports: Mapping[str, Any], task: Task, said: Mapping[str, Any]) -> None:
     """Write the card of a run's student.
 
     Args:
         path: where.
         summary: of the run.
         exports: what `exports.json` holds.
+        task: what the student is for.
         said: what the user states: `license`, `data_license`, `teacher_license`, `intended`.
     """
     forms = {row["format"] for row in exports["formats"]}
-    student = summary["student"]
-    zoo = student["model_args"].get("architecture", "").startswith("cifar_")
-    frame = Frame.read({"img_size": summary["data"]["img_size"], "resize": exports.get("resize", {})})
-    classes, settings = summary["data"]["classes"], summary["settings"]
+    student, classes, settings = summary.student, summary.data.classes, summary.settings
+    zoo = student.model_args.get("architecture", "").startswith("cifar_")
+    frame = Frame.read({"img_size": summary.data.img_size, "resize": exports.get("resize", {})})
     head = bool(settings.get("label_weight", 1.0) or settings.get("kd_weight"))
-    networks = [{**summary[role], "label": label(summary, role)} for role in ROLES if role in summary]
+    kind = task.hub if head else "image-feature-extraction"
+    networks = [
+        {
+            "label": summary.label(role),
+            "metrics": [metric.number(network.measured.get(metric.key)) for metric in summary.metrics],
+            "parameters": network.parameters,
+        }
+        for role, network in summary.networks.items()
+        if summary.value(role) is not None
+    ]
     values = {
-        **summary,
+        "summary": summary,
         "size": frame.size,
         "resized": frame.in_words(),
-        "networks": [network for network in networks if "top1" in network],
+        "networks": networks,
         "head": head,
+        "gives": task.gives,
         "exports": scored(exports),
-        "by": METHOD if summary.get("method", "Factor Transfer") == "Factor Transfer" else summary["method"],
+        "by": METHOD if summary.method == "Factor Transfer" else summary.method,
         "classes": ", ".join(f"{place} {name}" for place, name in enumerate(classes)),
         "use": USE if "onnx" in forms else TORCH_USE,
         "timm_use": TIMM_USE % (ZOO if zoo else "") if "timm" in forms else None,
         "command": repeat_command(settings),
-        "front": yaml.safe_dump(_front(summary, said, head=head), sort_keys=False, allow_unicode=True),
+        "front": yaml.safe_dump(_front(summary, kind, said), sort_keys=False, allow_unicode=True),
         **{name: said.get(name) for name in ("license", "data_license", "teacher_license", "intended")},
     }
     text = rendered("card.md.jinja", values)
@@ -71,21 +81,21 @@ def write_card(path: Path, summary: Mapping[str, Any], exports: Mapping[str, Any
         write_atomic(path.parent / "timm" / "README.md", text.replace('"local-dir:timm"', '"local-dir:FOLDER"'))
 
 
-def _front(summary: Mapping[str, Any], said: Mapping[str, Any], *, head: bool) -> dict[str, Any]:
+def _front(summary: Summary, kind: str, said: Mapping[str, Any]) -> dict[str, Any]:
     """What the hub reads."""
-    task = "image-classification" if head else "image-feature-extraction"
     front: dict[str, Any] = {
         "library_name": "timm",
-        "pipeline_tag": task,
-        "tags": [task, "knowledge-distillation", "factor-transfer"],
+        "pipeline_tag": kind,
+        "tags": [kind, "knowledge-distillation", "factor-transfer"],
     }
-    if "top1" in summary["student"]:
-        name = Path(summary["data"]["name"]).name
-        measured = {"type": "accuracy", "name": "top-1, %", "value": round(summary["student"]["top1"], 4)}
+    metric, value = summary.metric, summary.value("student")
+    if value is not None:
+        name = Path(summary.data.name).name
+        measured = {"type": metric.hub or metric.key, "name": metric.heading, "value": round(value, 4)}
         found = {
-            "task": {"type": task},
+            "task": {"type": kind},
             "dataset": {"name": name, "type": name, "split": "validation"},
             "metrics": [measured],
         }
-        front["model-index"] = [{"name": summary["student"]["name"], "results": [found]}]
+        front["model-index"] = [{"name": summary.student.name, "results": [found]}]
     return front | ({"license": said["license"]} if said.get("license") else {})

@@ -1,22 +1,36 @@
-"""Plots as inline SVG: titled, with units, a text alternative, and a tip for each mark (`data-tip`).
+"""Plots as inline SVG, and feature maps as small pictures.
 
-Colours are classes (`teacher`, `alone`, `student`, `int8`), which the page's style sheet fills in for light, dark and
-paper. Every text goes through `escape`.
+A plot has a title, units, a text alternative, and a tip for each mark (`data-tip`). Colours are classes (`teacher`,
+`baseline`, `student`, `int8`), which the page's style sheet fills in for light, dark and paper. Every text goes through
+`escape`. A picture of a map has one tile for each channel: zero is white, positive orange, negative blue.
+
+Shapes: C channels, H x W the map.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
+import numpy as np
 from markupsafe import Markup, escape
+from PIL import Image
+from torch import Tensor
 
 WIDTH, HEIGHT = 360, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 38
 LABEL_HEIGHT = 15
 """Least distance of two labels, in the plot's own pixels."""
+
+POSITIVE, NEGATIVE = (194, 65, 12), (29, 78, 216)
+"""Colours of the largest and the smallest value."""
+
+SIDE = 96
+"""Photographs are shown at most this large, in pixels."""
 
 _ids = count()
 
@@ -77,16 +91,25 @@ def log_ticks(low: float, high: float) -> list[float]:
     return inside if len(inside) <= 6 else [v for v in inside if math.log10(v) == round(math.log10(v))] or inside[::3]
 
 
-def scatter(title: str, points: Sequence[Point], x_label: str, y_label: str) -> Markup:
-    """Labelled marks, each kind in a shape of its own. A wide range of x is shown in a logarithmic scale."""
+def scatter(title: str, points: Sequence[Point], x_label: str, y_label: str, most: float = math.inf) -> Markup:
+    """Labelled marks, each kind in a shape of its own. A wide range of x is shown in a logarithmic scale.
+
+    Args:
+        title: what it shows.
+        points: the marks.
+        x_label: name and unit.
+        y_label: name and unit.
+        most: largest y that there can be.
+    """
     xs, ys = [point.x for point in points], [point.y for point in points]
     log = min(xs) > 0 and max(xs) / min(xs) > 8
-    low_y, high_y = _room(min(ys), max(ys), 0.15, 2.0)
+    low_y, high_y = _room(min(ys), max(ys), 0.15, 0.02 * max(map(abs, ys)) or 1.0)
+    low_y = max(low_y, 0.0) if min(ys) >= 0 else low_y
     if log:
         x_axis = Axis(min(xs) / 1.5, max(xs) * 2.5, LEFT, WIDTH - RIGHT, log=True)
     else:
         x_axis = Axis(0, max(xs) * 1.25, LEFT, WIDTH - RIGHT)
-    y_axis = Axis(low_y, min(high_y, 100.5), HEIGHT - BOTTOM, TOP)
+    y_axis = Axis(low_y, min(high_y, most), HEIGHT - BOTTOM, TOP)
     parts = _frame(x_axis, y_axis, x_label + (" (logarithmic)" if log else ""), y_label)
     ordered = sorted(points, key=lambda point: -point.y)
     places = _apart([y_axis(point.y) for point in ordered], TOP + 6, HEIGHT - BOTTOM - 6)
@@ -271,7 +294,7 @@ def _mark(kind: str, x: float, y: float, size: float = 5.5) -> str:
     a, b, c = 1.3 * size, 2.3 * size, 2.6 * size
     if kind == "teacher":
         return f'<rect class="mark" x="{x - size:.1f}" y="{y - size:.1f}" width="{2 * size}" height="{2 * size}"/>'
-    if kind == "alone":
+    if kind == "baseline":
         return f'<path class="mark" d="M{x:.1f} {y - a:.1f}l{a:.1f} {b:.1f}h{-c:.1f}z"/>'
     if kind == "int8":
         return f'<path class="mark" d="M{x:.1f} {y - a:.1f}l{a:.1f} {a:.1f}l{-a:.1f} {a:.1f}l{-a:.1f} {-a:.1f}z"/>'
@@ -301,3 +324,52 @@ def _tick(value: float) -> str:
 
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}g}"
+
+
+# -- pictures
+
+
+def coloured(values: np.ndarray, largest: float) -> np.ndarray:
+    """Numbers as colours: (H, W) -> uint8 (H, W, 3); `largest` is the magnitude of full colour.
+
+    >>> coloured(np.array([[0.0, 2.0]]), largest=2.0).tolist()
+    [[[255, 255, 255], [194, 65, 12]]]
+    """
+    strength = np.clip(np.abs(values) / max(largest, 1e-12), 0, 1)[..., None]
+    ends = np.where(values[..., None] >= 0, POSITIVE, NEGATIVE)
+    colours: np.ndarray = np.rint(255 + strength * (ends - 255.0)).astype(np.uint8)
+    return colours
+
+
+def tiles(maps: Tensor, channels: Sequence[int], largest: float) -> np.ndarray:
+    """The chosen channels of (C, H, W) side by side, a grey line between them: uint8 (H, n x (W + 1) - 1, 3)."""
+    shown = [coloured(maps[channel].float().cpu().numpy(), largest) for channel in channels]
+    line = np.full((maps.shape[1], 1, 3), 128, np.uint8)
+    parts = [part for tile in shown for part in (tile, line)]
+    return np.concatenate(parts[:-1], axis=1)
+
+
+def strongest(maps: Tensor, count: int) -> list[int]:
+    """The channels of (C, H, W) with the largest mean magnitude, strongest first."""
+    order = maps.abs().mean(dim=(1, 2)).argsort(descending=True)
+    return [int(channel) for channel in order[:count]]
+
+
+def png(pixels: np.ndarray) -> str:
+    """uint8 (H, W, 3) as a data URI, losslessly: for maps, which the page enlarges."""
+    return _uri(Image.fromarray(pixels), "PNG")
+
+
+def photograph(pixels: np.ndarray) -> str:
+    """uint8 (H, W, 3) as a data URI: lossless where it is small, else a JPEG of at most `SIDE` pixels."""
+    image = Image.fromarray(pixels)
+    if max(image.size) <= SIDE:
+        return _uri(image, "PNG")
+    image.thumbnail((SIDE, SIDE))
+    return _uri(image, "JPEG")
+
+
+def _uri(image: Image.Image, kind: str) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

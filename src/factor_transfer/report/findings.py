@@ -24,14 +24,16 @@ from factor_transfer.networks.features import Tapped, feature_shape
 from factor_transfer.networks.load import Network
 from factor_transfer.networks.pair import Modules
 from factor_transfer.networks.weights import load_paraphraser, load_weights
-from factor_transfer.report.pictures import photograph, png, strongest, tiles
+from factor_transfer.report.figures import photograph, png, strongest, tiles
+from factor_transfer.tasks.base import Task, task_of
 from factor_transfer.training.engine import Engine
-from factor_transfer.training.finished import ROLES, answers, open_images, rebuild
-from factor_transfer.training.run_folder import saved_config, saved_summary
+from factor_transfer.training.finished import answers, open_images, rebuild
+from factor_transfer.training.run_folder import saved_config
+from factor_transfer.training.summary import Summary, read_summary
 from factor_transfer.util.errors import FactorTransferError
 from factor_transfer.util.files import read_json, write_json
 
-VERSION = 2
+VERSION = 3
 """Raise it when findings change; those of another version are made again."""
 
 EXAMPLES, CHANNELS, DISAGREEMENTS = 6, 8, 24
@@ -65,8 +67,8 @@ def findings(folder: Path, modules: Modules | None = None, engine: Engine | None
     Raises:
         RunError: the run is not finished.
     """
-    summary, config = saved_summary(folder), saved_config(folder)
-    path, student = folder / "findings.json", summary["student"].get("fingerprint")
+    summary, config = read_summary(folder), saved_config(folder)
+    path, student = folder / "findings.json", summary.student.fingerprint
     if path.exists():
         kept: dict[str, Any] = read_json(path)
         if kept.get("version") == VERSION and kept.get("student") == student and not kept["missing"]:
@@ -79,18 +81,16 @@ def findings(folder: Path, modules: Modules | None = None, engine: Engine | None
         nets.missing["images"] = str(error)
     else:
         engine = engine or Engine(config.device, config.precision, config.threads)
-        made |= _look(nets, images, engine, config.batch_size)
+        made |= _look(nets, images, engine, task_of(config.task), config.batch_size)
     made["missing"] = nets.missing
     write_json(path, made)
     return made
 
 
-def _read_back(folder: Path, config: Config, summary: Mapping[str, Any], modules: Modules) -> Nets:
+def _read_back(folder: Path, config: Config, summary: Summary, modules: Modules) -> Nets:
     """All networks of a run that can be had."""
     nets, shapes = Nets(), {}
-    for role in ROLES:
-        if role not in summary:
-            continue
+    for role in summary.networks:
         try:
             network = rebuild(folder, role, modules.get("teacher" if role == "teacher" else "student"))
         except FactorTransferError as error:
@@ -98,7 +98,7 @@ def _read_back(folder: Path, config: Config, summary: Mapping[str, Any], modules
             continue
         nets.networks[role] = network
         nets.answering += [role] if answers(config, role, network) else []
-        nets.tapped[role] = Tapped(network.module.eval(), summary[role]["layer"])
+        nets.tapped[role] = Tapped(network.module.eval(), summary.networks[role].layer)
         shapes[role] = feature_shape(nets.tapped[role], torch.zeros(2, 3, *network.size))
     if not {"teacher", "student"} <= shapes.keys():
         return nets
@@ -128,7 +128,7 @@ def _read_back(folder: Path, config: Config, summary: Mapping[str, Any], modules
 
 
 @torch.no_grad()
-def _look(nets: Nets, images: Dataset, engine: Engine, batch_size: int) -> dict[str, Any]:
+def _look(nets: Nets, images: Dataset, engine: Engine, task: Task, batch_size: int) -> dict[str, Any]:
     """One pass over the validation images, and a closer look at a few of them."""
     parts: list[nn.Module] = [*nets.tapped.values()]
     parts += [part for part in (nets.paraphraser, nets.translator) if part is not None]
@@ -136,12 +136,16 @@ def _look(nets: Nets, images: Dataset, engine: Engine, batch_size: int) -> dict[
         engine.place(part).eval()
     labels = images.validation.labels
     given: dict[str, list[Tensor]] = {role: [] for role in nets.answering}
+    scores: dict[str, list[Tensor]] = {role: [] for role in nets.answering if images.labelled}
     sums: dict[str, Tensor] = {}
     cosines: list[Tensor] = []
     for chunk in np.array_split(np.arange(len(labels)), -(-len(labels) // batch_size)):
-        logits, maps = _forward(nets, images, chunk, engine)
+        logits, maps, targets = _forward(nets, images, chunk, engine, task)
         for role, values in given.items():
-            values.append(torch.stack([*logits[role].softmax(1).max(1)]))
+            values.append(torch.stack([*task.answers(logits[role])]))
+        for role, parts_of in scores.items():
+            score = task.per_image(logits[role], targets)
+            parts_of.extend([] if score is None else [score.double()])
         for name, value in _reconstruction_sums(maps).items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value
         if "student_factor" in maps:
@@ -152,10 +156,11 @@ def _look(nets: Nets, images: Dataset, engine: Engine, batch_size: int) -> dict[
     found: dict[str, Any] = {"images": len(labels)}
     if images.labelled:
         found |= _accuracy(said, labels, len(images.classes))
+        found["differences"] = _differences({role: torch.cat(each) for role, each in scores.items() if each})
     if {"teacher", "student"} <= said.keys():
         found["disagreements"] = _disagreements(said, sure, images)
     chosen = _examples(labels) if images.labelled else np.arange(min(EXAMPLES, len(labels)))
-    _, maps = _forward(nets, images, chosen, engine)
+    _, maps, _ = _forward(nets, images, chosen, engine, task)
     if sums:
         found["reconstruction"] = {
             "per_channel": _rounded(sums["channel_error"] / sums["channel_size"].clamp_min(1e-12)),
@@ -172,9 +177,9 @@ def _look(nets: Nets, images: Dataset, engine: Engine, batch_size: int) -> dict[
 
 
 def _forward(
-    nets: Nets, images: Dataset, chunk: np.ndarray, engine: Engine
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Logits by role, and the maps that there are, for a chunk of validation images; float32, on the CPU."""
+    nets: Nets, images: Dataset, chunk: np.ndarray, engine: Engine, task: Task
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """Logits by role, the maps that there are, and targets, for a chunk of validation images; float32, on the CPU."""
     (batch,) = images.validation.batches([chunk], view=None)
     pixels = batch.image.to(engine.device)
     logits: dict[str, Tensor] = {}
@@ -189,7 +194,8 @@ def _forward(
         maps["reconstruction"] = nets.paraphraser.decode(maps["factor"])
     if nets.translator is not None:
         maps["student_factor"] = nets.translator(maps["student"])
-    return tuple({name: value.cpu() for name, value in part.items()} for part in (logits, maps))  # type: ignore[return-value]
+    here = [{name: value.cpu() for name, value in part.items()} for part in (logits, maps)]
+    return here[0], here[1], task.targets(batch)
 
 
 def _reconstruction_sums(maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -224,6 +230,18 @@ def _accuracy(said: Mapping[str, np.ndarray], labels: np.ndarray, classes: int) 
         "right": {role: np.bincount(labels[good], minlength=classes).tolist() for role, good in right.items()},
         "only": only,
     }
+
+
+def _differences(scores: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """The student's headline metric less another network's, with its paired 95 % interval over the images."""
+    found = {}
+    for other in ("teacher", "baseline"):
+        if {"student", other} <= scores.keys():
+            differences = scores["student"] - scores[other]
+            mean = float(differences.mean())
+            half = 1.96 * float(differences.std(correction=0)) / len(differences) ** 0.5
+            found[other] = {"mean": mean, "low": mean - half, "high": mean + half}
+    return found
 
 
 def _disagreements(said: Mapping[str, np.ndarray], sure: Mapping[str, np.ndarray], images: Dataset) -> dict[str, Any]:

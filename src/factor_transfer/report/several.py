@@ -10,8 +10,10 @@ from typing import Any
 
 from factor_transfer.config import Config
 from factor_transfer.report.figures import Point, lines, scatter
-from factor_transfer.report.html import rendered
-from factor_transfer.training.run_folder import DEFAULTS, FREE, Run, saved_config, saved_summary
+from factor_transfer.report.html import limit_of, name_of, rendered
+from factor_transfer.tasks.metric import Metric
+from factor_transfer.training.run_folder import DEFAULTS, FREE, Run, saved_config
+from factor_transfer.training.summary import ROLES, Summary, read_summary
 from factor_transfer.util.checks import flag, named
 from factor_transfer.util.console import say
 from factor_transfer.util.errors import RunError, listed
@@ -35,7 +37,7 @@ def runs_in(given: Sequence[Path]) -> list[Path]:
     for folder in given:
         inside = sorted(path.parent for path in folder.glob("*/summary.json"))
         if (folder / "config.json").exists() or not inside:
-            saved_config(folder), saved_summary(folder)  # or they say what is wrong
+            saved_config(folder), read_summary(folder)  # or they say what is wrong
             found.append(folder)
         else:
             found += inside
@@ -65,58 +67,55 @@ def write_comparison(folders: Sequence[Path], out: Path, compared: Mapping[str, 
 def comparison_values(folders: Sequence[Path]) -> dict[str, Any]:
     """What the template shows."""
     names = _short_names(folders)
-    summaries = [saved_summary(folder) for folder in folders]
-    settings = [DEFAULTS | summary["settings"] for summary in summaries]  # early versions had fewer
+    summaries = [read_summary(folder) for folder in folders]
+    metric = summaries[0].metric  # of runs with another one, none is shown
+    settings = [DEFAULTS | summary.settings for summary in summaries]  # a run can have been made with fewer
     keys = [key for key in settings[0] if key not in NOT_COMPARED]
     differing = [key for key in keys if len({json.dumps(each.get(key)) for each in settings}) > 1]
     rows, points = [], []
     for place, (name, summary) in enumerate(zip(names, summaries, strict=True)):
-        student, alone = summary["student"], summary.get("baseline", {}).get("top1")
-        top1 = student.get("top1")  # None: without labels, or without a head, nothing is measured
+        values, student, kind = _values(summary, metric), summary.student, f"c{place % MARKS}"
         rows.append(
             {
                 "name": name,
-                "kind": f"c{place % MARKS}",
+                "kind": kind,
                 "values": [_shown(settings[place].get(key)) for key in differing],
-                "teacher": summary["teacher"].get("top1"),
-                "alone": alone,
-                "student": top1,
-                "gain": None if alone is None or top1 is None else top1 - alone,
-                "parameters": student["parameters"],
-                "megabytes": student["size_bytes"] / 1e6,
-                "latency": student["latency_ms"],
-                "minutes": sum(summary["seconds"].values()) / 60,
+                "metrics": ["" if values[role] is None else metric.number(values[role]) for role in ROLES],
+                "gain": values["gain"],
+                "parameters": student.parameters,
+                "megabytes": student.size_bytes / 1e6,
+                "latency": student.latency_ms,
+                "minutes": sum(summary.seconds.values()) / 60,
             }
         )
-        if top1 is not None:
-            points.append((name, f"student c{place % MARKS}", student, f"{name}: {top1:.2f} %"))
-    time_points = [Point(n, k, s["latency_ms"], s["top1"], f"{t}, {s['latency_ms']:.2f} ms") for n, k, s, t in points]
-    size_points = [
-        Point(n, k, s["size_bytes"] / 1e6, s["top1"], f"{t}, {s['size_bytes'] / 1e6:.2f} MB") for n, k, s, t in points
-    ]
+        if (value := values["student"]) is not None:
+            points.append((name, f"student {kind}", student, value, f"{name}: {metric.shown(value)}"))
+    times = [Point(n, k, s.latency_ms, v, f"{tip}, {s.latency_ms:.2f} ms") for n, k, s, v, tip in points]
+    sizes = [Point(n, k, s.size_bytes / 1e6, v, f"{tip}, {s.size_bytes / 1e6:.2f} MB") for n, k, s, v, tip in points]
     curves = {}
     for place, (name, folder) in enumerate(zip(names, folders, strict=True)):
-        values = [row.get("validation_top1") for row in Run(folder).metrics("student")]
-        if any(value is not None for value in values):
-            curves[name] = (f"c{place % MARKS}", values)
+        curve = [row.get(f"validation_{metric.key}") for row in Run(folder).metrics("student")]
+        if any(value is not None for value in curve):
+            curves[name] = (f"c{place % MARKS}", curve)
     plots = [
-        scatter(f"Accuracy against {what}", found, unit, "top-1, %")
-        for what, found, unit in (
-            ("latency", time_points, "one image, ms (torch)"),
-            ("size", size_points, "weights, MB"),
-        )
+        scatter(f"{name_of(metric)} against {what}", found, unit, metric.axis, limit_of(metric))
+        for what, found, unit in (("latency", times, "one image, ms (torch)"), ("size", sizes, "weights, MB"))
         if found
     ]
     if curves:
-        plots.append(lines("Validation top-1 of the students", curves, "top-1, %", digits=4, from_zero=False))
+        plots.append(
+            lines(f"Validation {metric.label} of the students", curves, metric.axis, digits=4, from_zero=False)
+        )
     return {
         "title": f"{len(folders)} runs",
         "rows": rows,
         "differing": [flag(key) for key in differing],
-        "groups": _groups(summaries),
+        "groups": _groups(summaries, metric),
+        "metric": metric,
+        "heads": [f"{role}, {metric.unit}".rstrip(", ") for role in ROLES],
         "plots": plots,
-        "data_differs": _data_differs([summary["fingerprints"] for summary in summaries]),
-        "networks": sorted({f"{each['teacher']['name']} to {each['student']['name']}" for each in summaries}),
+        "data_differs": _data_differs([summary.fingerprints for summary in summaries]),
+        "networks": sorted({f"{each.teacher.name} to {each.student.name}" for each in summaries}),
     }
 
 
@@ -126,37 +125,41 @@ def _data_differs(pins: Sequence[Mapping[str, str]]) -> bool:
     return any(len({each.get("data") for each in pins if each.get("version") == kind}) > 1 for kind in versions)
 
 
-def _groups(summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _values(summary: Summary, metric: Metric) -> dict[str, float | None]:
+    """The networks' values of a metric by role, and the student's `gain` over the baseline; None: not measured."""
+    if summary.metric.key != metric.key:
+        return dict.fromkeys((*ROLES, "gain"))
+    return {**{role: summary.value(role) for role in ROLES}, "gain": summary.gain("baseline")}
+
+
+def _groups(summaries: Sequence[Summary], metric: Metric) -> list[dict[str, Any]]:
     """Runs whose settings differ in nothing but seeds, two or more: mean and standard deviation."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[Summary]] = {}
     for summary in summaries:
-        same = {
-            key: value for key, value in (DEFAULTS | summary["settings"]).items() if key not in NOT_COMPARED | SEEDS
-        }
+        same = {key: value for key, value in (DEFAULTS | summary.settings).items() if key not in NOT_COMPARED | SEEDS}
         found.setdefault(json.dumps(same, sort_keys=True), []).append(summary)
     groups = []
     for members in found.values():
         if len(members) < 2:
             continue
-        student = [each["student"]["top1"] for each in members if "top1" in each["student"]]
-        both = [each for each in members if "top1" in each["student"] and "top1" in each.get("baseline", {})]
-        alone = [each["baseline"]["top1"] for each in both]
-        gains = [each["student"]["top1"] - each["baseline"]["top1"] for each in both]
+        values, first = [_values(each, metric) for each in members], members[0]
+        baselines = [each["baseline"] for each in values if each["gain"] is not None]
+        columns = ([each["student"] for each in values], baselines, [each["gain"] for each in values])
+        networks = f"{first.teacher.name} to {first.student.name}"
         groups.append(
             {
-                "name": f"{members[0]['teacher']['name']} to {members[0]['student']['name']}, "
-                f"{members[0].get('method', 'Factor Transfer')}, {members[0]['settings']['epochs']} passes",
+                "name": f"{networks}, {first.method}, {first.settings['epochs']} passes",
                 "n": len(members),
-                "columns": [_spread(values) for values in (student, alone, gains)],
+                "columns": [_spread([value for value in each if value is not None], metric) for each in columns],
             }
         )
     return groups
 
 
-def _spread(values: Sequence[float]) -> str:
+def _spread(values: Sequence[float], metric: Metric) -> str:
     if len(values) < 2:
         return ""
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+    return f"{metric.number(statistics.mean(values))} ± {metric.number(statistics.stdev(values))}"
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:

@@ -19,7 +19,7 @@ from factor_transfer.config import Config
 from factor_transfer.method.factor_transfer import normalize_factor
 from factor_transfer.method.losses import FactorTransfer
 from factor_transfer.method.term import align
-from factor_transfer.report.pictures import strongest, tiles
+from factor_transfer.report.figures import strongest, tiles
 from factor_transfer.training.run_folder import Run
 from factor_transfer.training.step import DistillationTask
 from factor_transfer.training.trainer import Trainer

@@ -12,13 +12,11 @@ from factor_transfer.config import Config, DataConfig, part_of
 from factor_transfer.data.dataset import Dataset, open_data
 from factor_transfer.networks.load import TORCHVISION, Network, Role, load_network
 from factor_transfer.networks.weights import load_weights
-from factor_transfer.training.run_folder import saved_config, saved_summary
+from factor_transfer.training.run_folder import saved_config
+from factor_transfer.training.summary import Summary, read_summary
 from factor_transfer.util.arguments import as_size
 from factor_transfer.util.errors import ConfigError, RunError
 from factor_transfer.util.files import state_fingerprint
-
-ROLES = ("teacher", "baseline", "student")
-"""The networks of a run."""
 
 
 def rebuild(folder: Path, role: str, module: nn.Module | None = None) -> Network:
@@ -33,26 +31,24 @@ def rebuild(folder: Path, role: str, module: nn.Module | None = None) -> Network
         RunError: the run is not finished, or has no such network.
         ModelError: its weights are missing or do not fit.
     """
-    config, summary = saved_config(folder), saved_summary(folder)
-    if role not in summary:
-        raise RunError(str(folder), found=f"no {role}", valid=[name for name in ROLES if name in summary])
+    config, summary = saved_config(folder), read_summary(folder)
+    if role not in summary.networks:
+        raise RunError(str(folder), found=f"no {role}", valid=list(summary.networks))
     side: Role = "teacher" if role == "teacher" else "student"
-    own, there = vars(config), summary[role]
-    if module is None and there.get("is_module"):
+    own, there = vars(config), summary.networks[role]
+    if module is None and there.is_module:
         raise RunError(
             str(folder),
             found=f"its {side} was given in Python as a module, {own[side]}, which no command can build",
             hint=f"in Python: from factor_transfer.training.finished import rebuild; rebuild(folder, {role!r}, module)",
         )
     trained_here = side == "student" or config.teacher_epochs > 0
-    there = {"img_size": summary["data"]["img_size"], **there}
-    network = build_again(config, side, there, len(summary["data"]["classes"]), module, trained=trained_here)
+    recorded = {name: getattr(there, name) for name in ("img_size", "mean", "std", "model_args")}
+    network = build_again(config, side, recorded, len(summary.data.classes), module, trained=trained_here)
     if trained_here:
         file = folder / f"{role}.safetensors"
         load_weights(network.module, file, str(file))
-    # Runs of early versions wrote down the teacher's alone.
-    wanted = there.get("fingerprint") or (summary["fingerprints"].get("teacher") if role == "teacher" else None)
-    if wanted is not None and state_fingerprint(network.module.state_dict()) != wanted:
+    if there.fingerprint is not None and state_fingerprint(network.module.state_dict()) != there.fingerprint:
         raise RunError(
             str(folder),
             found=f"a {role} with other weights than those that were trained and measured here",
@@ -105,7 +101,7 @@ def build_again(
     )
 
 
-def open_images(shown: DataConfig, summary: dict[str, Any], others: bool = False) -> Dataset:
+def open_images(shown: DataConfig, summary: Summary, others: bool = False) -> Dataset:
     """The images that `shown` names, as the networks of a finished run see them.
 
     Args:
@@ -117,15 +113,15 @@ def open_images(shown: DataConfig, summary: dict[str, Any], others: bool = False
         DataError: the images are missing or unreadable.
         ConfigError: their classes are not those of the run.
     """
-    settings = {**part_of(shown, DataConfig), "img_size": summary["data"]["img_size"], "transform": None}
+    settings = {**part_of(shown, DataConfig), "img_size": summary.data.img_size, "transform": None}
     if others:  # numbered as the run numbers them
         settings |= {"class_map": None, "train_images": None, "validate_on": "validation"}
-    known = summary["data"]["classes"] if others else None
-    images = open_data(DataConfig(**settings), lambda: as_size(summary["data"]["img_size"]), known=known)
-    if list(images.classes) != summary["data"]["classes"]:
+    known = summary.data.classes if others else None
+    images = open_data(DataConfig(**settings), lambda: as_size(summary.data.img_size), known=known)
+    if list(images.classes) != summary.data.classes:
         raise ConfigError(
             f"--data {images.name}",
             found=f"classes {', '.join(images.classes[:8])}",
-            valid=f"those of the run: {', '.join(summary['data']['classes'][:8])}",
+            valid=f"those of the run: {', '.join(summary.data.classes[:8])}",
         )
     return images

@@ -12,7 +12,7 @@ from torch import Tensor
 from factor_transfer.config import Config
 from factor_transfer.method.factor_transfer import Paraphraser, Straight, factor_channels
 from factor_transfer.method.losses import Encoded, FactorTransfer, Hint
-from factor_transfer.method.presets import LABELS_ALONE
+from factor_transfer.method.presets import BASELINE
 from factor_transfer.method.term import Given, Group, Reader, Term, numbered
 from factor_transfer.networks.features import Tapped, feature_map, untrained
 from factor_transfer.networks.layers import find_groups
@@ -95,7 +95,7 @@ class Objective:
     def method(self) -> str:
         """What people call the sum of terms: a method's own term comes before those that it shares with others."""
         labels = [term.label for term in self.terms] + ([Hint.label] if self.config.hint_epochs else [])
-        return " + ".join(label for label in dict.fromkeys(reversed(labels)) if label) or LABELS_ALONE
+        return " + ".join(label for label in dict.fromkeys(reversed(labels)) if label) or BASELINE
 
     def lines(self) -> Iterator[str]:
         """What a user is told."""

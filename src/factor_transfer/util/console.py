@@ -82,6 +82,5 @@ def pass_bar(label: str, total: int) -> Iterator[PassBar]:
 
 
 def formatted(values: Mapping[str, float]) -> str:
-    """`{"loss": 1.23456, "top1": 50.0}` as `loss 1.235  top1 50.00`."""
-    parts = (f"{name} {value:.2f}" if "top1" in name else f"{name} {value:.4g}" for name, value in values.items())
-    return "  ".join(part.replace("_", " ") for part in parts)
+    """`{"loss": 1.23456, "top1": 50.0}` as `loss 1.235  top1 50`."""
+    return "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
