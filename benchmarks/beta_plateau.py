@@ -53,7 +53,7 @@ PAIRS: dict[str, list[str]] = {
 }  # fmt: skip
 
 Top1 = dict[str, dict[int, float]]
-"""By beta, or `alone`, and seed."""
+"""By beta, or `baseline`, and seed."""
 
 
 def judged(shared: Path, name: str) -> dict[str, Any]:
@@ -66,10 +66,10 @@ def judged(shared: Path, name: str) -> dict[str, Any]:
     }
     auto = portable_beta(elements)
     betas = (best,) if float(best) == auto else ("auto", best)  # the best may be the very beta that `auto` sets
-    final = compared(shared, name, ["--methods", "alone,ft"], CHOOSING, FURTHER, betas)
+    final = compared(shared, name, ["--methods", "baseline,ft"], CHOOSING, FURTHER, betas)
     scores = {"auto": top1(final)[best]} | top1(final)
     means = {each: float(np.mean(list(values.values()))) for each, values in scores.items()}
-    gained, lost = difference(scores[best], scores["alone"]), difference(scores["auto"], scores[best])
+    gained, lost = difference(scores[best], scores["baseline"]), difference(scores["auto"], scores[best])
     return {
         "commands": [sweep["command"], final["command"]],
         "scored_on": final["scored_on"],
@@ -81,7 +81,7 @@ def judged(shared: Path, name: str) -> dict[str, Any]:
         "means": means,
         "best_less_alone": gained.to_dict(),
         "auto_less_best": lost.to_dict(),
-        "auto_less_alone": difference(scores["auto"], scores["alone"]).to_dict(),
+        "auto_less_alone": difference(scores["auto"], scores["baseline"]).to_dict(),
         "on_the_plateau": on_the_plateau(lost, gained),
         "top1": {"sweep": grid, "further": scores},
     }

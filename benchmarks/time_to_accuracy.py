@@ -26,7 +26,8 @@ BELOW = (5.0, 2.0, 0.0)
 def main(folder: Path) -> None:
     """Read, print, and keep."""
     times = read_json(RESULTS / "passes.json")["times_alone"]
-    curves = {name: [curve(run) for run in sorted(folder.glob(f"{name}-s*"))] for name in ("alone", "ft")}
+    found = {"alone": [*folder.glob("alone-s*"), *folder.glob("baseline-s*")], "ft": [*folder.glob("ft-s*")]}
+    curves = {name: [curve(run) for run in sorted(runs)] for name, runs in found.items()}
     config = read_json(next(folder.glob("ft-s*/summary.json")))["settings"]
     before = config["paraphraser_epochs"] * times["paraphraser"]
     fills = min(config["views"], config["epochs"])

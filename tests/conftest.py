@@ -110,7 +110,7 @@ def python() -> Command:
 @pytest.fixture
 def unexported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process write no student.pt2, which takes a small one half of its time."""
-    monkeypatch.setattr("factor_transfer.result.export_pt2", lambda *_: 0.0)
+    monkeypatch.setattr("factor_transfer.distillation.export_pt2", lambda *_: 0.0)
 
 
 @pytest.fixture

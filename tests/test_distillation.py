@@ -73,7 +73,7 @@ def test_distill__tells_and_writes_what_was_gained(finished: Path) -> None:
     for role, name in (
         ("teacher", "teacher"),
         ("student", "student by Factor Transfer"),
-        ("baseline", "student alone"),
+        ("baseline", "baseline"),
     ):
         assert 0 <= summary[role]["top1"] <= 100
         assert summary[role]["latency_ms"] > 0

@@ -15,9 +15,9 @@ from browser import Page, check
 from factor_transfer import distill
 from factor_transfer.cli import app
 from factor_transfer.config import Config
+from factor_transfer.report.figures import photograph
 from factor_transfer.report.findings import findings
 from factor_transfer.report.html import repeat_command, write_report
-from factor_transfer.report.pictures import photograph
 from factor_transfer.report.several import comparison_values, runs_in, write_comparison
 from factor_transfer.training.run_folder import Run, saved_config
 from factor_transfer.util.errors import RunError
@@ -45,7 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, image_folder: Callable[..., Pa
 def test_report__is_made_at_the_end_of_a_run_and_drawn_in_a_browser(run: Path, page: Page) -> None:
     check(page, run / "report.html")
     titles = page.run("[...document.querySelectorAll('figcaption')].map(each => each.textContent).join('|')")
-    for wanted in ("Accuracy against latency", "Accuracy against size", "Validation top-1", "Norm of the gradient",
+    for wanted in ("Top-1 against latency", "Top-1 against size", "Validation top-1", "Norm of the gradient",
                    "Reconstruction error by channel", "Reconstruction error by place", "cosine"):  # fmt: skip
         assert wanted in titles
     assert not page.run("document.querySelector('.missing')")
@@ -76,7 +76,7 @@ def test_report__tips_and_sorting_work(run: Path, page: Page) -> None:
     # Marks may lie on each other: networks of this size are measured alike.
     there = page.run(f"document.elementFromPoint({place[0]}, {place[1]}).closest('[data-tip]').dataset.tip")
     assert page.run("document.getElementById('tip').textContent") == there
-    assert there.split(":")[0] in {"teacher", "student alone", "student by Factor Transfer"}
+    assert there.split(":")[0] in {"teacher", "baseline", "student by Factor Transfer"}
     assert page.run("!document.getElementById('tip').hidden")
     column = (
         "(t => [...t.tBodies[0].rows].map(row => Number(row.cells[2].textContent)))"

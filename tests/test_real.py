@@ -58,7 +58,7 @@ def test_report__of_a_real_run_is_drawn_in_a_browser(shared: Path, page: Page, t
     drawn = page.run("[...document.querySelectorAll('svg[role=img]')].length")
     titles = page.run("[...document.querySelectorAll('.plot figcaption')].map(each => each.textContent)")
     assert len(titles) == drawn >= 6
-    for wanted in ("Accuracy against latency", "Accuracy against size", "Reconstruction error by place"):
+    for wanted in ("Top-1 against latency", "Top-1 against size", "Reconstruction error by place"):
         assert any(wanted in title for title in titles), titles
     assert page.run("document.images.length") >= 30, "examples, maps, factors and disagreements"
     assert page.run("document.querySelectorAll('#classes ~ .scroll table')[0].tBodies[0].rows.length") == 10

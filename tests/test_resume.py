@@ -48,7 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, image_folder: Callable[..., P
         leave(self, 15 if (self.plan.stage, self.progress.epoch) == ("student", 1) else signum)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("factor_transfer.result.export_pt2", lambda *_: 0.0)
+        patch.setattr("factor_transfer.distillation.export_pt2", lambda *_: 0.0)
         distill("cifar_resnet20", "cifar_resnet20", folder / "images", **job, out=folder / "straight")
         patch.setattr(Trainer, "_leave", stop)
         with pytest.raises(Interrupted):

@@ -91,6 +91,8 @@ class Summary:
     loss_name: str = "cross_entropy"
     """Of the loss with the labels, in metrics.jsonl."""
     paraphraser: dict[str, Any] | None = None
+    terms: list[dict[str, Any]] = field(default_factory=list)
+    """Of the student's loss: name, label and weight of each."""
     pairs: list[dict[str, Any]] = field(default_factory=list)
     groups: list[dict[str, Any]] = field(default_factory=list)
     version: int = VERSION
