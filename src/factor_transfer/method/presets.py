@@ -31,6 +31,7 @@ Deviation of at+kd: the text of Zagoruyko & Komodakis lets beta fall while train
 does not.
 """
 
+
 def settings_of(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """A method's settings; where it says `auto` and a value was given, the given one.
 
