@@ -72,15 +72,14 @@ def paired(ones: Scores, others: Scores) -> Difference | None:
     seeds = sorted(ones.keys() & others.keys())
     if not seeds:
         return None
-    differences = [ones[seed] - others[seed] for seed in seeds]
-    mean, sd = spread(differences)
+    x, y = [ones[seed] for seed in seeds], [others[seed] for seed in seeds]
+    mean, sd = spread(np.subtract(x, y).tolist())
     found = Difference(len(seeds), mean, sd)
     if sd is None or sd < SAME:
         return found
-    error = sd / math.sqrt(len(seeds))
-    half = _t(len(seeds)) * error
-    p = 2 * stats.t.sf(abs(mean) / error, len(seeds) - 1)
-    return replace(found, low=mean - half, high=mean + half, p=float(p))
+    test = stats.ttest_rel(x, y)
+    interval = test.confidence_interval(LEVEL)
+    return replace(found, low=float(interval.low), high=float(interval.high), p=float(test.pvalue))
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -130,7 +129,8 @@ def gap_closed(method: Scores, baseline: Scores, teacher: float) -> Gap | None:
         return None
     x = np.array([method[seed] - baseline[seed] for seed in seeds])
     y = np.array([teacher - baseline[seed] for seed in seeds])
-    (xx, xy), (_, yy) = np.cov(x, y) * _t(len(seeds)) ** 2 / len(seeds)
+    errors = stats.t.ppf((1 + LEVEL) / 2, len(seeds) - 1)  # how many standard errors an interval reaches
+    (xx, xy), (_, yy) = np.cov(x, y) * errors**2 / len(seeds)
     a, b, c = y.mean() ** 2 - yy, x.mean() * y.mean() - xy, x.mean() ** 2 - xx  # a > 0, since the lead's interval is
     half = math.sqrt(max(b * b - a * c, 0.0))
     return Gap(float(x.mean() / y.mean()), float((b - half) / a), float((b + half) / a))
@@ -163,8 +163,3 @@ def verdict(found: Difference, other: str, tested: int, unit: str = "points", di
     if found.low > 0 or found.high < 0:
         return f"no difference to {other} is shown: by itself it is {span}, but one of {tested} may be so by chance"
     return f"no difference to {other} is shown: it may be {span}"
-
-
-def _t(n: int) -> float:
-    """How many standard errors the interval of a mean of n values reaches."""
-    return float(stats.t.ppf((1 + LEVEL) / 2, n - 1))
