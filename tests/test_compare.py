@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -17,13 +16,14 @@ from typing import Any
 import pytest
 
 from factor_transfer.cli import app, main
-from factor_transfer.compare.plan import CompareConfig, planned
+from factor_transfer.compare.plan import CompareConfig, Plan, planned
 from factor_transfer.compare.result import in_words, outcome
 from factor_transfer.compare.run import _delete, _Runner, compare
+from factor_transfer.compare.shared import shared_in
 from factor_transfer.config import DataConfig
 from factor_transfer.data.dataset import open_data
 from factor_transfer.method.presets import METHODS
-from factor_transfer.report.html import repeat_command
+from factor_transfer.settings import written_settings
 from factor_transfer.util.errors import ConfigError, RunError
 from factor_transfer.util.files import write_json
 from processes import Command, Started
@@ -73,7 +73,7 @@ def test_planned__groups_are_for_the_methods_that_read_them() -> None:
     assert of == {"baseline": (None, None), "at": given, "fitnet": given, "ft": (None, None)}
 
 
-def test_planned__every_run_is_a_command() -> None:
+def test_planned__every_run_is_a_file_of_settings(tmp_path: Path) -> None:
     more: dict[str, Any] = {"sweep": ("student_args={layers: [1, 1, 1]},{layers: [2, 2, 2]}", "lr=0.1,1e-3")}
     plan = planned(
         config(
@@ -82,8 +82,9 @@ def test_planned__every_run_is_a_command() -> None:
     )
     assert len(plan.runs) == 4 * (len(METHODS) + 1)
     for run in plan.runs:
-        words = shlex.split(repeat_command(run.config.to_dict()))[1:]
-        _, bound, _ = app.parse_args([*words, "--out", str(run.config.out)], exit_on_error=False)
+        file = tmp_path / f"{run.name}.yaml"
+        file.write_text(written_settings(run.config.to_dict()))
+        _, bound, _ = app.parse_args(["distill", "--config", str(file)], exit_on_error=False)
         assert bound.args[0].to_dict() == run.config.to_dict()
 
 
@@ -258,7 +259,7 @@ def test_compare__knows_who_shares_a_teacher_and_a_paraphraser(tmp_path: Path) -
     sweep = ("k=0.5,1", "lr=0.1,0.2", "teacher_layer=layer2,layer3", "paraphraser=none")
     given = config(methods="alone,ft,ft+kd", seeds=1, teacher_epochs=2, sweep=sweep, out=str(tmp_path / "c"))
     plan = planned(given)
-    keys = {run.variant: _Runner(plan).keys[run.name] for run in plan.runs}
+    keys = shared_by_variant(plan)
     assert keys["baseline"].keys() == keys["ft paraphraser=none"].keys() == {"teacher"}
     teachers = {name: each["teacher"] for name, each in keys.items()}
     assert len({key for name, key in teachers.items() if "lr=0.2" not in name}) == 1
@@ -271,8 +272,41 @@ def test_compare__knows_who_shares_a_teacher_and_a_paraphraser(tmp_path: Path) -
     assert paraphrasers["ft lr=0.2"] != paraphrasers["ft k=0.5"], "it learned from another teacher"
     assert len(set(paraphrasers.values())) == 5, "k = 1, two layers, another teacher, and all others"
     plan = planned(config(methods="ft", seeds=2, sweep=("lr=0.1,0.2",), out=str(tmp_path / "c")))
-    given_teacher = [_Runner(plan).keys[run.name]["paraphraser"] for run in plan.runs]
+    given_teacher = [each["paraphraser"] for each in shared_by_variant(plan).values()]
     assert len(set(given_teacher)) == 1, "a paraphraser has a learning rate of its own"
+
+
+def shared_by_variant(plan: Plan) -> dict[str, dict[str, int]]:
+    """For each variant, in its last seed, what it shares: a number for each that is made."""
+    shared = shared_in(plan.runs)
+    return {run.variant: {each.what: id(each.runs) for each in shared[run.name]} for run in plan.runs}
+
+
+def test_compare__the_first_run_that_is_not_finished_makes_what_is_shared(tmp_path: Path) -> None:
+    plan = planned(config(methods="baseline,kd,ft", seeds=2, teacher_epochs=2, threads=1, out=str(tmp_path)))
+    runner = _Runner(plan)
+    names = [run.name for run in plan.runs if runner._settings(run) is not None]
+    assert names == ["baseline-s0"]
+    stamp(tmp_path / "baseline-s0", "teacher")
+    started = {run.name: settings for run in plan.runs if (settings := runner._settings(run)) is not None}
+    assert [*started] == ["baseline-s0", "kd-s0", "ft-s0", "baseline-s1", "kd-s1"], "ft-s1 waits for a paraphraser"
+    taken = (str(tmp_path / "baseline-s0" / "teacher.safetensors"), 0)
+    for settings in (started["kd-s0"], started["ft-s0"]):
+        assert (settings["teacher_weights"], settings["teacher_epochs"]) == taken
+    assert started["ft-s0"]["paraphraser"] is None
+    stamp(tmp_path / "ft-s0", "paraphraser")
+    assert (runner._settings(plan.runs[-1]) or {})["paraphraser"] == str(tmp_path / "ft-s0" / "paraphraser.safetensors")
+    # Where the file is gone and its maker finished, the next run makes it again.
+    (tmp_path / "ft-s0" / "paraphraser.safetensors").unlink()
+    runner.pending.remove(plan.runs[2])
+    assert (runner._settings(plan.runs[-1]) or {})["paraphraser"] is None
+
+
+def stamp(folder: Path, stage: str) -> None:
+    """What a finished stage leaves."""
+    (folder / "stages").mkdir(parents=True)
+    (folder / "stages" / f"{stage}.json").touch()
+    (folder / f"{stage}.safetensors").touch()
 
 
 def test_compare__overwrite_deletes_its_own_runs_and_no_others(tmp_path: Path) -> None:
@@ -300,12 +334,10 @@ def test_compare__waits_while_a_run_of_the_same_method_fills_the_factor_cache(
     if pinned:
         write_json(folder / "fingerprints.json", {"views": pinned})
     runner.pending = [next_kd, next_ft]
-    runner.running, runner.makes = {ft.name: (ft, subprocess.Popen(["true"]))}, {ft.name: set()}
-    (folder / "paraphraser.safetensors").touch()
-    (folder / "stages").mkdir()
-    (folder / "stages" / "paraphraser.json").touch()
-    assert (runner._settings(next_ft, {}) is None) == waits
-    assert runner._settings(next_kd, {}) is not None
+    runner.running = {ft.name: (ft, subprocess.Popen(["true"]))}
+    stamp(folder, "paraphraser")
+    assert (runner._settings(next_ft) is None) == waits
+    assert runner._settings(next_kd) is not None
     runner.running[ft.name][1].wait()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from factor_transfer.config import Config
+from factor_transfer.config import Config, plain
 from factor_transfer.util.errors import ConfigError, near
 
 RECIPES = resources.files("factor_transfer") / "recipes"
@@ -55,6 +57,19 @@ def read_settings(given: str) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ConfigError(f"--config {given}", found=str(values)[:60], valid="settings, one a line: `epochs: 20`")
     return values
+
+
+def written_settings(values: Mapping[str, Any]) -> str:
+    """What a file for `--config` holds of `Config.to_dict`: all that differs from the defaults.
+
+    >>> written_settings({"data": "digits", "epochs": 20, "lr": 0.1})
+    'data: digits\\nepochs: 20\\n'
+    """
+    import yaml
+
+    usual = plain({each.name: each.default for each in fields(Config) if each.default is not MISSING})
+    changed = {name: value for name, value in values.items() if name not in usual or value != usual[name]}
+    return yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)
 
 
 def _text(given: str) -> str:

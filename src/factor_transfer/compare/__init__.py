@@ -1,4 +1,5 @@
 """Several runs side by side: which they are, their processes, what they prove. Open `run.py` first.
 
-`plan.py` has the runs that a comparison needs, `result.py` its tables and words, `statistics.py` the tests behind them.
+`plan.py` has the runs that a comparison needs, `shared.py` what one of them makes for the others, `result.py` its
+tables and words, `statistics.py` the tests behind them.
 """

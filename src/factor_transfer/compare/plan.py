@@ -84,7 +84,17 @@ class PlannedRun:
     variant: str
     seed: int
     config: Config
-    """As if it stood alone: with the teacher and the paraphraser yet to be trained, where they are."""
+    """As if there were no other run: with the teacher and the paraphraser yet to be trained, where they are."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.config.out or "")
+
+    @property
+    def finished(self) -> bool:
+        """Whether its result is there."""
+        return (self.folder / "summary.json").exists()
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,20 @@
 """Methods under one protocol: every run a process of the ordinary `distill`, in a folder of its own.
 
 COMPARE/METHOD-sSEED/    the run folder of each
+        METHOD-sSEED.yaml the settings that its process was given: `distill --config` runs it again
         METHOD-sSEED.log what its process said
         compare.json     the result, written anew after every run; compare.md says it in words
 
 A run folder is all that is known of a run, so the same command continues, and of finished runs summary.json suffices.
-What runs share is made once: the first run that needs a trained teacher or paraphraser makes it, and the others take
-its file. Where that file is gone, the next run that needs it makes it again, to the same bits on the same machine.
+What runs share is made once: of those that need a trained teacher or paraphraser the first makes it, the others wait
+for its file and take it. Where that file is gone, the next run that needs it makes it again, to the same bits on the
+same machine.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -23,24 +23,19 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from factor_transfer.compare.plan import CompareConfig, Plan, PlannedRun, planned
 from factor_transfer.compare.result import outcome, write_outcome
-from factor_transfer.config import Config
-from factor_transfer.method.term import numbered
-from factor_transfer.report.html import repeat_command
+from factor_transfer.compare.shared import TAKEN, needs, shared_in, takes
+from factor_transfer.settings import written_settings
 from factor_transfer.training.engine import stop_signals
 from factor_transfer.training.run_folder import DEFAULTS, FREE, Run
 from factor_transfer.training.summary import read_summary
-from factor_transfer.util.arguments import names_in
-from factor_transfer.util.checks import acting_on, flag
+from factor_transfer.util.checks import flag
 from factor_transfer.util.console import say, warn
 from factor_transfer.util.errors import ConfigError, Interrupted, RunError
-from factor_transfer.util.files import fingerprint, locked, read_json
-
-Made = Literal["teacher", "paraphraser"]
-"""What runs share."""
+from factor_transfer.util.files import locked, read_json, write_atomic
 
 POLL_SECONDS = 0.5
 
@@ -87,14 +82,9 @@ class _Runner:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.pending = [run for run in plan.runs if not finished(run)]
+        self.pending = [run for run in plan.runs if not run.finished]
         self.running: dict[str, tuple[PlannedRun, subprocess.Popen[bytes]]] = {}
-        self.makes: dict[str, set[Made]] = {}  # of the runs that were started here
-        self.keys = {run.name: {what: _key(what, run) for what in _needs(run)} for run in plan.runs}
-        self.sharing: dict[str, list[PlannedRun]] = {}
-        for run in plan.runs:
-            for key in self.keys[run.name].values():
-                self.sharing.setdefault(key, []).append(run)
+        self.shared = shared_in(plan.runs)
         self.failures: dict[str, str] = {}
         self.done, self.began = 0, time.monotonic()
 
@@ -120,9 +110,8 @@ class _Runner:
 
     def _start_next(self) -> bool:
         """Start the first pending run that need not wait for another; False where there is none."""
-        known: dict[str, str | bool] = {}
         for run in self.pending:
-            settings = None if _held(_folder(run)) else self._settings(run, known)
+            settings = None if _held(run.folder) else self._settings(run)
             if settings is not None:
                 self.pending.remove(run)
                 self._start(run, settings)
@@ -130,17 +119,19 @@ class _Runner:
         return False
 
     def _start(self, run: PlannedRun, settings: Mapping[str, Any]) -> None:
-        words = shlex.split(repeat_command(settings))[1:]
-        command = [sys.executable, "-m", "factor_transfer", *words, "--out", str(run.config.out)]
+        file, log = _beside(run, ".yaml"), _beside(run, ".log")
+        write_atomic(file, written_settings(settings))
+        # Code that the settings name was named by whoever started the comparison.
+        words = ["distill", "--config", str(file), "--trust-config"]
         code = str(Path(__file__).parents[2])  # the very code that runs here, wherever it was found
         path = os.pathsep.join([code, *filter(None, [os.environ.get("PYTHONPATH")])])
-        with _log(run, self.plan).open("ab") as log:
-            log.write(f"$ {shlex.join(['factor-transfer', *command[3:]])}\n".encode())
-            log.flush()
+        with log.open("ab") as output:
+            output.write(f"$ factor-transfer {' '.join(words)}\n".encode())
+            output.flush()
             process = subprocess.Popen(
-                command,
+                [sys.executable, "-m", "factor_transfer", *words],
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONPATH": path},
                 start_new_session=True,  # Ctrl-C comes from here, once
@@ -156,16 +147,16 @@ class _Runner:
             if code is None:
                 continue
             del self.running[name]
-            if code == 0 and finished(run):
+            if code == 0 and run.finished:
                 self.done += 1
                 self._tell(run)
             else:
-                self.failures[name] = _last_words(_log(run, self.plan), code)
+                self.failures[name] = _last_words(_beside(run, ".log"), code)
                 warn(f"{name} failed: {self.failures[name]}")
 
     def _tell(self, run: PlannedRun) -> None:
         write_outcome(self.plan.folder, outcome(self.plan))
-        summary = read_summary(_folder(run))
+        summary = read_summary(run.folder)
         left = len(self.pending) + len(self.running)
         minutes = (time.monotonic() - self.began) / self.done * left / 60
         value = summary.value("student")
@@ -181,97 +172,41 @@ class _Runner:
             process.wait()
         self.running.clear()
 
-    # -- what runs share
-
-    def _settings(self, run: PlannedRun, known: dict[str, str | bool]) -> dict[str, Any] | None:
-        """The settings to start a run with; None while another makes what it will take. `known`: by key, `_shared`."""
+    def _settings(self, run: PlannedRun) -> dict[str, Any] | None:
+        """The settings to start a run with; None while another makes what it will take."""
         if self._cache_is_filling(run):
             return None
-        needs = self.keys[run.name]
-        if Run(_folder(run)).begun:
-            settings = run.config.to_dict() | _taken_by(run)
-            self.makes[run.name] = {what for what in needs if not taken(what, settings)}
-            return settings
-        for what, key in needs.items():
-            if key not in known:
-                known[key] = self._shared(what, key)
-            if known[key] is True:
+        settings = run.config.to_dict()
+        if Run(run.folder).begun:
+            return settings | _taken_by(run)
+        for shared in self.shared[run.name]:
+            taken = shared.taken()
+            maker = next(each for each in shared.runs if each in self.pending or each.name in self.running)
+            if taken is None and maker is not run:
                 return None
-        settings, there = run.config.to_dict(), {what: known[key] for what, key in needs.items() if known[key]}
-        if "teacher" in there:
-            settings |= {"teacher_weights": there["teacher"], "teacher_epochs": 0}
-        if "paraphraser" in there:
-            settings["paraphraser"] = there["paraphraser"]
-        self.makes[run.name] = needs.keys() - there.keys()
+            settings |= taken or {}
         return settings
-
-    def _shared(self, what: Made, key: str) -> str | bool:
-        """The files that some run has made, or taken, and measured; else whether one makes it, or will go on to."""
-        waiting = {each.name for each in self.pending}
-        awaited = False
-        for run in self.sharing[key]:
-            folder = _folder(run)
-            files = [folder / f"{stage}.safetensors" for stage in _stages(what, run)]
-            marks = [folder / "stages" / f"{stage}.json" for stage in _stages(what, run)]
-            if (finished(run) or all(mark.exists() for mark in marks)) and all(file.exists() for file in files):
-                return ",".join(map(str, files))
-            if run.name in self.running:
-                awaited |= what in self.makes[run.name]
-            elif run.name in waiting and Run(folder).begun:
-                awaited |= not taken(what, {**run.config.to_dict(), **_taken_by(run)})
-        return awaited
 
     def _cache_is_filling(self, run: PlannedRun) -> bool:
         """Whether a run under way still fills the factor cache that this one will read."""
         if not run.config.views:
             return False
         for other, _ in self.running.values():
-            there = Run(_folder(other))
+            there = Run(other.folder)
             views = there.pins().get("views") if run.config.views == "auto" else run.config.views
             if other.variant == run.variant and (views is None or len(there.metrics("student")) < int(views)):
                 return True
         return False
 
 
-def finished(run: PlannedRun) -> bool:
-    """Whether a run's result is there."""
-    return (_folder(run) / "summary.json").exists()
-
-
-def taken(what: Made, settings: Mapping[str, Any]) -> bool:
-    """Whether a run with these settings takes the teacher (or paraphraser) that another run of its comparison made."""
-    if what == "paraphraser":
-        return re.fullmatch(r"paraphraser(_\d+)?\.safetensors", Path(settings["paraphraser"] or "").name) is not None
-    return not settings["teacher_epochs"] and Path(settings["teacher_weights"] or "").name == "teacher.safetensors"
-
-
-def _folder(run: PlannedRun) -> Path:
-    return Path(run.config.out or "")
-
-
-def _needs(run: PlannedRun) -> list[Made]:
-    """What a run would train besides its student, were it alone."""
-    config = run.config
-    needs: list[Made] = ["teacher"] if config.teacher_epochs else []
-    return [*needs, "paraphraser"] if config.beta and config.paraphraser is None else needs
-
-
-def _stages(what: Made, run: PlannedRun) -> list[str]:
-    """The stages that make it: a paraphraser for each of the teacher's layers."""
-    count = len(names_in(run.config.teacher_layer)) if what == "paraphraser" else 1
-    return numbered(what, count or 1)
-
-
-def _key(what: Made, run: PlannedRun) -> str:
-    """The same for runs whose settings would make the same teacher, or paraphraser."""
-    decides = {name: value for name, value in run.config.to_dict().items() if name in acting_on(Config, what)}
-    teacher = _key("teacher", run) if what == "paraphraser" and run.config.teacher_epochs else ""
-    return f"{what} {fingerprint([decides, teacher])}"
+def _beside(run: PlannedRun, ending: str) -> Path:
+    """A file of the run's name in the comparison's folder."""
+    return run.folder.with_name(run.name + ending)
 
 
 def _saved(run: PlannedRun) -> dict[str, Any] | None:
     """The settings of the run that is there; None where nothing was computed."""
-    folder = _folder(run)
+    folder = run.folder
     if (folder / "summary.json").exists():
         found = read_json(folder / "summary.json").get("settings", {})
     elif Run(folder).begun and (folder / "config.json").exists():
@@ -284,7 +219,7 @@ def _saved(run: PlannedRun) -> dict[str, Any] | None:
 def _taken_by(run: PlannedRun) -> dict[str, Any]:
     """Of a run that has begun, the settings that name what it takes of another."""
     saved = _saved(run) or {}
-    return {name: saved[name] for name in ("teacher_epochs", "teacher_weights", "paraphraser") if name in saved}
+    return {name: saved[name] for names in TAKEN.values() for name in names if name in saved}
 
 
 # -- the folder
@@ -311,12 +246,8 @@ def _check_settings(run: PlannedRun, plan: Plan) -> None:
     saved = _saved(run)
     if saved is None:
         return
-    here, skip = run.config.to_dict(), set(FREE)
-    needs = _needs(run)
-    if "teacher" in needs and taken("teacher", saved):
-        skip |= {"teacher_epochs", "teacher_weights"}
-    if "paraphraser" in needs and taken("paraphraser", saved):
-        skip.add("paraphraser")
+    here = run.config.to_dict()
+    skip = FREE.union(*(TAKEN[what] for what in needs(run) if takes(what, saved)))
     other = [name for name in here if name not in skip and saved.get(name) != here[name]]
     if other:
         differing = "; ".join(f"{flag(name)} {saved.get(name)} there, {here[name]} here" for name in other)
@@ -330,14 +261,11 @@ def _check_settings(run: PlannedRun, plan: Plan) -> None:
 def _delete(plan: Plan) -> None:
     """Delete the runs that are about to be made, and nothing else."""
     for run in plan.runs:
-        folder = _folder(run)
-        if (folder / "config.json").exists() or finished(run):
+        folder = run.folder
+        if (folder / "config.json").exists() or run.finished:
             shutil.rmtree(folder)
-        _log(run, plan).unlink(missing_ok=True)
-
-
-def _log(run: PlannedRun, plan: Plan) -> Path:
-    return plan.folder / f"{run.name}.log"
+        for ending in (".yaml", ".log"):
+            _beside(run, ending).unlink(missing_ok=True)
 
 
 def _held(folder: Path) -> bool:
