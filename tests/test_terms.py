@@ -203,7 +203,7 @@ def test_groups_of__refuses_what_cannot_be_paired() -> None:
         groups_of(*pair(teacher_groups="layer9", student_groups="layer1"))
     with pytest.raises(ModelError, match=r"--teacher-groups global_pool\n  found: an output of shape \(2, 64\)"):
         groups_of(*pair(teacher_groups="global_pool", student_groups="layer1"))
-    with pytest.raises(ConfigError, match=r"--student-groups layer1\n  found: no term that reads groups"):
+    with pytest.raises(ConfigError, match=r"--student-groups layer1\n  found: no term that reads it"):
         Config(data="digits", student_groups="layer1", kd_weight=1, **names)
     with pytest.raises(ConfigError, match="maps of 1x1 and 4x4, which meet at one place"):
         groups_of(*pair(4, teacher_groups="layer3", student_groups="layer1"))

@@ -13,7 +13,7 @@ from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
 from factor_transfer.util.arguments import MODEL_ARGS, SIZE, ModelArgs, Size, brief, names_in
-from factor_transfer.util.checks import ActsOn, Weight, check, flag, weights
+from factor_transfer.util.checks import ActsOn, Weight, check, flag, refused, weights
 from factor_transfer.util.errors import ConfigError
 
 _ORDER = ("Data", "Teacher", "Student", "Factor transfer", "Other terms", "Training", "Machine", "Run")
@@ -39,7 +39,7 @@ _AFTER_TEACHER = ActsOn("paraphraser", "student")
 _PROTOCOL = ActsOn("teacher", "paraphraser", "student", swept=False)
 _OF_FACTORS = ActsOn("paraphraser", "student", read_by=["beta"])
 _OF_TRANSLATOR = ActsOn("student", read_by=["beta"])
-_OF_GROUPS = ActsOn("student", read_by=["at_weight", "hint_epochs", "hint_weight"])
+_OF_GROUPS = ActsOn("student", read_by=["at_weight", "hint_epochs", "hint_weight"], refused=True)
 
 _TERMS = "factor_transfer.method.losses"
 _KD = {"label_weight": 0.1, "kd_weight": 0.9, "kd_temperature": 4.0}
@@ -351,17 +351,17 @@ class Config(DataConfig):
                 found="a student that would learn nothing",
                 valid="labels, factors, or another term: --kd-weight, --at-weight or --hint-weight above 0",
             )
-        self._check_groups()
+        self._check_read()
 
-    def _check_groups(self) -> None:
-        """A term reads the groups that are named."""
-        for name in ("teacher_groups", "student_groups"):
-            if getattr(self, name) and not any(getattr(self, weight) for weight in _OF_GROUPS.read_by):
+    def _check_read(self) -> None:
+        """What would do nothing without a term that reads it has one."""
+        for name, readers in refused(type(self)).items():
+            if getattr(self, name) and not any(getattr(self, weight) for weight in readers):
                 raise ConfigError(
                     f"{flag(name)} {getattr(self, name)}",
-                    found="no term that reads groups",
-                    valid="--at-weight, --hint-epochs or --hint-weight above 0",
-                    hint="leave it out, or name the layers of the factor: --teacher-layer, --student-layer",
+                    found="no term that reads it",
+                    valid=f"{', '.join(map(flag, readers))}: one of them above 0",
+                    hint="leave it out (layers of the factor are named by --teacher-layer and --student-layer)",
                 )
 
     def to_dict(self) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class CompareConfig(Config):
         if self.baseline:
             raise ConfigError("--baseline", found="a second run of the baseline", hint="name baseline in --methods")
 
-    def _check_groups(self) -> None:
+    def _check_read(self) -> None:
         """Each method has terms of its own: `planned` knows them."""
 
 

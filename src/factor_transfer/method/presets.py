@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from factor_transfer.config import Config
-from factor_transfer.util.checks import read_by, weights
+from factor_transfer.util.checks import read_by, refused, weights
 
 WEIGHTS = weights(Config)
 """The settings that switch terms on, with what they declare."""
@@ -44,7 +44,7 @@ def settings_of(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = _switched(method)
     found = {name: given[name] if value == "auto" and given.get(name) else value for name, value in found.items()}
-    return found | {name: None for name in ("teacher_groups", "student_groups") if not acts_on(name, method)}
+    return found | {name: None for name in refused(Config) if not acts_on(name, method)}
 
 
 def acts_on(setting: str, method: str) -> bool:

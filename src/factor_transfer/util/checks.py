@@ -32,6 +32,7 @@ class ActsOn:
         named: the setting is a place, and a fingerprint of what lies there is checked in its stead.
         machine: each process of a run may have its own.
         read_by: the weights of the terms that read the setting: it does nothing where they are all off.
+        refused: whether the setting is refused there.
         swept: whether a comparison may vary the setting.
     """
 
@@ -41,10 +42,11 @@ class ActsOn:
         named: bool = False,
         machine: bool = False,
         read_by: Sequence[str] = (),
+        refused: bool = False,
         swept: bool = True,
     ) -> None:
         self.parts, self.named, self.machine = frozenset(parts), named, machine
-        self.read_by, self.swept = tuple(read_by), swept and bool(parts)
+        self.read_by, self.refused, self.swept = tuple(read_by), refused, swept and bool(parts)
 
 
 class Weight(ActsOn):
@@ -117,6 +119,11 @@ def read_by(kind: type, name: str) -> tuple[str, ...]:
     """The weights of the terms that read a field; of a weight, itself; none where the field is no term's."""
     acts = dict(_acts(kind))[name]
     return (name,) if isinstance(acts, Weight) else acts.read_by if acts is not None else ()
+
+
+def refused(kind: type) -> dict[str, tuple[str, ...]]:
+    """The fields that are refused where no term reads them, and the weights of the terms that do."""
+    return {name: acts.read_by for name, acts in _acts(kind) if acts is not None and acts.refused}
 
 
 def swept(kind: type) -> tuple[str, ...]:
