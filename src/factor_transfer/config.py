@@ -285,7 +285,7 @@ class Config(DataConfig):
     """Learning rate at the start of warm-up."""
     min_lr: Annotated[float, _in("Training"), _NOT_NEGATIVE] = 0.0
     """Lowest learning rate of the schedules that have one."""
-    decay_epochs: Annotated[float | None, _in("Training"), _POSITIVE] = None
+    decay_epochs: Annotated[float | None, _in("Training"), Number(gt=0, lte=1e6)] = None
     """Passes between drops (step), or length of the decay phase (wsd)."""
     decay_milestones: Annotated[tuple[int, ...], _in("Training", consume_multiple=True), _POSITIVE] = (83, 124)
     """Where multistep drops, in timm's count: 83 drops after 82 passes."""
