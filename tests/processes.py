@@ -106,9 +106,9 @@ def _work(
 
         subprocess.Popen = subprocess_handler.Popen = popen  # type: ignore[assignment, misc]
     if not exports:
-        from factor_transfer import result
+        from factor_transfer import distillation
 
-        result.export_pt2 = lambda *_: 0.0
+        distillation.export_pt2 = lambda *_: 0.0
     sys.argv = ["factor-transfer" if code is None else "-c", *arguments]
     if code is not None:
         exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})

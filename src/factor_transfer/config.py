@@ -264,7 +264,8 @@ class Config(DataConfig):
     batch_size: Annotated[int, _in("Training"), _POSITIVE] = 128
     """Images a step, over all processes together."""
     baseline: Annotated[bool, _in("Training"), _PROTOCOL] = False
-    """Also train the same student alone: same initial weights, order, views and schedule."""
+    """Also train the baseline: the same student on labels only, with the same initial weights, order, views and
+    schedule."""
     opt: Annotated[str, _in("Training")] = "momentum"
     """timm's optimizer name. (timm's `sgd` is Nesterov; the authors' program is `momentum`.)"""
     lr: Annotated[float, _in("Training"), _POSITIVE, ActsOn("teacher", "student")] = 0.1
@@ -344,7 +345,7 @@ class Config(DataConfig):
                 valid="as many of one as of the other: they are paired in order",
             )
         if self.baseline and not self.label_weight:
-            raise ConfigError("--baseline with --label-weight 0", found="a student alone that would learn nothing")
+            raise ConfigError("--baseline with --label-weight 0", found="a baseline that would learn nothing")
         if not any(getattr(self, name) for name, weight in weights(type(self)).items() if weight.term):
             raise ConfigError(
                 "--label-weight 0 with --beta 0",

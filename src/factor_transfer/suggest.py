@@ -157,5 +157,5 @@ def _command(config: SuggestConfig, candidate: Candidate) -> str:
     """The `distill` command for one candidate."""
     name, args = candidate
     shared = {each.name: getattr(config, each.name) for each in fields(SuggestConfig) if each.name in FIELDS}
-    alone = {"baseline": config.label_weight > 0}  # without labels it would learn nothing
-    return repeat_command(plain({**shared, "student": name, "student_args": args or None, **alone}))
+    baseline = {"baseline": config.label_weight > 0}  # without labels it would learn nothing
+    return repeat_command(plain({**shared, "student": name, "student_args": args or None, **baseline}))

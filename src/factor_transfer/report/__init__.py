@@ -1,5 +1,6 @@
-"""What a person reads of a run: terminal, HTML page, model card, live curves. Open `html.py` first.
+"""Output for people: terminal, HTML page, model card, live curves. Open `html.py` (the page of one run) first.
 
-`terminal.py` prints, `several.py` is the page of several runs, `findings.py` computes what no stage has measured,
-`figures.py` draws, `trackers.py` tells TensorBoard and others of every pass.
+`several.py` makes the page of several runs, `terminal.py` prints tables, `card.py` writes the model card. `findings.py`
+computes what the page shows and no stage measured, `figures.py` draws plots and maps, `trackers.py` sends the values of
+every pass to TensorBoard and others. Names, units and directions of figures are those of the task's metrics.
 """

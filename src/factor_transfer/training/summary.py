@@ -133,7 +133,8 @@ class Summary:
         """From the file; fields that are not known are left out."""
         metrics = tuple(Metric(**each) for each in values.get("metrics", ())) or Classification.metrics
         own = {each.name: values[each.name] for each in fields(cls) if values.get(each.name) is not None}
-        networks = {role: NetworkSummary.from_json(own[role], metrics) for role in ROLES if role in own}
+        size = {"img_size": own["data"]["img_size"]}  # of networks that see the images at the size of the data
+        networks = {role: NetworkSummary.from_json({**size, **own[role]}, metrics) for role in ROLES if role in own}
         data = DataSummary(**{each.name: own["data"][each.name] for each in fields(DataSummary)})
         method = BASELINE if own.get("method") == "labels alone" else own.get("method", cls.method)  # as once written
         return cls(**{**own, **networks, "data": data, "metrics": metrics, "method": method})
