@@ -12,14 +12,14 @@ DIGITS = $(BIN)/factor-transfer compare --config recipe:demo --no-baseline --job
 keep = mkdir -p results/$(1) && cd runs/$(1) && tar cf - compare.json compare.md */summary.json */metrics.jsonl | tar xf - -C ../../results/$(1)
 
 compare: .venv/installed  ## all methods on the built-in digits, ten seeds each, in minutes; leaves results/compare-digits
-	$(DIGITS) --methods alone,kd,at,fitnet,ft,ft+kd,at+kd --at-weight 3 --seed 200 --seeds 10 --out runs/compare-digits
+	$(DIGITS) --methods baseline,kd,at,fitnet,ft,ft+kd,at+kd --at-weight 3 --seed 200 --seeds 10 --out runs/compare-digits
 	$(call keep,compare-digits)
 
 compare-at-weight: .venv/installed  ## how the weight of attention above was chosen, on a share of the training images
-	$(DIGITS) --methods alone,at --sweep at_weight=3,30,300 --validation-share 0.25 --seeds 3 --out runs/compare-digits-at-weight
+	$(DIGITS) --methods baseline,at --sweep at_weight=3,30,300 --validation-share 0.25 --seeds 3 --out runs/compare-digits-at-weight
 	$(call keep,compare-digits-at-weight)
 
-ABLATIONS = $(DIGITS) --methods alone,ft --sweep-on validation --seed 200 --seeds 6
+ABLATIONS = $(DIGITS) --methods baseline,ft --sweep-on validation --seed 200 --seeds 6
 compare-ablation: .venv/installed  ## the paper's ablations on the same; leaves results/compare-digits-{ablation,translator}
 	$(ABLATIONS) --sweep k=0.5,0.75,1,2 --sweep p=2 --sweep paraphraser_epochs=0 --sweep paraphraser=none \
 		--out runs/compare-digits-ablation
@@ -32,24 +32,24 @@ REAL = $(BIN)/factor-transfer compare --data $(CIFAR10)/cifar10-jpeg --teacher c
 	--teacher-weights $(CIFAR10)/checkpoints/resnet56-cifar10-jpeg.safetensors --beta 500 --views 8 --jobs 2 --threads 1 \
 	--log-with none
 compare-cifar10: .venv/installed  ## the rivals on 10,000 real images, three seeds; about an hour; leaves results/compare-cifar10-10k
-	$(REAL) --train-images 10000 --methods alone,kd,at,fitnet,ft,ft+kd --epochs 20 --seeds 3 --out runs/compare-cifar10-10k
+	$(REAL) --train-images 10000 --methods baseline,kd,at,fitnet,ft,ft+kd --epochs 20 --seeds 3 --out runs/compare-cifar10-10k
 	$(call keep,compare-cifar10-10k)
 
-compare-cifar10-50k: .venv/installed  ## alone and ft on all of them, two seeds; 40 minutes; leaves results/compare-cifar10-50k
-	$(REAL) --methods alone,ft --epochs 12 --seeds 2 --out runs/compare-cifar10-50k
+compare-cifar10-50k: .venv/installed  ## baseline and ft on all of them, two seeds; 40 minutes; leaves results/compare-cifar10-50k
+	$(REAL) --methods baseline,ft --epochs 12 --seeds 2 --out runs/compare-cifar10-50k
 	$(call keep,compare-cifar10-50k)
 
 TWO = --teacher-layer layer2,layer3 --student-layer layer2,layer3
 WHY = $(REAL) --train-images 10000 --epochs 12 --seeds 2
 compare-cifar10-why: .venv/installed  ## what would raise ft there, on held-out training images; about 40 minutes; leaves results/cifar10-why{,-layers}
-	$(WHY) --methods alone,ft --sweep beta=125,500,2000,8000 --sweep k=1 --out runs/cifar10-why
+	$(WHY) --methods baseline,ft --sweep beta=125,500,2000,8000 --sweep k=1 --out runs/cifar10-why
 	$(WHY) --methods ft --sweep beta=500 $(TWO) --out runs/cifar10-why-layers
 	$(call keep,cifar10-why)
 	$(call keep,cifar10-why-layers)
 
 LAYERS = $(REAL) --train-images 10000 --epochs 12 --seed 3 --seeds 3
 compare-cifar10-layers: .venv/installed  ## factors of two layers against those of one, on the validation images and other seeds than above; 20 minutes; leaves results/cifar10-layers-{one,two}
-	$(LAYERS) --methods alone,ft --out runs/cifar10-layers-one
+	$(LAYERS) --methods baseline,ft --out runs/cifar10-layers-one
 	$(LAYERS) --methods ft $(TWO) --out runs/cifar10-layers-two
 	$(call keep,cifar10-layers-one)
 	$(call keep,cifar10-layers-two)
