@@ -51,14 +51,20 @@ def evaluate(
         for batch in chain.from_iterable(_shown(split, batch_size, engine) for split in splits):
             with torch.autocast(engine.device.type, enabled=False) if precise else engine.autocast():
                 outputs = model(batch.image.to(engine.device))
-            for name, value in task.sums(outputs.float(), task.targets(batch).to(engine.device)).items():
-                sums[name] = sums[name] + value if name in sums else value
+            _add(sums, task.sums(outputs.float(), task.targets(batch).to(engine.device)))
     for module, mode in training.items():
         module.training = mode
-    count = sum(map(len, splits))
-    totals = {name: engine.total(value) for name, value in sums.items()}
-    found = task.values({name: total.item() if total.ndim == 0 else total for name, total in totals.items()}, count)
+    totals: dict[str, Tensor] = {}
+    for part in engine.all_of({name: value.cpu() for name, value in sums.items()}):  # one can be without images
+        _add(totals, part)
+    plain = {name: total.item() if total.ndim == 0 else total for name, total in totals.items()}
+    found = task.values(plain, sum(map(len, splits)))
     return {name: float(value) for name, value in found.items()}
+
+
+def _add(totals: dict[str, Tensor], sums: Mapping[str, Tensor]) -> None:
+    for name, value in sums.items():
+        totals[name] = totals[name] + value if name in totals else value
 
 
 @torch.no_grad()
