@@ -258,9 +258,8 @@ def _losses(job: Job, pair: Pair, found: Diagnosis) -> Iterator[Finding]:
     sample = Sample(data.train, config.batch_size)
     (batch,) = sample.batches([np.arange(len(sample))], view=0)
     batch = batch._replace(label=job.task.targets(batch))
-    network, first = pair.teacher.tapped(objective.teacher_layers), next(iter(paraphrasers), None)
-    readers = objective.readers(paraphrasers)
-    teacher = FrozenTeacher(TeacherSide(network, pair.teacher.network.norm, pair.size, first, readers))
+    network, readers = pair.teacher.tapped(objective.teacher_layers), objective.readers(paraphrasers)
+    teacher = FrozenTeacher(TeacherSide(network, pair.teacher.network.norm, pair.size, readers=readers))
     task = job.student_task(pair.student, objective.terms, teacher)
     measured = pulls(task, batch)
     sizes = {name: pull.size for name, pull in measured.items()}

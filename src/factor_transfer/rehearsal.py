@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from factor_transfer.config import plain
 from factor_transfer.export.formats import export_pt2, metadata_of, plain_copy
 from factor_transfer.method.factor_transfer import Paraphraser
+from factor_transfer.method.term import Reader
 from factor_transfer.networks.features import FrozenTeacher
 from factor_transfer.networks.pair import Pair, Side, check_can_teach
 from factor_transfer.networks.weights import load_weights
@@ -98,9 +98,9 @@ def _copied(task: DistillationTask) -> DistillationTask:
     return task
 
 
-def _teacher(pair: Pair, *parts: Any, also: tuple[str, ...] = ()) -> FrozenTeacher:
+def _teacher(pair: Pair, readers: Mapping[str, Reader] | None = None, also: tuple[str, ...] = ()) -> FrozenTeacher:
     """A copy of the teacher, frozen: the teacher itself may still have to be trained."""
-    side = TeacherSide(pair.teacher.tapped(also), pair.teacher.network.norm, pair.size, *parts)
+    side = TeacherSide(pair.teacher.tapped(also), pair.teacher.network.norm, pair.size, readers=readers)
     return FrozenTeacher(deepcopy(side))
 
 
@@ -120,12 +120,10 @@ def _student(job: Job, pair: Pair) -> DistillationTask:
     """The student's own task; and a step of its first stage, where it has one, is tried here."""
     objective = job.objective
     paraphrasers = fresh_paraphrasers(job.config, pair)
-    teacher = _teacher(
-        pair, next(iter(paraphrasers), None), objective.readers(paraphrasers), also=objective.teacher_layers
-    )
+    teacher = _teacher(pair, objective.readers(paraphrasers), also=objective.teacher_layers)
     if objective.hint_epochs:
         term = objective.hint()
-        hint = _teacher(pair, None, term.readers(), also=(term.group.teacher,))
+        hint = _teacher(pair, term.readers(), also=(term.group.teacher,))
         guided = replace(pair.student, layer=term.group.student)
         task = _copied(job.student_task(guided, [term], hint, ends=True))
         _try_steps(job, task, [min(ENOUGH, len(job.data.train))], f"--student-groups {term.group.student}")

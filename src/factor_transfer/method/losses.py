@@ -210,7 +210,7 @@ def new_translator(config: Config, layers: Group, channels: int, part: str) -> n
 
 
 class Encoded(Reader):
-    """The teacher's factor of a further pair of layers, (B, K, H, W).
+    """The teacher's factor of a pair of layers, (B, K, H, W).
 
     Args:
         layer: the teacher's.

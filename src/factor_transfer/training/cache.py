@@ -211,6 +211,7 @@ def identity_of(
 ) -> dict[str, Any]:
     """All that the teacher's outputs depend on; `code` is that of the teacher, as `code_fingerprint` gives it."""
     network, readers = pair.teacher.network, objective.readers(paraphrasers)
+    readers.pop("factor", None)  # its paraphraser is named by itself
     identity: dict[str, Any] = {
         "architecture": [network.name, type(network.module).__name__, plain(network.model_args)],
         "teacher's code": code,

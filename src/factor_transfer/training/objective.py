@@ -127,10 +127,10 @@ class Objective:
         return Hint.fresh(self._given)
 
     def readers(self, paraphrasers: Sequence[Paraphraser | Straight]) -> dict[str, Reader]:
-        """How the teacher's outputs are made that are not its own layer's."""
+        """How the teacher's outputs are made that the terms read, besides its logits."""
         found = {name: reader for term in self.terms for name, reader in term.readers().items()}
-        factors = zip(numbered("factor", len(self.factors)), self.factors, paraphrasers, strict=True)
-        for name, factor, paraphraser in list(factors)[1:]:
+        names = numbered("factor", len(self.factors))
+        for name, factor, paraphraser in zip(names, self.factors, paraphrasers, strict=True):
             found[name] = Encoded(factor.layers.teacher, factor.layers.size, paraphraser)
         return found
 

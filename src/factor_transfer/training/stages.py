@@ -285,8 +285,7 @@ class Job:
 
     def student(self, pair: Pair, paraphrasers: Sequence[Paraphraser | Straight]) -> Side:
         """The student, by the terms that the settings name: by Factor Transfer, if there are paraphrasers."""
-        readers = self.objective.readers(paraphrasers)
-        teacher = self._teacher_side(pair, next(iter(paraphrasers), None), readers)
+        teacher = self._teacher_side(pair, self.objective.readers(paraphrasers))
         found = {**self.objective.record, "views": self.views}
         for line in self.objective.lines():
             say(line)
@@ -314,7 +313,7 @@ class Job:
         say(f"hint: {term.group.student} learns the teacher's {term.group.teacher} for {epochs} passes, teacher live")
         guided = replace(pair.student, layer=term.group.student)
         plan = Plan(stage="hint", epochs=epochs, lr=config.lr, seed=config.seed, views=self.views)
-        teacher = self._teacher_side(pair, None, term.readers())
+        teacher = self._teacher_side(pair, term.readers())
         with trained_up_to(guided.tapped(ends=True), network.norm(self.sample(2))):
             training = self._train(guided, [term], teacher, plan, ends=True)
         self._check_unchanged("hint", teacher)
@@ -416,16 +415,11 @@ class Job:
             precise=True,
         )
 
-    def _teacher_side(
-        self,
-        pair: Pair,
-        paraphraser: Paraphraser | Straight | None = None,
-        readers: Mapping[str, Reader] | None = None,
-    ) -> FrozenTeacher:
+    def _teacher_side(self, pair: Pair, readers: Mapping[str, Reader] | None = None) -> FrozenTeacher:
         tapped = pair.teacher.tapped(self.objective.teacher_layers)
         if self.config.torchcompile:
             tapped = self._compiled.setdefault(tapped.layer, Compiled(tapped, self._part(), trains=False))
-        side = TeacherSide(tapped, pair.teacher.network.norm, pair.size, paraphraser, readers)
+        side = TeacherSide(tapped, pair.teacher.network.norm, pair.size, readers=readers)
         return self.engine.place(FrozenTeacher(side))
 
 
