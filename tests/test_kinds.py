@@ -117,7 +117,7 @@ def test_report__shows_every_kind_of_run(run: Path, says: Says) -> None:
     said = says("report", run)
     assert said.strip().splitlines()[-1] == str(page)
     text, kind = page.read_text(), kind_of(run)
-    assert ("of the teacher&#39;s kept" in text) is (kind in LABELLED and kind != "headless teacher")
+    assert ("of the teacher&#39;s top-1 kept" in text) is (kind in LABELLED and kind != "headless teacher")
     assert ("Validation top-1" in text) is (kind in LABELLED)
     assert ("They give different answers" in text) is (kind in HEADS and kind != "headless teacher")
     assert ("Sorted by" in text) is (kind in LABELLED), "right answers need labels"

@@ -6,7 +6,7 @@ import io
 import json
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ from factor_transfer.data.frames import Frame
 from factor_transfer.data.images import decoded, image_formats, natural
 from factor_transfer.data.trees import counted, folder_tree
 from factor_transfer.export.runtimes import Runtime, kind_of, load
-from factor_transfer.tasks.base import task_of
+from factor_transfer.tasks.base import Task, task_of
 from factor_transfer.util.arguments import is_callable_name
 from factor_transfer.util.checks import check_arguments
 from factor_transfer.util.console import say, warn
@@ -61,15 +61,7 @@ def predict_images(
     """
     check_arguments(predict_images, top=top, threads=threads)
     runtime = open_student(student, threads)
-    name_of_task = runtime.metadata.get("task", "classification")
-    if is_callable_name(name_of_task) and not trust_config:
-        raise ConfigError(
-            str(student),
-            found=f"task: {name_of_task}, which is code that would be run",
-            valid="a student for classification, or --trust-config",
-            hint="read that code, then add --trust-config",
-        )
-    task = task_of(name_of_task)
+    task = _task(student, runtime.metadata, trusted=trust_config)
     classes, frame, bits = runtime.metadata["classes"], Frame.read(runtime.metadata), runtime.metadata.get("bit_depth")
     answers, unread, content = [], 0, Content()
     batch: list[tuple[str, bytes]] = []
@@ -106,6 +98,19 @@ def predict_images(
     if as_json:
         print(json.dumps(answers, ensure_ascii=False, indent=1))  # noqa: T201
     return 2 if unread else 0
+
+
+def _task(student: Path, metadata: Mapping[str, Any], *, trusted: bool) -> Task:
+    """What the student is for. A file comes from anywhere: it does not get to run code unless its user says so."""
+    name = metadata.get("task", "classification")
+    if is_callable_name(name) and not trusted:
+        raise ConfigError(
+            str(student),
+            found=f"task: {name}, which is code that would be run",
+            valid="a student for classification, or --trust-config",
+            hint="read that code, then add --trust-config",
+        )
+    return task_of(name)
 
 
 def open_student(given: Path, threads: int | None = None) -> Runtime:

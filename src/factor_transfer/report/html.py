@@ -165,8 +165,8 @@ def _tiles(summary: Summary, intervals: Sequence[Mapping[str, Any]]) -> list[dic
     own, theirs, gain = summary.value("student"), summary.value("teacher"), summary.gain("baseline")
     tiles = []
     if own is not None and theirs is not None:
-        both = f"{metric.number(own)} of {metric.shown(theirs)} {metric.label}"
-        kept = {"value": f"{100 * own / theirs:.1f} %" if theirs else "-", "text": f"of the teacher's kept: {both}"}
+        both = f"of the teacher's {metric.label} kept: {metric.number(own)} of {metric.shown(theirs)}"
+        kept = {"value": f"{100 * own / theirs:.1f} %" if theirs else "-", "text": both}
         plain = {"value": metric.shown(own), "text": f"{metric.label}; the teacher has {metric.shown(theirs)}"}
         tiles.append(kept if metric.higher_is_better else plain)
     size = f"{student.size_bytes / 1e6:.2f} MB of weights, {teacher.size_bytes / 1e6:.2f} MB before"
