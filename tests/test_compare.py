@@ -179,8 +179,10 @@ TOPS = {"baseline": [80.0, 80.5, 80.2], "kd": [80.9, 80.1, 80.3], "ft": [83.0, 8
 
 def test_outcome__is_what_the_runs_say(tmp_path: Path) -> None:
     given = config(methods="alone,kd,ft", seeds=3, out=str(tmp_path))
-    write_summaries(tmp_path, TOPS, given)
+    terms = [{"name": "distances", "label": "relational distances", "weight": 25.0}]
+    write_summaries(tmp_path, TOPS, given, terms=terms)
     found = outcome(planned(given))
+    assert [each["terms"] for each in found["methods"]] == [terms] * 3
     alone, kd, ft = found["methods"]
     assert found["complete"]
     assert [each["n"] for each in found["methods"]] == [3, 3, 3]

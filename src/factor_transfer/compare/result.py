@@ -174,7 +174,9 @@ def _methods(plan: Plan, found: Mapping[PlannedRun, Summary], metric: Metric) ->
     values: dict[str, dict[int, float]] = {each.name: {} for each in plan.variants}
     seconds: dict[str, dict[int, float]] = {each.name: {} for each in plan.variants}
     teachers: dict[str, float | None] = {}
+    terms: dict[str, list[dict[str, Any]]] = {}
     for run, summary in found.items():
+        terms[run.variant] = summary.terms
         if (value := summary.value("student")) is not None:
             values[run.variant][run.seed] = value
         own = [value for stage, value in summary.seconds.items() if not stage.startswith(SHARED)]
@@ -205,6 +207,7 @@ def _methods(plan: Plan, found: Mapping[PlannedRun, Summary], metric: Metric) ->
                 "name": each.name,
                 "method": each.method,
                 "swept": plain(each.swept),
+                "terms": terms.get(each.name, []),
                 metric.key: {str(seed): value for seed, value in values[each.name].items()},
                 **_figures(values[each.name], seconds[each.name], seconds[baseline[0]] if baseline else None),
                 "gap_closed": asdict(gap) if gap else None,
