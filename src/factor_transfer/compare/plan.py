@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -198,38 +197,33 @@ def _sweeps(texts: Sequence[str]) -> dict[str, list[Any]]:
         if name not in SWEPT:
             what = "a setting that all runs share" if name in FIELDS else "no such setting"
             raise ConfigError(f"--sweep {text}", found=f"{name}: {what}", valid=near(name, SWEPT) or SWEPT)
-        parts = _parts(values)
-        if not (equals and parts):
+        listed = _values(values, f"--sweep {text}")
+        if not (equals and listed):
             raise ConfigError(f"--sweep {text}", found="no values", valid=f"--sweep {name}=VALUE,VALUE")
-        found[name] = found.get(name, []) + [_value(part, f"--sweep {text}") for part in parts]
+        found[name] = found.get(name, []) + listed
     return found
 
 
-def _parts(values: str) -> list[str]:
-    """Split at commas, but for those in brackets.
+def _values(text: str, given: str) -> list[Any]:
+    """What is between commas, each as YAML reads it.
 
-    >>> _parts("0.5,{layers: [1, 1]},2")
-    ['0.5', '{layers: [1, 1]}', '2']
+    >>> _values("0.5,auto,{layers: [1, 1]},1e-3", "--sweep")
+    [0.5, 'auto', {'layers': [1, 1]}, 0.001]
     """
-    found, depth = [""], 0
-    for char in values:
-        depth += (char in "([{") - (char in ")]}")
-        if char == "," and depth == 0:
-            found.append("")
-        else:
-            found[-1] += char
-    return [part.strip() for part in found if part.strip()]
-
-
-def _value(text: str, given: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        values = yaml.safe_load(f"[{text}]")
     except yaml.YAMLError as error:
         raise ConfigError(given, found=f"{text}: {error}") from error
-    if isinstance(value, str):
-        with suppress(ValueError):
-            return float(value)  # 1e-3 is no number to YAML
-    return tuple(value) if isinstance(value, list) else value
+    return [_number(value) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+            for value in values]  # fmt: skip
+
+
+def _number(text: str) -> float | str:
+    """1e-3 is no number to YAML."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _variants(methods: Sequence[str], sweeps: dict[str, list[Any]]) -> tuple[Variant, ...]:
