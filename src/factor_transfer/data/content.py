@@ -1,4 +1,4 @@
-"""What of the files' content the networks do not see, or see otherwise: counted, named, with what mends it."""
+"""What a file holds that the networks do not see, or see changed: counted, with names of images and a remedy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from factor_transfer.data.images import (
 )
 from factor_transfer.data.views import spaced
 from factor_transfer.util.arguments import Size, as_flag, written
-from factor_transfer.util.errors import SHOWN_CHOICES, DataError, listed
+from factor_transfer.util.errors import SHOWN_CHOICES, listed
 
 SAMPLE, DECODED = 256, 32
 """Images whose headers are read, and how many of them are decoded where only that tells."""
@@ -87,62 +87,29 @@ class Content:
         """Of these, what loses something."""
         return [Lost(what, HINTS[kind]) for kind, what in self.told() if kind in HINTS]
 
-    def darkness(self, bits: int | None) -> int | None:
-        """The largest sample, where 16-bit images would be nearly black because they use fewer bits.
+    def dark(self, bits: int | None) -> Lost | None:
+        """What is said of 16-bit images that would be nearly black because they use fewer bits, if they would.
 
-        Args:
-            bits: `--bit-depth`: what was said of them is believed.
+        `bits` is `--bit-depth`: where it is given, it is believed.
+
+        >>> Content(largest=3000).dark(None).hint
+        '--bit-depth 12; or --bit-depth 16 where they are as dark as that'
         """
-        doubtful = bits is None and self.largest is not None and self.largest.bit_length() <= DARK
-        return self.largest if doubtful else None
-
-    def check_depth(self, given: str, bits: int | None) -> None:
-        """That 16-bit images are not nearly black because they use fewer bits.
-
-        Args:
-            given: what the user gave, for the message.
-            bits: `--bit-depth`.
-
-        Raises:
-            DataError: they are.
-        """
-        largest = self.darkness(bits)
-        if largest is not None:
-            raise DataError(
-                given,
-                found=dark(largest),
-                valid="--bit-depth N: how many bits are in use; 0 becomes black and the largest of N bits white",
-                hint=f"--bit-depth {likely_bits(largest)}; or --bit-depth {DEEP} where they are as dark as that",
-            )
+        if bits is not None or self.largest is None or self.largest.bit_length() > DARK:
+            return None
+        likely = next(usual for usual in (10, 12, DARK) if self.largest < 1 << usual)
+        return Lost(
+            f"16-bit images without a value above {self.largest:,}, as images of {likely} bits have: read as {DEEP} "
+            "bits they would be nearly black",
+            f"--bit-depth {likely}; or --bit-depth {DEEP} where they are as dark as that",
+        )
 
 
-def dark(largest: int) -> str:
-    """What is said of 16-bit images that would be nearly black."""
-    return (
-        f"16-bit images without a value above {largest:,}, as images of {likely_bits(largest)} bits have: read as "
-        f"{DEEP} bits they would be nearly black"
-    )
+def look(images: Images, bits: int | None) -> tuple[list[Size], Content]:
+    """Read the headers of a sample of images; decode a few of those whose header does not tell.
 
-
-def likely_bits(largest: int) -> int:
-    """The usual depth that holds a value.
-
-    >>> likely_bits(3000), likely_bits(900)
-    (12, 10)
+    Gives the heights and widths of the images when upright, and what was met in them.
     """
-    return next((bits for bits in (10, 12, 14) if largest < 1 << bits), DEEP)
-
-
-class Looked(NamedTuple):
-    """What a sample of the images says of all."""
-
-    sizes: list[Size]
-    """Heights and widths, upright."""
-    content: Content
-
-
-def look(images: Images, bits: int | None) -> Looked:
-    """Read the headers of a sample of images; decode a few of those whose header does not tell."""
     sizes: list[Size] = []
     content, decoded = Content(), 0
     for row in spaced(len(images), SAMPLE).tolist():
@@ -155,7 +122,7 @@ def look(images: Images, bits: int | None) -> Looked:
                 with suppress(Unreadable):
                     found = images.decoded(row, bits)
             content.add(images.names[row], found)
-    return Looked(sizes, content)
+    return sizes, content
 
 
 def aspects(sizes: Sequence[Size], frame: Frame) -> list[Lost]:
@@ -167,7 +134,7 @@ def aspects(sizes: Sequence[Size], frame: Frame) -> list[Lost]:
     stretch, mode = frame.stretch(middle), frame.mode
     does = {
         "squash": f"squashes them by {stretch:.1f}",
-        "center": f"cuts {1 - frame.kept(middle):.0%} of them off",
+        "center": f"cuts {1 - 1 / stretch:.0%} of them off",
         "border": f"makes {1 - 1 / stretch:.0%} of what is seen border",
     }[mode]
     others = " or ".join(other for other in ("squash", "border") if other != mode)

@@ -106,13 +106,13 @@ def open_data(
     if known is not None:
         source = replace(source, train=source.validation or source.train, validation=None)
     classes = number_classes(source, config, notes, known)
-    seen = look(source.train, config.bit_depth)
-    frame = Frame.of(config.img_size or _own_size(seen.sizes) or default_size(), config.crop_mode, config.crop_pct)
+    sizes, met = look(source.train, config.bit_depth)
+    frame = Frame.of(config.img_size or _own_size(sizes) or default_size(), config.crop_mode, config.crop_pct)
     shown = _shown(frame, config)
     apart = source.validation is None or config.validate_on == "train-holdout"
     parts = [source.train] if apart or source.validation is None else [source.train, source.validation]
     loaded = _load(parts, classes, shown, config, notes)
-    lost = _lost([part.content for part in loaded if part.content] or [seen.content], config, notes)
+    lost = _lost([part.content for part in loaded if part.content] or [met], config, notes)
     transform = transform or _imported(config)
     holds_out = apart and known is None
     aside = _held_out(loaded[0], config, notes) if holds_out else np.full(len(loaded[0].labels), known is not None)
@@ -132,7 +132,7 @@ def open_data(
         described=lambda: _described(loaded, classes, shown, config, share, (acts, transform) if transform else None),
         labelled=UNLABELLED not in source.train.labels,
         bit_depth=config.bit_depth,
-        lost=(*lost, *aspects(seen.sizes, frame)),
+        lost=(*lost, *aspects(sizes, frame)),
         transform=transform,
     )
 
@@ -183,7 +183,10 @@ def _lost(contents: Sequence[Content], config: DataConfig, notes: list[str]) -> 
     content = Content()
     for each in contents:
         content.add_all(each)
-    content.check_depth(f"--data {config.data}", config.bit_depth)
+    dark = content.dark(config.bit_depth)
+    if dark is not None:
+        valid = "--bit-depth N: how many bits are in use; 0 becomes black and the largest of N bits white"
+        raise DataError(f"--data {config.data}", found=dark.what, valid=valid, hint=dark.hint)
     notes += [what for kind, what in content.told() if kind not in HINTS]
     return content.lost()
 

@@ -138,14 +138,6 @@ class Frame:
         sides = max(rows, round(columns * height / width)), max(columns, round(rows * width / height))
         return cast(Image.Image, center_crop_or_pad(image, sides, fill=self.fill))
 
-    def kept(self, size: Size) -> float:
-        """Share of the area of an image, (height, width), that is seen, but for `pct`.
-
-        >>> Frame.of((128, 128)).kept((128, 256)), Frame.of((128, 128), "border").kept((128, 256))
-        (0.5, 1.0)
-        """
-        return 1.0 if self.mode != "center" else 1 / self.stretch(size)
-
     def stretch(self, size: Size) -> float:
         """How far the aspect of an image, (height, width), is from the frame's: 1 or more.
 

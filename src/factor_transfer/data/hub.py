@@ -104,19 +104,15 @@ def _image_column(features: Mapping[str, Any], wanted: str | None, given: str) -
     import datasets
 
     there = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    if wanted is not None and wanted not in there:
-        raise DataError(
-            f"--image-column {wanted}",
-            found=f"columns {_shown(features)}",
-            valid=there or "a column of images",
-            hint=_meant(near(wanted, there)),
-        )
-    if not there:
-        raise DataError(given, found=f"columns {_shown(features)}", valid="a column of images")
-    if wanted is None and len(there) > 1:
-        found = f"{len(there)} columns of images: {listed(there)}"
-        raise DataError(given, found=found, valid="one that is named", hint=f"give --image-column {there[0]}")
-    return wanted or there[0]
+    if wanted in there or (wanted is None and len(there) == 1):
+        return wanted or there[0]
+    found, valid = f"columns {_shown(features)}", there or "a column of images"
+    if wanted is not None:
+        raise DataError(f"--image-column {wanted}", found=found, valid=valid, hint=_meant(near(wanted, there)))
+    if there:
+        found, hint = f"{len(there)} columns of images: {listed(there)}", f"give --image-column {there[0]}"
+        raise DataError(given, found=found, valid="one that is named", hint=hint)
+    raise DataError(given, found=found, valid=valid)
 
 
 def _label_column(features: Mapping[str, Any], config: DataConfig, given: str) -> str | None:
@@ -193,11 +189,10 @@ def _check_images(dataset: Any, column: str, split: str, given: str) -> None:
     import pyarrow.compute as pc  # type: ignore[import-untyped]
 
     pictures = dataset.data.column(column)
-    lengths = pc.binary_length(pc.struct_field(pictures, "bytes")).to_pylist()
-    paths = pc.struct_field(pictures, "path").to_pylist()
-    empty = [row for row, (length, path) in enumerate(zip(lengths, paths, strict=True)) if length is None and not path]
+    without_path = pc.equal(pc.fill_null(pc.struct_field(pictures, "path"), ""), "")
+    empty = pc.indices_nonzero(pc.and_(pc.is_null(pc.struct_field(pictures, "bytes")), without_path)).to_pylist()
     if empty:
-        found = f"{len(empty)} rows without an image in {split}: {listed([str(row) for row in empty])}"
+        found = f"{len(empty)} rows without an image in {split}: {listed(list(map(str, empty)))}"
         raise DataError(given, found=found, valid="an image in every row")
 
 

@@ -12,7 +12,7 @@ import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -78,15 +78,12 @@ class Split(ABC):
             DataError: an image cannot be read; the message names it.
         """
 
-    def _batch(self, images: np.ndarray, chunk: np.ndarray) -> Batch:
-        """A batch of `images`, uint8 (B, H, W, 3)."""
-        image = torch.from_numpy(images).permute(0, 3, 1, 2)  # (B, 3, H, W)
+    def _batch(self, images: np.ndarray, chunk: np.ndarray, view: int | None) -> Batch:
+        """A batch of `images`, uint8 (B, H, W, 3), cropped and flipped as small ones are in `view`."""
+        image, shown = torch.from_numpy(images).permute(0, 3, 1, 2), self._shown  # (B, 3, H, W)
+        if view is not None:
+            image = crop_and_flip(image, chunk, view, shown.seed, shown.padding, shown.hflip)
         return Batch(image, torch.from_numpy(self.labels[chunk]), torch.from_numpy(chunk))
-
-    def _crop(self, batch: Batch, chunk: np.ndarray, view: int) -> Batch:
-        shown = self._shown
-        image = crop_and_flip(batch.image, chunk, view, shown.seed, shown.padding, shown.hflip)
-        return batch._replace(image=image)
 
 
 class PixelSplit(Split):
@@ -100,8 +97,7 @@ class PixelSplit(Split):
         """See `Split`."""
         for each in chunks:
             chunk = np.array(each, dtype=np.int64)
-            batch = self._batch(self._pixels[self._rows[chunk]], chunk)
-            yield batch if view is None else self._crop(batch, chunk, view)
+            yield self._batch(self._pixels[self._rows[chunk]], chunk, view)
 
 
 class FileSplit(Split):
@@ -133,7 +129,7 @@ class FileSplit(Split):
         )
         try:
             for found in loader:
-                # A finding comes as a value: raised in a worker it would reach the user as a traceback.
+                # The exception comes as a value: raised in a worker it would reach the user as a traceback.
                 if isinstance(found, Unreadable):
                     raise corrupted(self._data, [found])
                 yield found
@@ -155,9 +151,8 @@ class FileSplit(Split):
         pixels = np.empty((len(chunk), *self._shown.frame.size, 3), np.uint8)
         for place, index in enumerate(chunk.tolist()):
             pixels[place] = self._pixel(self._rows[index], index, view).permute(1, 2, 0).numpy()
-        batch = self._batch(pixels, chunk)
-        whole = view is not None and self._transform is None and self._shown.frame.small
-        return self._crop(batch, chunk, cast(int, view)) if whole else batch
+        whole = self._transform is None and self._shown.frame.small
+        return self._batch(pixels, chunk, view if whole else None)
 
     def _pixel(self, row: int, index: int, view: int | None) -> Tensor:
         """Image `index`, uint8 (3, H, W); small ones are cropped later, as a batch."""

@@ -15,7 +15,7 @@ from cyclopts.validators import Number
 from PIL import Image
 
 from factor_transfer.config import MOST_THREADS
-from factor_transfer.data.content import Content, dark
+from factor_transfer.data.content import Content
 from factor_transfer.data.frames import Frame
 from factor_transfer.data.images import decoded, image_formats, natural
 from factor_transfer.data.trees import counted, folder_tree
@@ -92,9 +92,9 @@ def predict_images(
         answer()
     for _, what in content.told():
         warn(what)
-    darkest = content.darkness(bits)
-    if darkest is not None:
-        warn(dark(darkest))
+    dark = content.dark(bits)
+    if dark is not None:
+        warn(dark.what)
     if as_json:
         print(json.dumps(answers, ensure_ascii=False, indent=1))  # noqa: T201
     return 2 if unread else 0
