@@ -257,7 +257,7 @@ def number_classes(
             valid="class folders in training and validation, or in neither",
         )
     if UNLABELLED in source.train.labels:
-        notes.append("no labels: top-1 cannot be measured here")
+        notes.append("no labels: nothing can be measured here")
         return _read_class_map(config.class_map) if config.class_map is not None else ()
     if known is not None:
         return _known(source.train, config, notes, known)
