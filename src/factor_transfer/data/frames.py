@@ -101,7 +101,7 @@ class Frame:
 
     @classmethod
     def read(cls, metadata: Mapping[str, Any]) -> Frame:
-        """From the metadata of an export; early ones say nothing of `resize`, and timm folders nothing of `fill`.
+        """From the metadata of an export. What it does not say is as usual for its size: timm folders have no `fill`.
 
         >>> Frame.read({"img_size": 32, "resize": {"interpolation": "bicubic"}}).interpolation
         'bicubic'
