@@ -1,9 +1,10 @@
-"""Networks as graphs of torch.compile, where --torchcompile asks for it: the frozen teacher, and what is trained."""
+"""--torchcompile: the frozen teacher and the trained networks as graphs of torch.compile."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ Maps = tuple[Any, dict[str, Tensor]]
 class Compiled(Tapped):
     """A tapped network that torch.compile makes one graph of, for whole batches.
 
-    The hooks of a tapped network exist only while it runs, and the compiler does not see such hooks. So the network is
-    exported first, with its taps as outputs. The exported graph computes with the network's own weights and buffers.
+    The compiler does not see the hooks of a tapped network, which exist only while it runs. So the network is exported
+    first, with its taps as outputs. The exported graph computes with the network's own weights and buffers.
 
     A whole batch in the mode that the graph was made for goes through the graph. Every other batch goes through the
     network as it is: the last one of a pass, one for evaluation, and one whose layers somebody watches with a hook.
@@ -50,13 +51,13 @@ class Compiled(Tapped):
             return super().maps(images)
         with compiling():
             if self._run is None:
-                # The same noise as without compiling; and one graph, also where DDP would cut it into several.
-                # A wrapper in C++ would call torch's kernels directly, and past `kernels.guard`.
+                # The noise is that without compiling. A wrapper in C++ would call torch's kernels directly, and so
+                # bypass `kernels.guard`.
                 options: dict[str, Any] = {"fallback_random": True, "cpp_wrapper": False}
                 graph = _exported(self, images)
-                made = torch.compile(graph, dynamic=False, fullgraph=True, options=options)
-                self._run = _called(made)
-            with dynamo.patch(optimize_ddp=False):
+                # A module as an attribute would become a part of this one: hence `partial`.
+                self._run = partial(torch.compile(graph, dynamic=False, fullgraph=True, options=options))
+            with dynamo.patch(optimize_ddp=False):  # DDP would cut the graph into several
                 return self._run(images)
 
     def _count_hooks(self) -> int:
@@ -64,18 +65,9 @@ class Compiled(Tapped):
         return sum(len(getattr(part, kind)) for part in self.modules() for kind in kinds)
 
 
-def _called(made: Callable[[Tensor], Maps]) -> Callable[[Tensor], Maps]:
-    """`made` itself is a module, and would become a part of the one that keeps it."""
-
-    def run(images: Tensor) -> Maps:
-        return made(images)
-
-    return run
-
-
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Say of what fails inside that --torchcompile cannot be had, and why."""
+    """Turn errors inside into a message that --torchcompile does not work here, and why."""
     try:
         yield
     except Exception as error:  # whatever a network's code, torch.export and the compilers behind it raise
@@ -100,12 +92,12 @@ def check_compiler(device: torch.device) -> None:
 
 
 def check_exports(network: Tapped, images: Tensor) -> None:
-    """Export a network as it is; it stays so.
+    """Check that torch.export takes a network. The network is not changed.
 
     Raises:
         ModelError: torch.export does not take it.
     """
-    network.maps(images)  # whose own errors are not the exporter's
+    network.maps(images)  # errors of the network itself are raised here, and not as the exporter's
     with compiling():
         _exported(network, images)
 
