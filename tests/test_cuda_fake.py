@@ -25,8 +25,8 @@ from factor_transfer.method.factor_transfer import Paraphraser, Translator
 from factor_transfer.method.losses import FactorTransfer, Hint, Labels, Reader, StudentOutputs, Term
 from factor_transfer.networks.load import InputNorm
 from factor_transfer.networks.pair import Modules, Pair
+from factor_transfer.tasks.classification import Classification
 from factor_transfer.training import engine as engine_module
-from factor_transfer.training import evaluation
 from factor_transfer.training import step as tasks
 from factor_transfer.training import trainer as train
 from factor_transfer.training.cache import CachedTeacher
@@ -343,7 +343,7 @@ PLAIN: dict[str, Any] = {"beta": 0.0}
 PLANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = {
     "teacher: labels": (left_behind(Labels, "forward", 3), {**PLAIN, "teacher_epochs": 1}),
     "teacher: images": (left_behind(InputNorm, "forward", 1), {**PLAIN, "teacher_epochs": 1}),
-    "evaluation": (left_behind(evaluation.F, "cross_entropy", 1), PLAIN),
+    "evaluation": (left_behind(Classification, "sums", 2), PLAIN),
     "paraphraser: feature": (left_behind(tasks, "reconstruction_loss", 1), {}),
     "paraphraser: its measure": (left_behind(Paraphraser, "decode", 1), {}),
     "student: factor": (left_behind(terms, "factor_transfer_loss", 1), {"paraphraser": "none", "translator": "none"}),
