@@ -30,7 +30,7 @@ def work(shared: Path, kind: str) -> None:
             Reference(**pair.reference_parts(graph=True)).run(STEPS)
         elif kind != "nothing":
             trainer = pair.trainer(kind)
-            trainer.task.train()
+            trainer.objective.train()
             for batch in trainer.train.batches(np.arange(STEPS * 128).reshape(STEPS, 128), view=0):
                 trainer.step(batch, 128, view=0)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)

@@ -56,7 +56,7 @@ def repeat(shared: Path, turns: int) -> dict[str, Any]:
 
         def some_steps(name: str) -> None:
             trainer, view = trainers[name], VIEWS - 1 if "fill" in name else 0  # one that no measured pass fills
-            trainer.task.train()
+            trainer.objective.train()
             for batch in trainer.train.batches(np.arange(STEPS * 128).reshape(STEPS, 128), view=view):
                 trainer.step(batch, 128, view=view)
 

@@ -124,7 +124,7 @@ def observed(made: Trainer) -> dict[str, Any]:
         made.fit()
     except TrainingError as stopped:
         error = str(stopped)
-    average = made.task.get_trainable_module(ema=True)
+    average = made.objective.get_trainable_module(ema=True)
     return {
         "losses": torch.tensor(losses, dtype=torch.float64),
         "gradients": torch.stack(gradients),

@@ -105,7 +105,7 @@ def test_two_processes__with_batch_norm_equal_the_part_batches_as_separate_forwa
 ) -> None:
     """In one process: each part by itself, weighted by its share; the statistics are the mean of the parts'."""
     made = part_batches.trainer("batch_norm", tmp_path / "one", engine)
-    task, module = made.task.train(), made.module
+    task, module = made.objective.train(), made.module
     losses = []
     for epoch in range(2):
         order = permutation(0, epoch, len(made.train))

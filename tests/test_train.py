@@ -129,7 +129,7 @@ def trainer(
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in trainer.task.trained().state_dict().items()}
+    return {name: value.clone() for name, value in trainer.objective.trained().state_dict().items()}
 
 
 @pytest.mark.parametrize("changed", [{}, {"model_ema": True}, {"opt": "adamw", "lr": 0.01}, {"clip_grad": 0.1}])
@@ -251,7 +251,7 @@ class Faulty(Term):
 
 
 def state(trainer: Trainer) -> list[Any]:
-    average = trainer.task.get_trainable_module(ema=True)
+    average = trainer.objective.get_trainable_module(ema=True)
     found = [trainer.module.state_dict(), average.state_dict(), trainer.optimizer.state_dict()["state"]]
     return tree_leaves(copy.deepcopy(found))
 

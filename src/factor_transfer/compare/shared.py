@@ -18,7 +18,7 @@ Made = Literal["teacher", "paraphraser"]
 """What runs share."""
 
 TAKEN: dict[Made, tuple[str, ...]] = {"teacher": ("teacher_weights", "teacher_epochs"), "paraphraser": ("paraphraser",)}
-"""The settings by which a run takes it: the file, and the passes of its training, which are then 0."""
+"""Settings that a run gets so that it uses a file instead of training: the file's path, and 0 passes."""
 
 
 class Shared(NamedTuple):

@@ -109,11 +109,13 @@ def open_data(
     sizes, met = look(source.train, config.bit_depth)
     frame = Frame.of(config.img_size or _own_size(sizes) or default_size(), config.crop_mode, config.crop_pct)
     shown = _shown(frame, config)
+    # Validation images are either a part of the training images, or a part of their own.
     apart = source.validation is None or config.validate_on == "train-holdout"
     parts = [source.train] if apart or source.validation is None else [source.train, source.validation]
     loaded = _load(parts, classes, shown, config, notes)
     lost = _lost([part.content for part in loaded if part.content] or [met], config, notes)
     transform = transform or _imported(config)
+    # With the classes of a finished run `known`, all images are there to be measured: every one is a validation image.
     holds_out = apart and known is None
     aside = _held_out(loaded[0], config, notes) if holds_out else np.full(len(loaded[0].labels), known is not None)
     chosen = _share(loaded[0], ~aside, config, notes)

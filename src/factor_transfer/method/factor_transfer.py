@@ -191,8 +191,8 @@ def factor_transfer_loss(student_factor: Tensor, teacher_factor: Tensor, p: floa
             found=f"student {tuple(student_factor.shape)}, teacher {tuple(teacher_factor.shape)}",
             valid="one batch, one number of factor channels, one height and width",
         )
-    # Channels last, as maps lie in memory: the elements' order does not matter here, but reordering them takes time,
-    # and so does every layer before whose gradient arrives in another order than its map.
+    # Channels last, as the maps lie in memory. The loss does not depend on the elements' order, but another order would
+    # cost time: here, and in the backward of every earlier layer, whose gradient would differ from its map in layout.
     ours, theirs = (factor.movedim(1, -1) for factor in (student_factor, teacher_factor.detach()))
     difference = normalize_factor(ours) - normalize_factor(theirs)
     if p == 1:

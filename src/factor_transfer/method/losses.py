@@ -42,6 +42,8 @@ class Labels(Term):
     """
 
     weight: float
+    trains_head = True
+    supervised = True
 
     def __init__(
         self,
@@ -74,6 +76,7 @@ class SoftTargets(Term):
     name = "soft_targets"
     label = "knowledge distillation"
     weight: float
+    trains_head = True
     needs = frozenset({"logits"})
 
     def __init__(self, weight: float, temperature: float = 4.0) -> None:

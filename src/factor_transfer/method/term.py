@@ -107,6 +107,10 @@ class Term(nn.Module):
     runs no teacher."""
     taps: tuple[str, ...] = ()
     """Layers of the student whose maps the term reads, besides the student's own layer."""
+    trains_head: bool = False
+    """Whether the student's outputs learn from the term; where none of the terms does that, they are not measured."""
+    supervised: bool = False
+    """Whether the term is the task's own loss with the images' labels."""
 
     @classmethod
     def made(cls, given: Given) -> Sequence[Term]:

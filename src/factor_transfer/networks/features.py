@@ -155,9 +155,10 @@ def feature_shape(tapped: Tapped, images: Tensor) -> tuple[int, int, int]:
 def as_map(output: Any, module: nn.Module, size: Sequence[int] = SQUARE) -> Tensor | None:
     """What a submodule of `module` gave, as a map (B, C, H, W); None where it is no feature map.
 
-    The first map in a tuple or dict (what follows is beside it), the last in a list (of its like). A map has the aspect
-    of the images, which tells channels-last ones, beside timm's `output_fmt`; class and register tokens are known by
-    timm's `num_prefix_tokens`, or are what is left over from that aspect.
+    Of a tuple or dict the first map is taken: the others are auxiliary. Of a list the last one is taken: a list is a
+    pyramid of features. A map has the aspect ratio of the images. That, and timm's `output_fmt`, tell whether its
+    channels come last. The number of class and register tokens is timm's `num_prefix_tokens`; where a network has none,
+    it is the number of tokens that are left over from a map of that aspect ratio.
 
     Args:
         output: of a submodule.

@@ -30,8 +30,8 @@ from factor_transfer.util.arguments import written
 from factor_transfer.util.checks import flag
 from factor_transfer.util.files import read_json, write_atomic
 
-OTHERS = ("factor_transfer", "attention_transfer", "soft_targets", "hint")
-"""Terms of which the first that there is is shown beside the labels' own."""
+TERMS = ("factor_transfer", "attention_transfer", "soft_targets", "hint")
+"""Names of terms in runs whose summary does not list them."""
 
 
 def write_report(folder: Path, modules: Modules | None = None, engine: Engine | None = None) -> Path:
@@ -251,11 +251,12 @@ def _curves(run: Run, summary: Summary) -> list[Markup]:
         title = f"Validation {metric.label}"
         found.append(lines(title, shown, metric.axis, level=level, digits=4, from_zero=False))
     supervised = summary.loss_name
+    others = [term["name"] for term in reversed(summary.terms) if term["name"] != supervised] or TERMS
     for stage in ("student", "baseline", "teacher"):
         if rows[stage]:
             there = rows[stage][-1]
             named = dict.fromkeys([supervised] if supervised in there else [], stage)
-            named |= dict.fromkeys([name for name in OTHERS if name in there][:1], f"{stage} second")
+            named |= dict.fromkeys([name for name in others if name in there][:1], f"{stage} second")
             named = named or {"loss": stage}  # a term of the user's own is the only one
             terms = {name.replace("_", " "): (style, column(stage, name)) for name, style in named.items()}
             found.append(lines(f"Training loss: {summary.label(stage)}", terms, "loss"))

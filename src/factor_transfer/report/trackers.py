@@ -108,7 +108,7 @@ def factor_pictures(trainer: Trainer) -> np.ndarray | None:
     Returns:
         One uint8 picture (1, height, width, 3), the images below each other.
     """
-    task = trainer.task
+    task = trainer.objective
     if not isinstance(task, DistillationTask) or task.teacher is None:
         return None
     trainee = task.trained()

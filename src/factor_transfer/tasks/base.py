@@ -28,6 +28,9 @@ from factor_transfer.util.errors import ConfigError, TrainingError
 NEAR_CHANCE = 0.1
 """A teacher that covers less than this share of the way from chance to perfection teaches nothing."""
 
+TASKS = tuple(sorted({path.stem for path in Path(__file__).parent.glob("[!_]*.py")} - {"base", "metric"}))
+"""The tasks of this package. `NAME.py` beside this file has the class `Name`."""
+
 
 @dataclass(frozen=True)
 class Guess:
@@ -46,7 +49,7 @@ class Guess:
 class Task(ABC):
     """A kind of task: a subclass says what is learned, and how it is measured. It holds no state.
 
-    `metrics`, `loss` and `sums` must be given; `labels.py:Grades` is a whole task, used by `--task labels:Grades`:
+    `metrics`, `loss` and `sums` must be given. This is a whole task: `--task my_task:Grades`, in a file `my_task.py`:
 
         class Grades(Task):
             '''Classes that are grades: the answer is the expected grade.'''
@@ -156,16 +159,16 @@ def task_of(name: str) -> Task:
     Raises:
         ConfigError: it cannot be imported or called, or gives no task.
     """
-    if name == "classification":
-        name = "factor_transfer.tasks.classification:Classification"
     try:
         if not is_callable_name(name):
-            raise ValueError("no such task")
+            if name not in TASKS:
+                raise ValueError("no such task")
+            name = f"factor_transfer.tasks.{name}:{name.title()}"
         task = imported(name)()
         if not isinstance(task, Task):
             raise TypeError(f"gives a {type(task).__name__}, no factor_transfer.tasks.base.Task")
     except Exception as error:  # whatever code of the user's raises
-        valid = "classification, or package.module:callable that gives a factor_transfer.tasks.base.Task"
+        valid = f"{', '.join(TASKS)}, or package.module:callable that gives a factor_transfer.tasks.base.Task"
         raise ConfigError(f"--task {name}", found=str(error), valid=valid) from error
     return task
 

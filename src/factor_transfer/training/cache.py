@@ -1,12 +1,15 @@
 """The factor cache: the frozen teacher's outputs on disk, so that the teacher runs once for each sample and view.
 
 A view is replayable (see `views`), so its factor is too; and so is everything else that the terms read of the teacher.
-A cached output is used only if it is provably the right one:
+Three checks come before a cached output is used:
 
-* the folder's name is a fingerprint of all that a factor depends on (teacher with its code, layer, paraphraser, bytes
-  of the images, views, versions of libraries and decoders, precision); with any other value the cache is another one;
-* when it is opened, rows drawn at random are compared with what the teacher gives for them now;
-* each row has a checksum, so that one that is half written or damaged is computed again (see `store`).
+* The folder's name is a fingerprint of all that a factor is known to depend on: the teacher with its code, layer,
+  paraphraser, bytes of the images, augmentation, versions of libraries and decoders, precision. Another value of one of
+  them means another folder.
+* When a cache is opened, a random sample of its rows is compared with what the teacher gives for them now. This finds
+  what the fingerprint misses.
+* Each row has a checksum, which is compared at every read. A row that is half written or damaged is computed again (see
+  `data/store.py`).
 
 CACHE/FINGERPRINT/    see `store`: a part for each view, in it a row for each sample, its outputs one after the other in
                       fp16

@@ -20,7 +20,7 @@ from factor_transfer.networks.pair import Pair, Side
 from factor_transfer.networks.weights import load_paraphraser
 from factor_transfer.tasks.base import task_of
 from factor_transfer.util.arguments import imported, names_in
-from factor_transfer.util.checks import flag, weights
+from factor_transfer.util.checks import flag, refused, weights
 from factor_transfer.util.errors import ConfigError
 from factor_transfer.util.seeds import part_seed, seeded
 
@@ -72,7 +72,7 @@ class Objective:
 
     def __init__(self, config: Config, pair: Pair, factor_channels: Sequence[int], classes: int) -> None:
         self.config, self.classes = config, classes
-        guided = config.at_weight or config.hint_weight or config.hint_epochs
+        guided = any(getattr(config, weight) for weight in refused(type(config))["teacher_groups"])
         self.groups = groups_of(config, pair) if guided else ()
         layers = [
             Group(each.teacher.layer, each.student.layer, (each.teacher.shape[0], each.student.shape[0]), each.size)

@@ -18,7 +18,7 @@ from factor_transfer.config import Config
 from factor_transfer.data.dataset import open_data
 from factor_transfer.data.views import VERSION, Transform
 from factor_transfer.method.factor_transfer import Paraphraser, Straight
-from factor_transfer.method.losses import FactorTransfer, Labels, SoftTargets
+from factor_transfer.method.losses import FactorTransfer
 from factor_transfer.method.term import Reader, Term, numbered
 from factor_transfer.networks.compiled import Compiled, check_compiler, check_exports
 from factor_transfer.networks.features import FrozenTeacher
@@ -424,4 +424,4 @@ class Job:
 
 
 def _train_head(terms: Sequence[Term]) -> bool:
-    return any(isinstance(term, (Labels, SoftTargets)) for term in terms)
+    return any(term.trains_head for term in terms)

@@ -1,5 +1,5 @@
-"""The objectives: one distillation task, which adds up its terms (see `terms`) over one shared forward of teacher and
-student; and the paraphraser's.
+"""Forward pass and losses of one batch: the student's, which are a sum of terms (see `method/term.py`), and the
+paraphraser's. The update itself is `Trainer.step`.
 
 Shapes: B samples, C channels, K factor channels, H x W the feature map, N classes.
 """
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from factor_transfer.method.factor_transfer import Paraphraser, Straight, reconstruction_loss
 from factor_transfer.method.health import DEAD
-from factor_transfer.method.losses import Labels
 from factor_transfer.method.term import Reader, StudentOutputs, Term, align
 from factor_transfer.networks.features import Tapped
 
@@ -31,7 +30,7 @@ class TeacherSide(nn.Module):
         network: the teacher, tapped at its layer.
         norm: its own input normalisation.
         size: height and width (H, W) that its feature map is pooled to where it is the larger one.
-        paraphraser: makes the factors; None while it is itself being trained, and where no term reads them.
+        paraphraser: makes `factor` of the map of its own layer. (Runs give `readers`, one for each pair of layers.)
         readers: make further outputs, by name, of the maps of other layers, which `network` taps too.
     """
 
@@ -107,7 +106,7 @@ class DistillationTask(TrainingTask):  # type: ignore[misc] # timm ships no type
         """One step's losses for uint8 images (B, 3, H, W) and labels (B,); `index` (B,) and `view` say which images."""
         teacher = self.teacher(input, index, view) if self.teacher is not None else {}
         logits, losses = self.trainable_module(input, target, teacher)
-        measured = any(isinstance(term, Labels) for term in self.terms)  # without labels there is no metric to show
+        measured = any(term.supervised for term in self.terms)  # without labels there is no metric to show
         seen = {name: value for term in unwrap_model(self.trainable_module).terms.values()
                 for name, value in term.seen().items()}  # fmt: skip
         output = logits if measured else None

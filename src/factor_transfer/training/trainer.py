@@ -76,8 +76,8 @@ class Trainer:
     """One stage's training; `fit` runs it to its end, or on from the run folder's checkpoint.
 
     Args:
-        task: gives `loss` (and `output`, logits) for images and targets; its `trainable_module` is trained in place.
-            Its `troubles` are said after every pass.
+        objective: gives `loss` (and `output`, logits) for images and targets. Its `trainable_module` is trained in
+            place, and its `troubles` are said after every pass.
         plan: passes, learning rate and seed of this stage.
         train: the images.
         engine: device, processes and precision.
@@ -88,7 +88,7 @@ class Trainer:
 
     def __init__(
         self,
-        task: DistillationTask | ParaphraserTask,
+        objective: DistillationTask | ParaphraserTask,
         plan: Plan,
         train: Split,
         engine: Engine,
@@ -96,14 +96,14 @@ class Trainer:
         run: Run,
         validation: Split | None = None,
     ) -> None:
-        self.task, self.plan, self.engine, self.config, self.run = task, plan, engine, config, run
+        self.objective, self.plan, self.engine, self.config, self.run = objective, plan, engine, config, run
         self.train, self.validation = train, validation
-        self.purpose = task_of(config.task)
+        self.task = task_of(config.task)
         self.steps = len(training_chunks(np.arange(len(train)), config.batch_size))
-        engine.place(task)
-        self.module: nn.Module = task.get_trainable_module()
+        engine.place(objective)
+        self.module: nn.Module = objective.get_trainable_module()
         if plan.average:
-            task.setup_ema(decay=config.model_ema_decay, use_warmup=True)
+            objective.setup_ema(decay=config.model_ema_decay, use_warmup=True)
         self._collect()
         self.optimizer, self.scheduler = optimizer_and_schedule(self.module, plan, config, self.steps)
         self.progress = self._restore()
@@ -119,13 +119,13 @@ class Trainer:
             TrainingError: too many steps in a row were not finite; the last good checkpoint is kept.
         """
         with self._all_reached():
-            self.task.trainable_module = self.engine.wrap(self.module)
+            self.objective.trainable_module = self.engine.wrap(self.module)
             self._collect()
             with stop_signals() as stop:
                 while self.progress.epoch < self.plan.epochs:
                     self.run_pass(stop)
                     self._leave(self.engine.largest(stop.signum))
-            self.task.trainable_module = self.module
+            self.objective.trainable_module = self.module
         return self.progress
 
     @contextmanager
@@ -148,10 +148,10 @@ class Trainer:
         chunks, view = self._ahead()
         (batch,) = self._shown(chunks[:1], view)
         buffers = [buffer.clone() for buffer in self._buffers]
-        self.task.train()
+        self.objective.train()
         images, labels = self._placed(batch)
         with self.engine.autocast():
-            loss = self.task(images, labels, batch.index, view)["loss"]
+            loss = self.objective(images, labels, batch.index, view)["loss"]
         gradients = torch.autograd.grad(loss, list(weights), allow_unused=True)
         for buffer, value in zip(self._buffers, buffers, strict=True):
             buffer.copy_(value)
@@ -172,7 +172,7 @@ class Trainer:
     def _placed(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Images and targets of a batch, on the device."""
         device = self.engine.device
-        return batch.image.to(device), self.purpose.targets(batch).to(device)
+        return batch.image.to(device), self.task.targets(batch).to(device)
 
     def _collect(self) -> None:
         """Walk over the module's tensors once, and not in every step."""
@@ -193,7 +193,7 @@ class Trainer:
         chunks, view = self._ahead()
         saved = started = time.monotonic()
         before = progress.seconds
-        self.task.train()
+        self.objective.train()
         with pass_bar(f"{plan.stage} {progress.epoch + 1}/{plan.epochs}", len(self.train)) as bar:
             self._show(bar, round(progress.sums.get("images", 0)))
             for chunk, batch in zip(chunks, self._shown(chunks, view), strict=True):
@@ -217,14 +217,14 @@ class Trainer:
         Returns:
             Means over the whole batch; None where loss or gradient is not finite, and then nothing has changed.
         """
-        engine, task = self.engine, self.task
+        engine, objective = self.engine, self.objective
         update = self.progress.epoch * self.steps + self.progress.step
         images, labels = self._placed(batch)
 
         def forward() -> dict[str, Any]:
             engine.seed_noise(part_seed(self.plan.seed, "noise", self.plan.stage, update, engine.rank))
             with engine.autocast():
-                found: dict[str, Any] = task(images, labels, batch.index, view)
+                found: dict[str, Any] = objective(images, labels, batch.index, view)
             return found
 
         buffers = [buffer.clone() for buffer in self._buffers]
@@ -238,7 +238,7 @@ class Trainer:
             nn.utils.clip_grads_with_norm_(self._weights, self.config.clip_grad, norm)
         values = {name: value.detach() for name, value in result.items() if name != "output"} | {"gradient_norm": norm}
         if result["output"] is not None:
-            shown = self.purpose.step(result["output"].detach(), labels)
+            shown = self.task.step(result["output"].detach(), labels)
             values |= {f"train_{name}": value for name, value in shown.items()}
         totals = engine.total(torch.stack([value.to(result["loss"].dtype) for value in values.values()]) * share)
         means = dict(zip(values, totals.tolist(), strict=True))
@@ -252,7 +252,7 @@ class Trainer:
         self.optimizer.step()
         self.scheduler.step_update(update + 1)
         engine.share_buffers(self.module)
-        task.update_ema(step=update)
+        objective.update_ema(step=update)
         return means
 
     def _skip(self, means: dict[str, float], forward: Callable[[], Any]) -> None:
@@ -264,8 +264,8 @@ class Trainer:
                 place = f"pass {self.progress.epoch + 1}, step {self.progress.step + 1}"
                 warn(f"{self.plan.stage}: {what} not finite in {place}; the step is skipped ({formatted(means)})")
             return
-        self.task.trainable_module = self.module
-        layers = [found for found in self.engine.all_of(first_bad_layer(self.task, forward)) if found]
+        self.objective.trainable_module = self.module
+        layers = [found for found in self.engine.all_of(first_bad_layer(self.objective, forward)) if found]
         if not layers:  # backward comes to the last parameters first
             layers = not_finite((name, weight.grad) for name, weight in self.module.named_parameters())[:-2:-1]
         where = f", first in {layers[0].removeprefix('trainable_module.')}" if layers else ""
@@ -288,10 +288,10 @@ class Trainer:
         row = {"lr": self.optimizer.param_groups[0]["lr"], **means}
         if self.validation is not None:
             found = evaluate(
-                self.task.trained().classifier(),
+                self.objective.trained().classifier(),
                 self.validation,
                 self.engine,
-                self.purpose,
+                self.task,
                 batch_size=self.config.batch_size,
             )
             row |= {f"validation_{name}": value for name, value in found.items()}
@@ -299,7 +299,7 @@ class Trainer:
             raise self._not_finite(formatted(row))
         if progress.skipped:
             row["skipped_steps"] = progress.skipped
-        for trouble in self.task.troubles(means):
+        for trouble in self.objective.troubles(means):
             warn(f"{plan.stage}: {trouble}")
         with self.engine.unhurried():  # a tracker may speak with a slow server
             self.run.log(plan.stage, progress.epoch + 1, {**row, "seconds": round(progress.seconds, 3)})
@@ -317,7 +317,7 @@ class Trainer:
             raise self._not_finite(f"the weights of {bad[0]}, after the last step")
         if self.progress.in_a_row:
             return  # what makes these steps fail may be in the weights; the checkpoints before them are kept
-        ema = self.task.get_trainable_module(ema=True)
+        ema = self.objective.get_trainable_module(ema=True)
         state = {
             "progress": vars(self.progress),
             "module": self.module.state_dict(),
@@ -344,7 +344,7 @@ class Trainer:
             try:
                 self.module.load_state_dict(state["module"])
                 if self.plan.average:
-                    self.task.get_trainable_module(ema=True).module.load_state_dict(state["ema"])
+                    self.objective.get_trainable_module(ema=True).module.load_state_dict(state["ema"])
                 self.optimizer.load_state_dict(state["optimizer"])
             except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
                 raise self._foreign(str(error)) from error
@@ -373,7 +373,7 @@ class Trainer:
     def _show(self, bar: PassBar, images: int) -> None:
         if images:
             means = self.progress.means()
-            shown = ("loss", f"train_{self.purpose.headline.key}")
+            shown = ("loss", f"train_{self.task.headline.key}")
             bar(images, {name: means[name] for name in shown if name in means})
 
 

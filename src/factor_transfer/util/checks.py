@@ -25,10 +25,13 @@ Part = Literal["teacher", "paraphraser", "student"]
 
 
 class ActsOn:
-    """Metadata of a setting: the parts of a run that it changes. A setting without it changes all of them.
+    """Metadata of a setting: the parts of a run whose result depends on it.
+
+    A setting without this metadata changes every part. `ActsOn()` changes none, so such a setting may be another one
+    when a run is continued.
 
     Args:
-        *parts: their names; none: the setting may differ when a run is continued.
+        *parts: names of the parts.
         named: the setting is a place, and a fingerprint of what lies there is checked in its stead.
         machine: each process of a run may have its own.
         read_by: the weights of the terms that read the setting: it does nothing where they are all off.
