@@ -148,6 +148,7 @@ def _work(job: Job) -> None:
         with job.engine.unhurried():  # what fails may fail in one process alone, as for want of disk space
             rehearse(job, pair)
         check_orders(pair, job.data, job.config, job.run, job.engine)
+    job.count(pair)
     job.teacher(pair.teacher)
     paraphrasers = job.paraphrasers(pair)
     student = job.student(pair, paraphrasers)
@@ -172,6 +173,7 @@ def finish(job: Job, pair: Pair, student: Side, baseline: Side | None) -> None:
         metrics=job.task.metrics,
         loss_name=job.task.loss_name,
         **job.objective.layers(),
+        price=job.price.to_json(),
         paraphraser=run.recorded("paraphraser"),
         seconds={stage: found["seconds"] for stage, found in run.all_recorded().items()},
         data=DataSummary(

@@ -45,6 +45,7 @@ from factor_transfer.training.engine import Engine
 from factor_transfer.training.evaluation import answers, evaluate
 from factor_transfer.training.objective import fresh_paraphrasers
 from factor_transfer.training.orders import misordered
+from factor_transfer.training.price import Price, price_of
 from factor_transfer.training.run_folder import Run
 from factor_transfer.training.stages import Job
 from factor_transfer.training.step import DistillationTask, TeacherSide, Trainee
@@ -282,11 +283,22 @@ def _losses(job: Job, pair: Pair, found: Diagnosis) -> Iterator[Finding]:
         rows += [("shapes", maps), ("beta", f"{factor.beta:g}: its term is at most {factor.bound:.3g}")]
     view = 2 * sum(math.prod(shape or ()) for shape in objective.outputs.values())
     rows += [
+        *_price(price_of(config, pair, objective, job.sample(2)), config),
         ("a pass of the student", f"about {seconds * steps:,.0f} s ({steps:,} steps), {job.engine.memory()}"),
         ("factor cache", f"{view * len(data.train) / 1e9:.2f} GB a view; --views {job.views or 'not in use'}"),
     ]
     found.tables.append(("factor transfer" if config.beta else objective.method, ("", "value"), rows))
     yield from _weights(config, sizes, norms)
+
+
+def _price(price: Price, config: Config) -> list[Sequence[str]]:
+    """What the parts cost, in multiply-adds of one image's forward pass; and a step, beside the student's alone."""
+    rows: list[Sequence[str]] = []
+    for name, part in (("teacher", price.teacher), ("paraphraser", price.paraphraser), ("terms", price.terms),
+                       ("student", price.student)):  # fmt: skip
+        rows.append((name, f"{part.multiply_adds / 1e6:,.2f} million multiply-adds, {part.parameters:,} parameters"))
+    rows += [("price", line.partition(": ")[2]) for line in price.lines(config)]
+    return rows
 
 
 def _weights(config: Config, sizes: Mapping[str, float], norms: Mapping[str, float]) -> Iterator[Finding]:

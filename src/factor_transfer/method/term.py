@@ -32,6 +32,7 @@ def align(feature: Tensor, size: tuple[int, int]) -> Tensor:
 
     Deviation: the paper's pairs have maps of one size. Where they differ, the larger is pooled to the smaller.
 
+    >>> import torch
     >>> align(torch.zeros(2, 64, 8, 8), (4, 4)).shape
     torch.Size([2, 64, 4, 4])
     """

@@ -36,6 +36,7 @@ from factor_transfer.training.objective import (
     new_paraphraser,
     trained_up_to,
 )
+from factor_transfer.training.price import price_of
 from factor_transfer.training.run_folder import Run
 from factor_transfer.training.schedule import Plan
 from factor_transfer.training.step import DistillationTask, ParaphraserTask, TeacherSide
@@ -152,6 +153,12 @@ class Job:
                 self.hold(name, repr(factor.beta), "--beta", "auto set another beta when the run began")
         self.views = self._choose_views()
         return pair
+
+    def count(self, pair: Pair) -> None:
+        """What the run costs, counted and said; after the rehearsal, which says in words what cannot be computed."""
+        self.price = price_of(self.config, pair, self.objective, self.sample(2))
+        for line in self.price.lines(self.config):
+            say(line)
 
     def _choose_views(self) -> int:
         """Views that are shown in turn; what `auto` chose when the run began stays, and holds for all processes."""

@@ -95,6 +95,8 @@ class Summary:
     """Of the student's loss: name, label and weight of each."""
     pairs: list[dict[str, Any]] = field(default_factory=list)
     groups: list[dict[str, Any]] = field(default_factory=list)
+    price: dict[str, Any] | None = None
+    """Multiply-adds and parameters of the parts, and what a step costs: see `training/price.py`."""
     version: int = VERSION
 
     @property

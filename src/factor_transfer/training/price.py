@@ -1,0 +1,145 @@
+"""What a run costs, counted before it is trained: multiply-adds and parameters of teacher, paraphraser, terms, student.
+
+torch's counter counts convolutions, products of matrices and attention. Norms, activations, the optimizer and the
+reading of images take time as well, so these figures are no seconds. A training step is taken as three forward passes
+of what is trained, and one of what is frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from factor_transfer.config import Config
+from factor_transfer.method.factor_transfer import Paraphraser
+from factor_transfer.networks.pair import Pair
+from factor_transfer.training.objective import Objective, fresh_paraphrasers
+from factor_transfer.training.step import DistillationTask, TeacherSide
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One part of a run."""
+
+    multiply_adds: float
+    """Of its forward pass for one image."""
+    parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Price:
+    """What the parts of a run cost. Ratios are to the student alone.
+
+    >>> part = Part(multiply_adds=0.0, parameters=0)
+    >>> student, teacher = Part(multiply_adds=10.0, parameters=5), Part(multiply_adds=30.0, parameters=9)
+    >>> parts = {"teacher": teacher, "readers": part, "paraphraser": part, "terms": part, "student": student}
+    >>> price = Price(**parts, layers=1, taught=True, cached=True)
+    >>> price.live_step, price.cached_step, price.paraphraser_pass
+    (2.0, 1.0, 1.0)
+    """
+
+    teacher: Part
+    readers: Part
+    """What makes the outputs that the terms read out of the teacher's maps: the paraphraser's encoder, above all."""
+    paraphraser: Part
+    """Encoder and decoder; of all pairs of layers together."""
+    terms: Part
+    """What is trained beside the student: translators and regressors."""
+    student: Part
+    layers: int
+    """Pairs of layers; each trains a paraphraser of its own."""
+    taught: bool
+    """Whether a term reads anything of the teacher."""
+    cached: bool
+    """Whether all that the terms read of the teacher can be kept on disk (--views)."""
+
+    @property
+    def cached_step(self) -> float:
+        """A training step whose teacher's outputs are read from disk."""
+        return (self.student.multiply_adds + self.terms.multiply_adds) / self.student.multiply_adds
+
+    @property
+    def live_step(self) -> float:
+        """A training step that runs the teacher."""
+        frozen = self.teacher.multiply_adds + self.readers.multiply_adds
+        return self.cached_step + frozen / (3 * self.student.multiply_adds)
+
+    @property
+    def paraphraser_pass(self) -> float:
+        """A pass of the paraphrasers' training, in passes of the student alone."""
+        trained = self.layers * self.teacher.multiply_adds + 3 * self.paraphraser.multiply_adds
+        return trained / (3 * self.student.multiply_adds)
+
+    def lines(self, config: Config) -> Iterator[str]:
+        """What a user is told before training."""
+        if not self.taught:
+            return
+        step = f"{self.live_step:.2f} times the student's alone with a live teacher"
+        if self.cached:
+            step += f", {self.cached_step:.2f} with its outputs on disk (--views)"
+        yield f"price, in multiply-adds: a step costs {step}"
+        passes = config.paraphraser_epochs if config.paraphraser is None else 0
+        if self.paraphraser.parameters and passes:
+            whole = passes * self.paraphraser_pass
+            yield f"price: the paraphraser's {passes} passes cost as much as {whole:.1f} passes of the student alone"
+
+    def to_json(self) -> dict[str, Any]:
+        """For summary.json: the parts, and the ratios."""
+        ratios = {name: getattr(self, name) for name in ("live_step", "cached_step", "paraphraser_pass")}
+        return {**asdict(self), **ratios}
+
+
+def price_of(config: Config, pair: Pair, objective: Objective, images: Tensor) -> Price:
+    """Count the parts of a run, on copies of its networks in eval mode.
+
+    Args:
+        config: all settings.
+        pair: teacher and student.
+        objective: the student's loss.
+        images: two uint8 images (2, 3, H, W) or more.
+    """
+    paraphrasers = fresh_paraphrasers(config, pair)
+    tapped = pair.teacher.tapped(objective.teacher_layers)
+    teacher = TeacherSide(tapped, pair.teacher.network.norm, pair.size, readers=objective.readers(paraphrasers))
+    taps = [layer for term in objective.terms for layer in term.taps]
+    task = DistillationTask(pair.student.tapped(taps), pair.student.network.norm, objective.terms, teacher)
+    side, trainee = deepcopy(teacher).cpu().eval(), deepcopy(task.trainable_module).cpu().eval()
+    labels = torch.zeros(len(images), dtype=torch.long)
+    _, alone = _counted(lambda: side.network.maps(side.norm(images)), images)
+    outputs, frozen = _counted(lambda: side(images), images)
+    _, student = _counted(lambda: trainee.student.maps(trainee.norm(images)), images)
+    _, trained = _counted(lambda: trainee(images, labels, outputs), images)
+    whole = 0.0
+    for paraphraser, each in zip(paraphrasers, pair.each(), strict=False):
+        feature = torch.zeros(1, each.teacher.shape[0], *each.size)
+        if isinstance(paraphraser, Paraphraser):
+            whole += _counted(lambda p=paraphraser, f=feature: p(f), feature)[1]  # type: ignore[misc]
+    return Price(
+        teacher=Part(multiply_adds=alone, parameters=_parameters(side.network)),
+        readers=Part(multiply_adds=frozen - alone, parameters=_parameters(side.readers)),
+        paraphraser=Part(multiply_adds=whole, parameters=sum(map(_parameters, paraphrasers))),
+        terms=Part(multiply_adds=trained - student, parameters=_parameters(trainee.terms)),
+        student=Part(multiply_adds=student, parameters=_parameters(trainee.student)),
+        layers=len(objective.factors),
+        taught=bool(objective.outputs),
+        cached=bool(objective.outputs) and None not in objective.outputs.values(),
+    )
+
+
+def _counted(run: Callable[[], Found], images: Tensor) -> tuple[Found, float]:
+    """What `run` gives, and its multiply-adds for one image."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        found = run()
+    return found, counter.get_total_flops() / 2 / len(images)  # torch counts a product and its sum as two
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
