@@ -16,7 +16,7 @@ from factor_transfer import __version__
 from factor_transfer.compare.plan import CompareConfig
 from factor_transfer.config import Config, SuggestConfig
 from factor_transfer.settings import RECIPE, read_settings, recipe, recipes
-from factor_transfer.util.arguments import is_callable_name
+from factor_transfer.util.arguments import check_trust
 from factor_transfer.util.checks import flag
 from factor_transfer.util.errors import ConfigError, FactorTransferError, Interrupted
 from factor_transfer.util.machine import check_supported, keep_memory
@@ -44,9 +44,8 @@ def settings_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
         if "--config" in argument.names and argument.tokens:
             path = argument.tokens[0].value
             values = read_settings(path)
-            _check_trust(
-                f"--config {path}", values, trusted=any("--trust-config" in a.names and a.tokens for a in arguments)
-            )
+            trusted = any("--trust-config" in each.names and each.tokens for each in arguments)
+            check_trust(f"--config {path}", {name: values.get(name, "") for name in CODE}, trusted=trusted)
             # Mappings (constructor arguments) go as one JSON text: cyclopts would make strings of their values.
             flat = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in values.items()}
             Dict(flat, source=path, use_commands_as_keys=False)(app, commands, arguments)
@@ -56,25 +55,13 @@ CODE = ("data", "teacher", "student", "transform", "term", "task")
 """Settings that can name code of the user's."""
 
 
-def _check_trust(path: str, values: dict[str, Any], *, trusted: bool) -> None:
-    """Files come from anywhere: one does not get to run code unless its user says so."""
-    code = [name for name in CODE if is_callable_name(str(values.get(name, "")))]
-    if code and not trusted:
-        raise ConfigError(
-            path,
-            found=f"{code[0]}: {values[code[0]]}, which is code that would be run",
-            valid="names of data and networks, or --trust-config",
-            hint="read that code, then add --trust-config",
-        )
-
-
 def _trusted(run: Path, *, trust_config: bool, data: bool = True) -> Config:
     """The settings of a run that is measured again, with its own `data`. (Its transform is not run again.)"""
     from factor_transfer.training.run_folder import saved_config
 
     saved = saved_config(run)
     again = ("teacher", "student", "task", *(["data"] if data else []))
-    _check_trust(str(run / "config.json"), {name: getattr(saved, name) for name in again}, trusted=trust_config)
+    check_trust(str(run / "config.json"), {name: getattr(saved, name) for name in again}, trusted=trust_config)
     return saved
 
 

@@ -21,10 +21,10 @@ from factor_transfer.data.images import decoded, image_formats, natural
 from factor_transfer.data.trees import counted, folder_tree
 from factor_transfer.export.runtimes import Runtime, kind_of, load
 from factor_transfer.tasks.base import Task, task_of
-from factor_transfer.util.arguments import is_callable_name
+from factor_transfer.util.arguments import check_trust
 from factor_transfer.util.checks import check_arguments
 from factor_transfer.util.console import say, warn
-from factor_transfer.util.errors import ConfigError, DataError, RunError, first_line
+from factor_transfer.util.errors import DataError, RunError, first_line
 
 BATCH = 32
 
@@ -90,26 +90,25 @@ def predict_images(
             answer()
     if batch:
         answer()
-    for _, what in content.told():
-        warn(what)
-    dark = content.dark(bits)
-    if dark is not None:
-        warn(dark.what)
+    _tell(content, bits)
     if as_json:
         print(json.dumps(answers, ensure_ascii=False, indent=1))  # noqa: T201
     return 2 if unread else 0
 
 
+def _tell(content: Content, bits: int | None) -> None:
+    """Say what of the images is not shown to the student."""
+    for _, what in content.told():
+        warn(what)
+    dark = content.dark(bits)
+    if dark is not None:
+        warn(dark.what)
+
+
 def _task(student: Path, metadata: Mapping[str, Any], *, trusted: bool) -> Task:
-    """What the student is for. A file comes from anywhere: it does not get to run code unless its user says so."""
+    """What the student is for."""
     name = metadata.get("task", "classification")
-    if is_callable_name(name) and not trusted:
-        raise ConfigError(
-            str(student),
-            found=f"task: {name}, which is code that would be run",
-            valid="a student for classification, or --trust-config",
-            hint="read that code, then add --trust-config",
-        )
+    check_trust(str(student), {"task": name}, trusted=trusted, valid="a student for classification, or --trust-config")
     return task_of(name)
 
 

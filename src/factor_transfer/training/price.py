@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from factor_transfer.config import Config
 from factor_transfer.method.factor_transfer import Paraphraser
+from factor_transfer.networks.load import count_parameters
 from factor_transfer.networks.pair import Pair
 from factor_transfer.training.objective import Objective, fresh_paraphrasers
 from factor_transfer.training.step import DistillationTask, TeacherSide
@@ -123,11 +124,11 @@ def price_of(config: Config, pair: Pair, objective: Objective, images: Tensor) -
         if isinstance(paraphraser, Paraphraser):
             whole += _counted(lambda p=paraphraser, f=feature: p(f), feature)[1]  # type: ignore[misc]
     return Price(
-        teacher=Part(multiply_adds=alone, parameters=_parameters(side.network)),
-        readers=Part(multiply_adds=frozen - alone, parameters=_parameters(side.readers)),
-        paraphraser=Part(multiply_adds=whole, parameters=sum(map(_parameters, paraphrasers))),
-        terms=Part(multiply_adds=trained - student, parameters=_parameters(trainee.terms)),
-        student=Part(multiply_adds=student, parameters=_parameters(trainee.student)),
+        teacher=Part(multiply_adds=alone, parameters=count_parameters(side.network)),
+        readers=Part(multiply_adds=frozen - alone, parameters=count_parameters(side.readers)),
+        paraphraser=Part(multiply_adds=whole, parameters=sum(map(count_parameters, paraphrasers))),
+        terms=Part(multiply_adds=trained - student, parameters=count_parameters(trainee.terms)),
+        student=Part(multiply_adds=student, parameters=count_parameters(trainee.student)),
         layers=len(objective.factors),
         taught=bool(objective.outputs),
         cached=bool(objective.outputs) and None not in objective.outputs.values(),
@@ -139,7 +140,3 @@ def _counted(run: Callable[[], Found], images: Tensor) -> tuple[Found, float]:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         found = run()
     return found, counter.get_total_flops() / 2 / len(images)  # torch counts a product and its sum as two
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(weight.numel() for weight in module.parameters())

@@ -10,11 +10,13 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cyclopts import Token
+
+from factor_transfer.util.errors import ConfigError
 
 ModelArgs = dict[str, Any]
 
@@ -58,6 +60,34 @@ def is_callable_name(name: str) -> bool:
     (True, False, False)
     """
     return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name) is not None
+
+
+def check_trust(
+    given: str,
+    values: Mapping[str, Any],
+    *,
+    trusted: bool,
+    valid: str = "names, or --trust-config",
+) -> None:
+    """Files come from anywhere: one does not get to run code unless its user says so.
+
+    Args:
+        given: the file.
+        values: its settings that may name code.
+        trusted: whether --trust-config was given.
+        valid: what the file may have instead.
+
+    Raises:
+        ConfigError: a value names code, and the file is not trusted.
+    """
+    code = [name for name, value in values.items() if is_callable_name(str(value))]
+    if code and not trusted:
+        raise ConfigError(
+            given,
+            found=f"{code[0]}: {values[code[0]]}, which is code that would be run",
+            valid=valid,
+            hint="read that code, then add --trust-config",
+        )
 
 
 def imported(name: str) -> Any:
