@@ -22,6 +22,7 @@ from factor_transfer.rehearsal import rehearse
 from factor_transfer.report.html import write_report
 from factor_transfer.report.trackers import watched
 from factor_transfer.tasks.base import task_of
+from factor_transfer.training.compute import COUNTED, compute_of
 from factor_transfer.training.engine import Engine
 from factor_transfer.training.evaluation import evaluate
 from factor_transfer.training.finished import answers, open_images, rebuild
@@ -174,6 +175,7 @@ def finish(job: Job, pair: Pair, student: Side, baseline: Side | None) -> None:
         loss_name=job.task.loss_name,
         **job.objective.layers(),
         price=job.price.to_json(),
+        compute=compute_of(run.all_recorded(), job.price, job.config.to_dict(), len(data.train)),
         paraphraser=run.recorded("paraphraser"),
         seconds={stage: found["seconds"] for stage, found in run.all_recorded().items()},
         data=DataSummary(
@@ -206,7 +208,8 @@ def _described(
     job: Job, role: str, side: Side, latency: float, exported: Mapping[str, Any] | None = None
 ) -> NetworkSummary:
     network, keys = side.network, {metric.key for metric in job.task.metrics}
-    found = {name: value for name, value in (job.run.recorded(role) or {}).items() if name != "seconds"}
+    aside = {"seconds", "images", *COUNTED}
+    found = {name: value for name, value in (job.run.recorded(role) or {}).items() if name not in aside}
     tensors = network.module.state_dict().values()
     return NetworkSummary(
         name=network.name,

@@ -325,6 +325,8 @@ class FrozenTeacher(nn.Module):
         self.module = module.requires_grad_(False)
         self.train(False)
         self._before = state_fingerprint(module.state_dict())
+        self.asked = 0
+        """Images that it was shown in this process."""
 
     def train(self, mode: bool = True) -> FrozenTeacher:
         """Stay in eval mode: in train mode its batch-norm statistics would drift."""
@@ -333,7 +335,8 @@ class FrozenTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, *inputs: Any) -> Any:
-        """As the module's own."""
+        """As the module's own; the first input holds the images."""
+        self.asked += len(inputs[0])
         return self.module(*inputs)
 
     def unchanged(self) -> bool:

@@ -85,6 +85,8 @@ def comparison_values(folders: Sequence[Path]) -> dict[str, Any]:
                 "parameters": student.parameters,
                 "megabytes": student.size_bytes / 1e6,
                 "latency": student.latency_ms,
+                "compute": None if summary.compute is None else summary.compute.to_baseline,
+                "given": bool(summary.compute and summary.compute.given),
                 "minutes": sum(summary.seconds.values()) / 60,
             }
         )

@@ -35,6 +35,8 @@ def show(folder: Path) -> None:
     stages = [*(stage for stage in STAGES if stage in taken), *sorted(taken.keys() - set(STAGES))]
     seconds = "  ".join(f"{stage} {taken[stage]:.0f} s" for stage in stages)
     say(f"trained in: {seconds}")
+    if summary.compute is not None:
+        say(f"compute of the student, in multiply-adds: {summary.compute.line()}")
     program = f"{folder / 'student.pt2'} (needs only torch), " if "pt2_difference" in summary.student.more else ""
     say(f"student: {program}{folder / 'student.safetensors'}")
     if (folder / "report.html").exists():

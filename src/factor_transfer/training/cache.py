@@ -151,6 +151,11 @@ class CachedTeacher(nn.Module):
             self._store(place, view, found)
         return {name: output.to(images.device, non_blocking=True) for name, output in found.items()}
 
+    @property
+    def asked(self) -> int:
+        """Images that the live teacher was shown in this process."""
+        return self.live.asked
+
     def unchanged(self) -> bool:
         """Whether the live teacher's weights and buffers are those that it was frozen with."""
         return self.live.unchanged()

@@ -7,9 +7,9 @@ of what is trained, and one of what is frozen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -61,6 +61,8 @@ class Price:
     """Whether a term reads anything of the teacher."""
     cached: bool
     """Whether all that the terms read of the teacher can be kept on disk (--views)."""
+    hint: Part | None = None
+    """Of the first stage with a hint: the student up to its guided layer, and the regressor."""
 
     @property
     def cached_step(self) -> float:
@@ -79,6 +81,27 @@ class Price:
         trained = self.layers * self.teacher.multiply_adds + 3 * self.paraphraser.multiply_adds
         return trained / (3 * self.student.multiply_adds)
 
+    def of_stage(self, stage: str) -> tuple[float, float]:
+        """Multiply-adds of one image in a stage: of what is trained, forward and backward; and of the frozen side.
+
+        Pairs of layers train paraphrasers of their own, which are given an equal share each.
+
+        >>> part, student = Part(multiply_adds=2.0, parameters=0), Part(multiply_adds=10.0, parameters=5)
+        >>> parts = dict(teacher=student, readers=part, paraphraser=part, terms=part, student=student, layers=1)
+        >>> price = Price(**parts, taught=True, cached=True)
+        >>> price.of_stage("paraphraser"), price.of_stage("student"), price.of_stage("baseline")
+        ((6.0, 10.0), (36.0, 12.0), (30.0, 0.0))
+        """
+        teacher, student = self.teacher.multiply_adds, self.student.multiply_adds
+        if stage.startswith("paraphraser"):
+            return 3 * self.paraphraser.multiply_adds / max(self.layers, 1), teacher
+        return {
+            "teacher": (3 * teacher, 0.0),
+            "hint": (3 * (self.hint.multiply_adds if self.hint else student), teacher),
+            "student": (3 * (student + self.terms.multiply_adds), teacher + self.readers.multiply_adds),
+            "baseline": (3 * student, 0.0),
+        }[stage]
+
     def lines(self, config: Config) -> Iterator[str]:
         """What a user is told before training."""
         if not self.taught:
@@ -96,6 +119,13 @@ class Price:
         """For summary.json: the parts, and the ratios."""
         ratios = {name: getattr(self, name) for name in ("live_step", "cached_step", "paraphraser_pass")}
         return {**asdict(self), **ratios}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Price:
+        """From summary.json."""
+        parts = {name: Part(**value) if isinstance(value, Mapping) else value for name, value in values.items()}
+        own: dict[str, Any] = {each.name: parts[each.name] for each in fields(cls) if each.name in parts}
+        return cls(**own)
 
 
 def price_of(config: Config, pair: Pair, objective: Objective, images: Tensor) -> Price:
@@ -132,7 +162,23 @@ def price_of(config: Config, pair: Pair, objective: Objective, images: Tensor) -
         layers=len(objective.factors),
         taught=bool(objective.outputs),
         cached=bool(objective.outputs) and None not in objective.outputs.values(),
+        hint=_hint(pair, objective, images) if objective.hint_epochs else None,
     )
+
+
+def _hint(pair: Pair, objective: Objective, images: Tensor) -> Part:
+    """What the first stage trains, on images (B, 3, H, W)."""
+    term = objective.hint()
+    guided = replace(pair.student, layer=term.group.student).tapped(term.taps, ends=True)
+    side = TeacherSide(pair.teacher.tapped(objective.teacher_layers), pair.teacher.network.norm, pair.size,
+                       readers=term.readers())  # fmt: skip
+    task = DistillationTask(guided, pair.student.network.norm, [term], side)
+    trainee, side = deepcopy(task.trainable_module).cpu().eval(), deepcopy(side).cpu().eval()
+    with torch.no_grad():
+        outputs = side(images)
+    labels = torch.zeros(len(images), dtype=torch.long)
+    _, counted = _counted(lambda: trainee(images, labels, outputs), images)
+    return Part(multiply_adds=counted, parameters=count_parameters(trainee))
 
 
 def _counted(run: Callable[[], Found], images: Tensor) -> tuple[Found, float]:

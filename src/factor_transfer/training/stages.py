@@ -27,6 +27,7 @@ from factor_transfer.networks.pair import Modules, Pair, Side, check_alive, load
 from factor_transfer.networks.weights import load_weights, paraphraser_metadata
 from factor_transfer.tasks.base import check_knows, task_of
 from factor_transfer.training.cache import CachedTeacher, behind_cache, choose_views, identity_of
+from factor_transfer.training.compute import counted
 from factor_transfer.training.engine import Engine
 from factor_transfer.training.evaluation import evaluate, evaluate_paraphraser, say_paraphraser
 from factor_transfer.training.objective import (
@@ -115,6 +116,10 @@ class Job:
         """What a finished stage found, as the first process sees it; None if it is not finished."""
         return self.engine.told(self.run.recorded(stage))
 
+    def record(self, stage: str, found: Mapping[str, Any]) -> dict[str, Any]:
+        """Mark a stage as finished, with its results, and what it cost where it trained."""
+        return self.run.record(stage, counted(self.price, stage, found))
+
     # -- stage 0: both networks, and the teacher
 
     def pair(self) -> Pair:
@@ -193,7 +198,7 @@ class Job:
         found = self.recorded("teacher")
         if found is None or (knows and metric.key not in found):
             assessed = self._assess(side.network) if knows else {}
-            found = run.record("teacher", {"seconds": 0.0, **(found or {}), **assessed})
+            found = self.record("teacher", {"seconds": 0.0, **(found or {}), **assessed})
         size = f"{count_parameters(side.network.module):,} parameters"
         if knows:
             measured = f"{metric.label} {metric.shown(found[metric.key])} on the validation images, in float32"
@@ -214,7 +219,7 @@ class Job:
         lr = config.teacher_lr or usual
         say(f"teacher: {kind} for {config.teacher_epochs} passes, learning rate {lr:g}")
         plan = Plan(stage="teacher", epochs=config.teacher_epochs, lr=lr, seed=config.data_seed)
-        self.run.record("teacher", self._train(side, [self.task.labels()], None, plan))
+        self.record("teacher", self._train(side, [self.task.labels()], None, plan))
 
     def sample(self, count: int) -> Tensor:
         """The first `count` validation images, or as many as there are twice over: uint8 (B, 3, S, S)."""
@@ -269,13 +274,13 @@ class Job:
                 )
                 self._check_unchanged(name, teacher)
             run.save_weights(name, paraphraser.state_dict(), paraphraser_metadata(paraphraser))
-            found = run.record(name, {**quality, **training})
+            found = self.record(name, {**quality, **training})
         weights, given = state_fingerprint(paraphraser.state_dict()), f"--paraphraser {file or 'that was trained here'}"
         self.engine.check_same(weights, given, "one paraphraser for all processes", "give --paraphraser one file")
         say_paraphraser(name, found)
         return paraphraser
 
-    def _train_paraphraser(self, stage: str, paraphraser: Paraphraser, teacher: nn.Module) -> dict[str, float]:
+    def _train_paraphraser(self, stage: str, paraphraser: Paraphraser, teacher: nn.Module) -> dict[str, Any]:
         config = self.config
         plan = Plan(
             stage=stage,
@@ -324,7 +329,7 @@ class Job:
         with trained_up_to(guided.tapped(ends=True), network.norm(self.sample(2))):
             training = self._train(guided, [term], teacher, plan, ends=True)
         self._check_unchanged("hint", teacher)
-        self.run.record("hint", training)
+        self.record("hint", training)
 
     def baseline(self) -> Side:
         """The same student trained on labels only, with the same initial weights, order, views and schedule."""
@@ -348,7 +353,7 @@ class Job:
         if teacher is not None:
             self._check_unchanged(stage, teacher)
         measured = self._assess(side.network) if self._measured(terms) else {}
-        self.run.record(stage, {**measured, **training, **found})
+        self.record(stage, {**measured, **training, **found})
         return side
 
     # -- what stages share
@@ -368,7 +373,7 @@ class Job:
 
     def _train(
         self, side: Side, terms: Sequence[Term], teacher: nn.Module | None, plan: Plan, *, ends: bool = False
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """Train a network on its terms and save it under the stage's name; returns what is recorded of it.
 
         With `ends` the network runs no further than the side's layer.

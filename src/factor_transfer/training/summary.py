@@ -10,7 +10,9 @@ from typing import Any
 from factor_transfer.method.presets import BASELINE
 from factor_transfer.tasks.classification import Classification
 from factor_transfer.tasks.metric import Metric
-from factor_transfer.training.run_folder import saved_summary
+from factor_transfer.training.compute import Compute, compute_of
+from factor_transfer.training.price import Price
+from factor_transfer.training.run_folder import DEFAULTS, saved_summary
 from factor_transfer.util.errors import RunError
 
 VERSION = 1
@@ -97,6 +99,8 @@ class Summary:
     groups: list[dict[str, Any]] = field(default_factory=list)
     price: dict[str, Any] | None = None
     """Multiply-adds and parameters of the parts, and what a step costs: see `training/price.py`."""
+    compute: Compute | None = None
+    """What its training computed; None where that is not known, as of runs before parts were priced."""
     version: int = VERSION
 
     @property
@@ -128,7 +132,9 @@ class Summary:
         """As in the file."""
         own = {name: value for name, value in vars(self).items() if name not in ROLES}
         networks = {role: network.to_json() for role, network in self.networks.items()}
-        return {**own, **networks, "data": asdict(self.data), "metrics": [asdict(metric) for metric in self.metrics]}
+        compute = self.compute.to_json() if self.compute else None
+        metrics = [asdict(metric) for metric in self.metrics]
+        return {**own, **networks, "data": asdict(self.data), "metrics": metrics, "compute": compute}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Summary:
@@ -139,7 +145,19 @@ class Summary:
         networks = {role: NetworkSummary.from_json({**size, **own[role]}, metrics) for role in ROLES if role in own}
         data = DataSummary(**{each.name: own["data"][each.name] for each in fields(DataSummary)})
         method = BASELINE if own.get("method") == "labels alone" else own.get("method", cls.method)  # as once written
-        return cls(**{**own, **networks, "data": data, "metrics": metrics, "method": method})
+        more = {"method": method, "compute": _compute(own, networks["student"], data)}
+        return cls(**{**own, **networks, **more, "data": data, "metrics": metrics})
+
+
+def _compute(own: Mapping[str, Any], student: NetworkSummary, data: DataSummary) -> Compute | None:
+    """What the file says; of a run whose version priced its parts and counted no images, what its settings tell."""
+    if "compute" in own:
+        return Compute.from_json(own["compute"])
+    if "price" not in own:
+        return None
+    records = {stage: {"seconds": seconds} for stage, seconds in own["seconds"].items()}
+    records["student"] = {**records.get("student", {}), "views": student.more.get("views", 0)}
+    return compute_of(records, Price.from_json(own["price"]), DEFAULTS | own["settings"], data.train)
 
 
 def read_summary(folder: Path) -> Summary:

@@ -24,6 +24,7 @@ from factor_transfer.data.views import permutation
 from factor_transfer.method.health import first_bad_layer, not_finite
 from factor_transfer.networks.features import untrained
 from factor_transfer.tasks.base import task_of
+from factor_transfer.training.cache import CachedTeacher
 from factor_transfer.training.engine import Engine, StopRequest, stop_signals
 from factor_transfer.training.evaluation import chunks_of, evaluate
 from factor_transfer.training.run_folder import Run
@@ -47,6 +48,12 @@ class Progress:
     in_a_row: int = 0
     """The last of them that followed each other."""
     sums: dict[str, float] = field(default_factory=dict)
+    trained: int = 0
+    """Images of all steps so far, the skipped ones included."""
+    teacher: int = 0
+    """Those on which the teacher ran."""
+    teacher_alone: int = 0
+    """Those on which it would have run if no other run had filled the factor cache."""
 
     def skip(self) -> None:
         """Count a step that left no trace."""
@@ -63,9 +70,10 @@ class Progress:
         images = self.sums.get("images", 0.0)
         return {name: value / images for name, value in self.sums.items() if name != "images"}
 
-    def record(self) -> dict[str, float]:
-        """What is kept of a finished training: its seconds, and its skipped steps where there were any."""
-        return {"seconds": self.seconds} | ({"skipped_steps": self.skipped} if self.skipped else {})
+    def record(self) -> dict[str, Any]:
+        """What is kept of a finished training: its seconds, its images, and its skipped steps where there were any."""
+        images = {name: getattr(self, name) for name in ("trained", "teacher", "teacher_alone")}
+        return {"seconds": self.seconds, "images": images} | ({"skipped_steps": self.skipped} if self.skipped else {})
 
     def next_pass(self) -> None:
         """Begin the next pass."""
@@ -104,6 +112,7 @@ class Trainer:
         self.module: nn.Module = objective.get_trainable_module()
         if plan.average:
             objective.setup_ema(decay=config.model_ema_decay, use_warmup=True)
+        self.teacher: nn.Module | None = objective.teacher
         self._collect()
         self.optimizer, self.scheduler = optimizer_and_schedule(self.module, plan, config, self.steps)
         self.progress = self._restore()
@@ -228,8 +237,9 @@ class Trainer:
             return found
 
         buffers = [buffer.clone() for buffer in self._buffers]
+        asked = self._asked()
         result = forward()
-        share = len(labels) / size
+        live, share = (self._asked() - asked) / len(labels), len(labels) / size
         self.optimizer.zero_grad(set_to_none=True)
         # Gradients are averaged over processes, and the parts of one batch can differ in size.
         (result["loss"] * (share * engine.processes)).backward()
@@ -240,8 +250,10 @@ class Trainer:
         if result["output"] is not None:
             shown = self.task.step(result["output"].detach(), labels)
             values |= {f"train_{name}": value for name, value in shown.items()}
-        totals = engine.total(torch.stack([value.to(result["loss"].dtype) for value in values.values()]) * share)
-        means = dict(zip(values, totals.tolist(), strict=True))
+        summed = [*(value.to(result["loss"].dtype) for value in values.values()), result["loss"].new_tensor(live)]
+        *totals, live = engine.total(torch.stack(summed) * share).tolist()
+        means = dict(zip(values, totals, strict=True))
+        self._count(size, round(live * size))
         # Sums over processes and the averaged gradient: all processes decide alike.
         if not (math.isfinite(means["loss"]) and norm.isfinite()):
             self._skip(means, forward)
@@ -254,6 +266,18 @@ class Trainer:
         engine.share_buffers(self.module)
         objective.update_ema(step=update)
         return means
+
+    def _asked(self) -> int:
+        """Images that this process's teacher has been shown so far."""
+        return int(getattr(self.teacher, "asked", 0))
+
+    def _count(self, images: int, live: int) -> None:
+        """Count the images of a step, and those of them that the teacher was shown, over all processes."""
+        progress = self.progress
+        first = self.teacher is not None and not 0 < self.plan.views <= progress.epoch  # their views are new
+        progress.trained += images
+        progress.teacher += live
+        progress.teacher_alone += images if first else live
 
     def _skip(self, means: dict[str, float], forward: Callable[[], Any]) -> None:
         """Say what was not finite, and stop where that is so too often."""
@@ -330,6 +354,8 @@ class Trainer:
         state = self.run.load_checkpoint(self.plan.stage)
         try:
             progress = Progress(**state["progress"]) if state is not None else Progress()
+            if state is not None and "trained" not in state["progress"]:  # of a version that counted no images
+                self._recount(progress)
             seen = state_fingerprint(state["module"]) if state is not None else ""
         except (KeyError, TypeError, AttributeError) as error:
             raise self._foreign(str(error)) from error
@@ -350,6 +376,15 @@ class Trainer:
                 raise self._foreign(str(error)) from error
             say(f"{self.plan.stage}: continued after {progress.epoch} passes and {progress.step} steps")
         return progress
+
+    def _recount(self, progress: Progress) -> None:
+        """The images up to a checkpoint that does not tell them, as if this run had filled its cache alone."""
+        sizes = list(map(len, training_chunks(np.arange(len(self.train)), self.config.batch_size)))
+        progress.trained = progress.epoch * len(self.train) + sum(sizes[: progress.step])
+        if self.teacher is not None:
+            kept = isinstance(self.teacher, CachedTeacher)
+            most = self.plan.views * len(self.train) if kept else progress.trained
+            progress.teacher = progress.teacher_alone = min(progress.trained, most)
 
     def _foreign(self, reason: str) -> RunError:
         where = self.run.path("checkpoints")
