@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from factor_transfer.networks.kernels import guard
-from processes import Command, Started
+from processes import Command, Started, leave_out
 
 if TYPE_CHECKING:
     from browser import Page
@@ -109,8 +109,8 @@ def python() -> Command:
 
 @pytest.fixture
 def unexported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs in this process write no student.pt2, which takes a small one half of its time."""
-    monkeypatch.setattr("factor_transfer.distillation.export_pt2", lambda *_: 0.0)
+    """Runs in this process leave no student.pt2 and no report: see `leave_out`."""
+    leave_out(monkeypatch.setattr)
 
 
 @pytest.fixture

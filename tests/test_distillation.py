@@ -132,6 +132,7 @@ def test_evaluate__finds_the_same_again(finished: Path, factor_transfer: Command
     assert "student by Factor Transfer" in factor_transfer("evaluate", finished).stdout
 
 
+@pytest.mark.usefixtures("unexported")
 def test_distill__is_the_same_from_python_and_from_the_shell(finished: Path, tmp_path: Path) -> None:
     result = job(tmp_path / "run")
     assert bits(tmp_path / "run") == bits(finished)
@@ -199,6 +200,11 @@ def test_distill__the_same_command_continues(
     assert rows == [(row["stage"], row["epoch"]) for row in Run(finished).metrics()]
 
 
+OWN: dict[str, Any] = {**JOB, "teacher_args": None, "student_args": None, "teacher_epochs": 8, "teacher_lr": 0.5,
+                       "paraphraser_epochs": 1, "epochs": 1, "baseline": False}  # fmt: skip
+"""Of networks that are given as modules."""
+
+
 class Small(nn.Module):
     """A user's own network."""
 
@@ -211,11 +217,11 @@ class Small(nn.Module):
         return self.head(self.pool(self.body(images)).flatten(1))  # type: ignore[no-any-return]
 
 
+@pytest.mark.usefixtures("unexported")
 def test_distill__takes_modules_and_leaves_them_as_they_are(tmp_path: Path) -> None:
     teacher, student = Small(16).train(), Small(4).train()
     before = [state_fingerprint(module.state_dict()) for module in (teacher, student)]
-    settings = {**JOB, "teacher_args": None, "student_args": None, "teacher_epochs": 8, "teacher_lr": 0.5}
-    result = distill(teacher, student, "digits", out=str(tmp_path / "run"), **settings)
+    result = distill(teacher, student, "digits", out=str(tmp_path / "run"), **OWN)
     assert result.summary["teacher"]["layer"] == "body"
     assert isinstance(result.student, Small)
     assert before == [state_fingerprint(module.state_dict()) for module in (teacher, student)]
@@ -233,8 +239,7 @@ class Branching(Small):
 def test_distill__a_student_that_cannot_be_exported_is_not_lost(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {**JOB, "teacher_args": None, "student_args": None, "teacher_epochs": 8, "teacher_lr": 0.5}
-    result = distill(Small(16), Branching(4), "digits", out=str(tmp_path / "run"), **settings)
+    result = distill(Small(16), Branching(4), "digits", out=str(tmp_path / "run"), **OWN)
     assert "student.pt2 was not written" in capsys.readouterr().err
     assert not (tmp_path / "run" / "student.pt2").exists()
     assert result.summary["student"]["pt2_error"]
@@ -254,15 +259,8 @@ class Drifting(Small):
 
 
 def test_distill__a_teacher_that_changes_is_an_error(tmp_path: Path) -> None:
-    settings = {**JOB, "teacher_args": None, "student_args": None, "teacher_epochs": 8, "teacher_lr": 0.5}
     with pytest.raises(TrainingError, match="weights or buffers changed while it taught"):
-        distill(
-            Drifting(16),
-            Small(4),
-            "digits",
-            out=str(tmp_path / "run"),
-            **settings,
-        )
+        distill(Drifting(16), Small(4), "digits", out=str(tmp_path / "run"), **OWN)
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
@@ -308,10 +306,11 @@ def test_distill__checks_what_python_gives(tmp_path: Path, changed: dict[str, An
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("unexported")
 def test_distill__takes_classes_as_constructor_arguments(tmp_path: Path) -> None:
     result = distill(
         "test_resnet", "cifar_resnet20_b", Path("digits"),
-        **{**JOB, "teacher_args": {"act_layer": nn.SiLU}, "img_size": 32, "teacher_epochs": 4, "epochs": 1,
+        **{**JOB, "teacher_args": {"act_layer": nn.SiLU}, "img_size": 16, "epochs": 1, "beta": 0, "train_images": 160,
            "baseline": False, "teacher_lr": 0.02, "out": tmp_path / "run"},
     )  # fmt: skip
     assert "SiLU" in json.dumps(result.summary["teacher"]["model_args"])
@@ -319,8 +318,7 @@ def test_distill__takes_classes_as_constructor_arguments(tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("unexported")
 def test_evaluate__of_a_run_made_of_modules_says_why_it_cannot(tmp_path: Path, factor_transfer: Command) -> None:
-    settings = {**JOB, "teacher_args": None, "student_args": None, "teacher_epochs": 8, "teacher_lr": 0.5}
-    distill(Small(16), Small(4), "digits", out=tmp_path / "run", **settings)
+    distill(Small(16), Small(4), "digits", out=tmp_path / "run", **OWN)
     done = factor_transfer("evaluate", tmp_path / "run")
     assert done.returncode == 2
     assert "was given in Python as a module, Small" in done.stderr

@@ -183,9 +183,7 @@ def test_torchrun__without_labels_and_with_a_report_longer_than_the_timeout(imag
     flat.mkdir()
     for place, path in enumerate(sorted((images / "train").rglob("*.png"))):
         shutil.copy(path, flat / f"{place}.png")
-    done = Started([*TWO, "alone.py", flat, "two"], code=TORCHRUN, cwd=tmp_path, forks=True, exports=False).finished(
-        BOUND
-    )
+    done = Started([*TWO, "alone.py", flat, "two"], code=TORCHRUN, cwd=tmp_path, forks=True).finished(BOUND)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.glob("returned-*")} == {"returned-two-0", "returned-two-1"}
     assert (tmp_path / "run" / "report.html").exists()

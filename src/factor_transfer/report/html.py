@@ -9,6 +9,7 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -352,7 +353,13 @@ def _settings(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def rendered(template: str, values: Mapping[str, Any]) -> str:
     """A file from a template; in HTML every value is escaped but the plots, which escape their own."""
-    made = Environment(
+    return _templates().get_template(template).render({"version": version("factor-transfer"), **values})
+
+
+@cache
+def _templates() -> Environment:
+    """Where templates come from: each is compiled once."""
+    return Environment(
         loader=PackageLoader("factor_transfer.report"),
         autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
         undefined=StrictUndefined,
@@ -360,4 +367,3 @@ def rendered(template: str, values: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return made.get_template(template).render({"version": version("factor-transfer"), **values})
