@@ -250,7 +250,7 @@ class Trainer:
         if result["output"] is not None:
             shown = self.task.step(result["output"].detach(), labels)
             values |= {f"train_{name}": value for name, value in shown.items()}
-        summed = [*(value.to(result["loss"].dtype) for value in values.values()), result["loss"].new_tensor(live)]
+        summed = [*(value.to(result["loss"].dtype) for value in values.values()), result["loss"].new_full((), live)]
         *totals, live = engine.total(torch.stack(summed) * share).tolist()
         means = dict(zip(values, totals, strict=True))
         self._count(size, round(live * size))
