@@ -17,9 +17,10 @@ import pytest
 
 from factor_transfer.cli import app, main
 from factor_transfer.compare.plan import CompareConfig, Plan, planned
-from factor_transfer.compare.result import in_words, outcome
+from factor_transfer.compare.result import outcome
 from factor_transfer.compare.run import _delete, _Runner, compare
 from factor_transfer.compare.shared import shared_in
+from factor_transfer.compare.words import in_words
 from factor_transfer.config import DataConfig
 from factor_transfer.data.dataset import open_data
 from factor_transfer.method.presets import METHODS

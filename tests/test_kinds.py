@@ -15,7 +15,8 @@ import pytest
 from factor_transfer import distill
 from factor_transfer.cli import main
 from factor_transfer.compare.plan import CompareConfig, planned
-from factor_transfer.compare.result import in_words, outcome, tabulated, write_outcome
+from factor_transfer.compare.result import outcome
+from factor_transfer.compare.words import in_words, tabulated, write_outcome
 from factor_transfer.config import Config, SuggestConfig
 from factor_transfer.distillation import run_distillation
 from factor_transfer.doctor import diagnose

@@ -13,7 +13,8 @@ import torch
 from factor_transfer import distill
 from factor_transfer.cli import app
 from factor_transfer.compare.plan import CompareConfig, planned
-from factor_transfer.compare.result import in_words, outcome
+from factor_transfer.compare.result import outcome
+from factor_transfer.compare.words import in_words
 from factor_transfer.config import Config
 from factor_transfer.distillation import evaluate_run
 from factor_transfer.doctor import diagnose

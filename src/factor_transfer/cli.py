@@ -97,8 +97,8 @@ def compare(
     trust_config: TrustFile = False,
 ) -> None:
     """Run methods under one protocol, several seeds each, and say what is shown. The same command continues."""
-    from factor_transfer.compare.result import show_outcome
     from factor_transfer.compare.run import compare as run_all
+    from factor_transfer.compare.words import show_outcome
 
     show_outcome(*run_all(settings))
 
@@ -203,7 +203,7 @@ def report(
     out
         The comparison's file. Default: comparison.html in the working folder.
     """
-    from factor_transfer.compare.result import tabulated
+    from factor_transfer.compare.words import tabulated
     from factor_transfer.report.html import write_report
     from factor_transfer.report.several import runs_in, write_comparison
 

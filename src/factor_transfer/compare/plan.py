@@ -17,7 +17,7 @@ from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
 from factor_transfer.config import FIELDS, Config, plain
-from factor_transfer.method.presets import ALIASES, BASELINE, METHODS, acts_on, settings_of
+from factor_transfer.method.presets import ALIASES, BASELINE, MATCHED, METHODS, acts_on, settings_of
 from factor_transfer.util.arguments import names_in
 from factor_transfer.util.checks import flag, swept
 from factor_transfer.util.errors import ConfigError, near
@@ -26,6 +26,9 @@ _COMPARISON = Parameter(group=Group("Comparison", sort_key=-1), negative_iterabl
 
 REFERENCES = {"alone": BASELINE, "kd": "kd"}
 """Methods that the others are compared with, by their names in the keys of compare.json."""
+
+USUAL = "ft"
+"""The method that a baseline is matched to where it is among the methods, and no other is named."""
 
 SWEPT = swept(Config)
 """Settings that a comparison may vary: those that change a result, and are not the protocol's own."""
@@ -37,7 +40,8 @@ class CompareConfig(Config):
 
     methods: Annotated[str, _COMPARISON] = "baseline,kd,at,fitnet,ft,ft+kd"
     """What is compared, with commas: baseline (the student without a teacher), kd, at, fitnet, ft, and their sums, such
-    as ft+kd and at+kd."""
+    as ft+kd and at+kd. baseline-matched is the student alone with as many passes as cost what ft costs, or the dearest
+    method; baseline-matched:kd, what kd costs."""
     seeds: Annotated[int, _COMPARISON, Number(gte=1)] = 5
     """Runs of each: --seed, --seed + 1, ..."""
     jobs: Annotated[int, _COMPARISON, Number(gte=1)] = 1
@@ -73,6 +77,13 @@ class Variant:
     method: str
     swept: dict[str, Any]
     """The changed setting, or nothing."""
+    matched: str | None = None
+    """Of a baseline at equal compute, the method whose compute it is given; empty: the dearest."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is the student without a teacher."""
+        return self.method == BASELINE or self.matched is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,9 +116,13 @@ class Plan:
     runs: tuple[PlannedRun, ...]
     folder: Path
 
+    def variant(self, run: PlannedRun) -> Variant:
+        """What a run is a run of."""
+        return next(each for each in self.variants if each.name == run.variant)
+
     def reference(self, variant: Variant, method: str) -> str | None:
         """The variant of `method` that `variant` is compared with: the one with the same swept setting, or without."""
-        if variant.method == method:
+        if variant.method == method or (variant.matched is not None and method != BASELINE):
             return None
         named = {(each.method, str(each.swept)): each.name for each in self.variants}
         return named.get((method, str(variant.swept))) or named.get((method, "{}"))
@@ -127,7 +142,11 @@ def planned(config: CompareConfig) -> Plan:
     variants = _variants(methods, _sweeps(config.sweep))
     settings = {each.name: base | settings_of(each.method, base) | each.swept for each in variants}
     _check_given(config, methods, settings)
-    variants = tuple(each for each in variants if _first(each.name, settings))
+    plain = {each.name: settings[each.name] for each in variants if each.matched is None}
+    variants = tuple(each for each in variants if each.matched is not None or _first(each.name, plain))
+    for each in variants:
+        if each.matched is not None:
+            settings[each.name]["views"] = 0  # it needs no cache, so every pass may show it new views
     runs = []
     for seed in range(config.seed, config.seed + config.seeds):
         for each in variants:
@@ -179,13 +198,34 @@ def _methods(text: str) -> list[str]:
     ['baseline', 'kd', 'ft+kd']
     """
     names = ["+".join(ALIASES.get(part, part) for part in name.split("+")) for name in names_in(text)]
-    for part in (part for name in names for part in name.split("+")):
+    matched = [name for name in names if name.partition(":")[0] == MATCHED]
+    for part in (part for name in names if name not in matched for part in name.split("+")):
         if part not in METHODS:
-            valid = near(part, METHODS) or [*METHODS, "their sums, such as ft+kd"]
+            valid = near(part, [*METHODS, MATCHED]) or [*METHODS, MATCHED, "their sums, such as ft+kd"]
             raise ConfigError(f"--methods {text}", found=f"no method {part}", valid=valid)
     if not names:
         raise ConfigError("--methods", found="no method", valid=list(METHODS))
-    return list(dict.fromkeys(names))
+    rivals = [name for name in names if name not in [BASELINE, *matched]]
+    for name in matched:
+        _, colon, other = name.partition(":")
+        if not rivals or (colon and other not in rivals):
+            raise ConfigError(
+                f"--methods {text}",
+                found=f"{name}, and no {other or 'method with a teacher'} among the methods",
+                valid=[MATCHED, *(f"{MATCHED}:{rival}" for rival in rivals)] if rivals else None,
+                hint="name the method as well whose compute it shall have",
+            )
+    return list(dict.fromkeys(MATCHED if name == f"{MATCHED}:{USUAL}" else name for name in names))
+
+
+def _matched(method: str, methods: Sequence[str]) -> str | None:
+    """The method whose compute a baseline is given; empty for the dearest, None for what is no matched baseline.
+
+    >>> _matched("baseline-matched", ["baseline-matched", "kd", "ft"]), _matched("baseline-matched:kd", [])
+    ('ft', 'kd')
+    """
+    own, _, other = method.partition(":")
+    return None if own != MATCHED else other or (USUAL if USUAL in methods else "")
 
 
 def _sweeps(texts: Sequence[str]) -> dict[str, list[Any]]:
@@ -228,6 +268,13 @@ def _number(text: str) -> float | str:
 
 def _variants(methods: Sequence[str], sweeps: dict[str, list[Any]]) -> tuple[Variant, ...]:
     """Each method with each value of each sweep that acts on it; or as it is, where none does or others refer to it."""
+    matched = [method for method in methods if _matched(method, methods) is not None]
+    if sweeps and matched:
+        raise ConfigError(
+            f"--sweep with {matched[0]}",
+            found="methods of several settings, which cost differently",
+            hint="choose a setting by --sweep, and compare it at equal compute without",
+        )
     for name in sweeps:
         if not any(acts_on(name, method) for method in methods):
             able = [method for method in METHODS if acts_on(name, method)]
@@ -246,7 +293,7 @@ def _variants(methods: Sequence[str], sweeps: dict[str, list[Any]]) -> tuple[Var
             for value in values
         ]
         refers = method in REFERENCES.values() and not all(acts_on(name, method) for name in sweeps)
-        found += [*([Variant(method, method, {})] if refers or not swept else []), *swept]
+        found += [*([Variant(method, method, {}, _matched(method, methods))] if refers or not swept else []), *swept]
     return tuple(found)
 
 

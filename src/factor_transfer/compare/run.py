@@ -25,9 +25,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from factor_transfer.compare.matched import STRETCHED, Costs, awaited, costs, finished, matched_settings
 from factor_transfer.compare.plan import CompareConfig, Plan, PlannedRun, planned
-from factor_transfer.compare.result import outcome, write_outcome
+from factor_transfer.compare.result import outcome
 from factor_transfer.compare.shared import TAKEN, needs, shared_in, takes
+from factor_transfer.compare.words import write_outcome
 from factor_transfer.settings import written_settings
 from factor_transfer.training.engine import stop_signals
 from factor_transfer.training.run_folder import DEFAULTS, FREE, Run
@@ -85,6 +87,7 @@ class _Runner:
         self.pending = [run for run in plan.runs if not run.finished]
         self.running: dict[str, tuple[PlannedRun, subprocess.Popen[bytes]]] = {}
         self.shared = shared_in(plan.runs)
+        self.costs = self._costs()
         self.failures: dict[str, str] = {}
         self.done, self.began = 0, time.monotonic()
 
@@ -101,6 +104,7 @@ class _Runner:
                         raise Interrupted(stop.signum)
                     if self.failures and not (self.done or there):
                         self.pending.clear()  # the first runs failed: so would the others
+                    self._give_up()
                     while len(self.running) < self.plan.config.jobs and self._start_next():
                         pass
                     time.sleep(POLL_SECONDS)
@@ -147,6 +151,7 @@ class _Runner:
             if code is None:
                 continue
             del self.running[name]
+            self.costs = self._costs()
             if code == 0 and run.finished:
                 self.done += 1
                 self._tell(run)
@@ -179,6 +184,11 @@ class _Runner:
         settings = run.config.to_dict()
         if Run(run.folder).begun:
             return settings | _taken_by(run)
+        if self.plan.variant(run).matched is not None:
+            matched = matched_settings(self.plan, run, self.costs)
+            if matched is None:
+                return None
+            settings |= matched
         for shared in self.shared[run.name]:
             taken = shared.taken()
             maker = next(each for each in shared.runs if each in self.pending or each.name in self.running)
@@ -186,6 +196,22 @@ class _Runner:
                 return None
             settings |= taken or {}
         return settings
+
+    def _costs(self) -> Costs:
+        """What the finished runs have cost."""
+        return costs(self.plan, self.shared, finished(self.plan))
+
+    def _give_up(self) -> None:
+        """Fail the matched runs whose passes will never be known: what they wait for has ended without them."""
+        ahead = {*self.pending, *(run for run, _ in self.running.values())}
+        for run in [run for run in self.pending if self.plan.variant(run).matched is not None]:
+            waits = [] if Run(run.folder).begun else awaited(self.plan, run, self.costs)
+            if waits and not ahead.intersection(waits):
+                self.pending.remove(run)
+                lost = [each.name for each in waits if not each.finished]
+                why = "failed" if lost else "told no compute: a version made it that counted none"
+                self.failures[run.name] = f"not started: {', '.join(lost or [each.name for each in waits])} {why}"
+                warn(f"{run.name}: {self.failures[run.name]}")
 
     def _cache_is_filling(self, run: PlannedRun) -> bool:
         """Whether a run under way still fills the factor cache that this one will read."""
@@ -217,9 +243,10 @@ def _saved(run: PlannedRun) -> dict[str, Any] | None:
 
 
 def _taken_by(run: PlannedRun) -> dict[str, Any]:
-    """Of a run that has begun, the settings that name what it takes of another."""
+    """Of a run that has begun, the settings that name what it takes of another, and the passes that follow from it."""
     saved = _saved(run) or {}
-    return {name: saved[name] for names in TAKEN.values() for name in names if name in saved}
+    taken = [name for names in TAKEN.values() for name in names]
+    return {name: saved[name] for name in [*taken, *STRETCHED] if name in saved}
 
 
 # -- the folder
@@ -248,6 +275,9 @@ def _check_settings(run: PlannedRun, plan: Plan) -> None:
         return
     here = run.config.to_dict()
     skip = FREE.union(*(TAKEN[what] for what in needs(run) if takes(what, saved)))
+    if plan.variant(run).matched is not None:
+        matched = matched_settings(plan, run, costs(plan, shared_in(plan.runs), finished(plan)))
+        here, skip = here | (matched or {}), skip.union(() if matched else STRETCHED)
     other = [name for name in here if name not in skip and saved.get(name) != here[name]]
     if other:
         differing = "; ".join(f"{flag(name)} {saved.get(name)} there, {here[name]} here" for name in other)

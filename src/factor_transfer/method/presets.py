@@ -21,6 +21,10 @@ BASELINE = "baseline"
 ALIASES = {"alone": BASELINE}
 """Other names of methods."""
 
+MATCHED = "baseline-matched"
+"""The baseline with as many passes as give it the compute of a method: of ft, of the dearest, or of the one that
+follows after a colon. Its settings are the baseline's."""
+
 METHODS: Mapping[str, Mapping[str, Any]] = {
     BASELINE: {},
     **{name: preset for weight in WEIGHTS.values() for name, preset in weight.presets.items()},
@@ -62,6 +66,6 @@ def acts_on(setting: str, method: str) -> bool:
 def _switched(method: str) -> dict[str, Any]:
     """The weights that make a method, and what its terms set besides."""
     found = {name: weight.off for name, weight in WEIGHTS.items()}
-    for part in method.split("+"):
+    for part in () if method.partition(":")[0] == MATCHED else method.split("+"):
         found |= METHODS[part]
     return found
