@@ -299,6 +299,10 @@ def test_torchrun__a_signal_to_any_process_saves_and_one_process_continues(strai
     assert one["student.safetensors"] != two["student.safetensors"], "batch norm saw other parts"
     rows = [json.loads((folder / "run/summary.json").read_text())["student"] for folder in (tmp_path, straight)]
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=0.3)
+    spent = [json.loads((folder / "run/summary.json").read_text())["compute"] for folder in (tmp_path, straight)]
+    assert spent[0]["student"] == spent[1]["student"] > spent[0]["baseline"], "images of all processes, each once"
+    trained = {stage: each["images"]["trained"] for stage, each in spent[1]["stages"].items()}
+    assert trained["student"] == 3 * trained["paraphraser"] == 3 * trained["teacher"] / 4
 
 
 @pytest.mark.slow
