@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +70,23 @@ def shared() -> Path:
     if not where:
         pytest.skip("FACTOR_TRANSFER_SHARED is not set: it names the folder of real images and weights")
     return Path(where)
+
+
+@pytest.fixture(scope="session")
+def cifar10_files(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of real JPEG files, 50 of each class of CIFAR-10 to train and 100 to validate."""
+    folder = tmp_path_factory.mktemp("cifar10")
+    for split, each in (("train", 50), ("validation", 100)):
+        with tarfile.open(shared / "cifar10-jpeg" / f"{split}.tar") as tar:
+            counts: Counter[str] = Counter()
+            members = []
+            for member in tar:
+                name = Path(member.name).parent.name
+                if member.isfile() and counts[name] < each:
+                    counts[name] += 1
+                    members.append(member)
+            tar.extractall(folder / split, members, filter="data")
+    return folder
 
 
 @pytest.fixture(scope="session")

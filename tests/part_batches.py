@@ -33,6 +33,9 @@ from factor_transfer.util.errors import TrainingError
 from factor_transfer.util.files import state_fingerprint
 from factor_transfer.util.seeds import seeded
 
+IMAGES = 466
+"""Four batches of 99, and a short one."""
+
 NAMES = ("student", "compiled", "cached", "paraphraser", "no_labels", "batch_norm", "float32", "skips", "stops")
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -68,7 +71,7 @@ def network(width: int, norm: bool) -> nn.Sequential:
 
 def trainer(name: str, folder: Path, engine: Engine) -> Trainer:
     """One of `NAMES`: 99 images a batch, so that parts are uneven in every batch, and the last batch is short."""
-    data = open_data(DataConfig(data="digits"), default_size=lambda: 8)
+    data = open_data(DataConfig(data="digits", train_images=IMAGES), default_size=lambda: 8)
     with seeded(0):
         teacher, student = network(8, True), network(6, name == "batch_norm")
         paraphraser, translator = Paraphraser(8, 4), Translator(6, 4)
@@ -92,7 +95,7 @@ def trainer(name: str, folder: Path, engine: Engine) -> Trainer:
         else DistillationTask(trained, InputNorm(*HALF), terms, live)
     )
     config = Config(teacher="t", student="s", data="digits", batch_size=99, device="cpu", lr=0.05)
-    epochs = 4 if name == "float32" else 2
+    epochs = {"float32": 10, "skips": 3, "stops": 3}.get(name, 2)
     views = 1 if name == "cached" else 0
     plan = Plan(
         stage=name, epochs=epochs, lr=0.05, seed=0, views=views, average=name in {"student", "compiled", "cached"}

@@ -21,6 +21,7 @@ from factor_transfer.networks.compiled import Compiled
 from factor_transfer.networks.features import Tapped, watching
 from factor_transfer.util.errors import ModelError
 from factor_transfer.util.files import state_fingerprint
+from processes import Started
 
 
 class Noisy(nn.Module):
@@ -156,13 +157,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(folder: Path, out: str, *more: str) -> list[str]:
     where = ["--cache-dir", str(folder / "cache"), "--out", str(folder / out)]
-    return [sys.executable, "-m", "factor_transfer", "distill", "--data", "digits", *PAIR, *SHORT, *where, *more]
+    return ["distill", "--data", "digits", *PAIR, *SHORT, *where, *more]
 
 
-def run(folder: Path, out: str, *more: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(folder, out, *more), capture_output=True, text=True, env={**os.environ, **environment}, check=False
-    )
+def run(folder: Path, out: str, *more: str) -> subprocess.CompletedProcess[str]:
+    return Started(command(folder, out, *more), exports=False).finished()
 
 
 def taught(folder: Path) -> list[str]:
@@ -179,15 +178,14 @@ def test_torchcompile__in_a_run_that_is_killed_and_in_one_that_is_not(folder: Pa
     plain, compiled = (json.loads((folder / out / "summary.json").read_text()) for out in ("plain", "compiled"))
     assert abs(plain["student"]["top1"] - compiled["student"]["top1"]) < 5
 
-    with subprocess.Popen(
-        [*command(folder, "killed", *taught(folder)), "--checkpoint-minutes", "0.0001"], stderr=subprocess.DEVNULL
-    ) as process:
-        deadline = time.monotonic() + 120
-        while not list((folder / "killed/checkpoints").glob("student-*.pt")):
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+    process = Started([*command(folder, "killed", *taught(folder)), "--checkpoint-minutes", "0.0001"], exports=False)
+    deadline = time.monotonic() + 120
+    while not list((folder / "killed/checkpoints").glob("student-*.pt")):
+        assert time.monotonic() < deadline
+        assert process.running()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.finished()
     again = run(folder, "killed", *taught(folder))
     assert again.returncode == 0, again.stderr
     assert "student: continued after" in again.stderr
@@ -211,7 +209,8 @@ def test_torchcompile__without_labels_leaves_the_head_as_it_is(folder: Path) -> 
 @pytest.mark.slow
 def test_torchcompile__without_a_compiler_is_refused_before_anything_is_computed(folder: Path) -> None:
     where = {"CXX": str(folder / "none"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
-    without = run(folder, "without", *taught(folder), **where)
+    given = [sys.executable, "-m", "factor_transfer", *command(folder, "without", *taught(folder))]
+    without = subprocess.run(given, env={**os.environ, **where}, capture_output=True, text=True, check=False)
     assert without.returncode == 2
     assert "error: --torchcompile" in without.stderr
     assert "leave --torchcompile out" in without.stderr

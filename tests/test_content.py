@@ -379,6 +379,7 @@ def test_ends__cannot_be_learned_from_the_centre(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("answered_here")
 @pytest.mark.parametrize(
     ("student", "formats"),
     [("test_vit", ["pt2", "onnx", "onnx-int8", "safetensors", "timm"]), ("cifar_resnet20", ["pt2", "onnx", "timm"])],

@@ -21,6 +21,7 @@ from factor_transfer.training.run_folder import Run
 
 sys.path.append(str(Path(__file__).parent))  # the server of forks imports it, too
 crash = importlib.import_module("crash")
+crash.JOB["train-images"] = 960  # 15 steps a pass, and a checkpoint of each
 
 FP32, BF16 = "float32, momentum, EMA", "bf16, AdamW"
 

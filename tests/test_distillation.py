@@ -450,7 +450,7 @@ def test_distill__runs_under_torchrun(finished: Path, tmp_path: Path) -> None:
     place = FLAGS.index("--teacher-epochs")
     flags = [*FLAGS[:place], "--teacher-weights", str(finished / "teacher.safetensors"), *FLAGS[place + 2 :]]
     command = ["--nproc-per-node", "2", "-m", "factor_transfer", "distill", *flags, "--out", "run"]
-    done = Started(command, code=TORCHRUN, cwd=tmp_path, forks=True).finished()
+    done = Started(command, code=TORCHRUN, cwd=tmp_path, forks=True, exports=False).finished()
     assert done.returncode == 0, done.stderr
     two, one = (json.loads((folder / "summary.json").read_text()) for folder in (tmp_path / "run", finished))
     assert two["environment"]["processes"] == 2

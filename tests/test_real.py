@@ -45,14 +45,16 @@ def test_evaluate__gives_the_shared_teachers_accuracy(cifar10: Dataset, shared: 
     assert found["top1"] == pytest.approx(top1, abs=0.05)
 
 
-def test_report__of_a_real_run_is_drawn_in_a_browser(shared: Path, page: Page, tmp_path: Path) -> None:
-    """Short, and on few of the training images; all else is as in a long one."""
+def test_report__of_a_real_run_is_drawn_in_a_browser(
+    shared: Path, cifar10_files: Path, page: Page, tmp_path: Path
+) -> None:
+    """Short, and on few images; all else is as in a long one."""
     weights = shared / "checkpoints" / "resnet56-cifar10-jpeg.safetensors"
     result = distill(
-        "cifar_resnet56", "cifar_resnet20", shared / "cifar10-jpeg", teacher_weights=str(weights), baseline=True,
-        train_images=1000, batch_size=64, epochs=2, paraphraser_epochs=1, device="cpu", threads=1, out=tmp_path / "run",
+        "cifar_resnet56", "cifar_resnet20", cifar10_files, teacher_weights=str(weights), baseline=True,
+        batch_size=64, epochs=2, paraphraser_epochs=1, device="cpu", threads=1, out=tmp_path / "run",
     )  # fmt: skip
-    assert result.summary["teacher"]["top1"] == pytest.approx(89.96, abs=0.05)
+    assert result.summary["teacher"]["top1"] == pytest.approx(90.0, abs=0.05)
     check(page, tmp_path / "run" / "report.html")
     assert not page.run("document.querySelector('.missing')")
     drawn = page.run("[...document.querySelectorAll('svg[role=img]')].length")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tarfile
 from array import array
 from importlib.metadata import distribution
 from pathlib import Path
@@ -20,11 +19,12 @@ from PIL import Image
 from factor_transfer import distill
 from factor_transfer.config import DataConfig
 from factor_transfer.data.dataset import open_data
+from factor_transfer.export import runtimes, shipping
 from factor_transfer.export.predict import find_images, open_student
 from factor_transfer.export.shipping import Choices, export_run
 from factor_transfer.training.finished import rebuild
 from factor_transfer.util.errors import ConfigError, DataError, RunError
-from processes import Command
+from processes import Command, leave_out
 
 ROOT = Path(__file__).parent.parent
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 8, 16)}
@@ -79,8 +79,6 @@ def test_export__writes_what_agrees_and_a_card(run: Path, tmp_path: Path) -> Non
 @pytest.mark.usefixtures("answered_here")
 def test_export__does_not_write_what_disagrees(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that gets one weight wrong, behind the real checks."""
-    from factor_transfer.export import shipping
-
     real = shipping.export_safetensors
 
     def wrong(module: torch.nn.Module, path: Path, metadata: Any) -> None:
@@ -146,29 +144,22 @@ def test_predict__tells_its_mistakes(run: Path, tmp_path: Path, factor_transfer:
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory, shared: Path, factor_transfer: Command) -> Path:
-    """A run on real JPEG files, 50 of each class to train and 100 to validate, exported by the command."""
+def real(tmp_path_factory: pytest.TempPathFactory, cifar10_files: Path) -> Path:
+    """Runs on real JPEG files, exported. Only the students matter here: their teacher is as small as they are."""
     folder = tmp_path_factory.mktemp("real")
-    for split, each in (("train", 50), ("validation", 100)):
-        with tarfile.open(shared / "cifar10-jpeg" / f"{split}.tar") as tar:
-            counts: dict[str, int] = {}
-            members = []
-            for member in tar:
-                name = Path(member.name).parent.name
-                if member.isfile() and counts.get(name, 0) < each:
-                    counts[name] = counts.get(name, 0) + 1
-                    members.append(member)
-            tar.extractall(folder / "data" / split, members, filter="data")
-    weights = shared / "checkpoints" / "resnet56-cifar10-jpeg.safetensors"
-    job = ["--data", "data", "--teacher", "cifar_resnet56", "--teacher-weights", weights, "--epochs", 3,
-           "--paraphraser-epochs", 1, "--threads", 1, "--device", "cpu", "--batch-size", 64]  # fmt: skip
-    small = ["--student-args", "layers=(1,1,1)", "channels=(8,16,32)"]
-    for out, student in (("cifar", ["cifar_resnet20", *small]), ("timm", ["test_resnet"])):
-        done = factor_transfer("distill", *job, "--student", *student, "--out", out, cwd=folder)
-        assert done.returncode == 0, done.stderr
-    for out, more in (("cifar", []), ("timm", ["--formats", "pt2,timm"])):
-        done = factor_transfer("export", out, *more, "--no-latency", cwd=folder)
-        assert done.returncode == 0, done.stderr
+    (folder / "data").symlink_to(cifar10_files)
+    small = {"layers": (1, 1, 1), "channels": (8, 16, 32)}
+    job: dict[str, Any] = {"data": "data", "teacher": "cifar_resnet20", "teacher_args": small, "beta": 0, "epochs": 3,
+                           "threads": 1, "device": "cpu", "batch_size": 64, "lr": 0.05, "log_with": "none"}  # fmt: skip
+    knows = {"teacher_weights": "cifar/teacher.safetensors"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(shipping, "_fresh", lambda request: runtimes.answer({**request, "without": []}))
+        distill(student="cifar_resnet20", student_args=small, teacher_epochs=4, out="cifar", **job)
+        leave_out(patch.setattr)
+        distill(student="test_resnet", out="timm", **job, **knows)
+        for out, formats in (("cifar", ["pt2", "onnx", "onnx-int8"]), ("timm", ["pt2", "timm"])):
+            export_run(Path(out), Choices(formats=formats, latency=False))
     return folder
 
 
@@ -217,7 +208,7 @@ def test_exports__agree_where_only_their_library_is(
         with torch.no_grad():
             wanted = network.module.eval()(images)
         (tmp_path / "images").write_bytes(images.numpy().tobytes())
-        subprocess.run([python, "-c", script, real / file], cwd=tmp_path, check=True, timeout=300)
+        subprocess.run([python, "-E", "-c", script, real / file], cwd=tmp_path, check=True, timeout=300)
         logits = array("f", (tmp_path / "logits").read_bytes())
         got = torch.tensor(logits).view(wanted.shape)
         difference = float((got - wanted).abs().max())
@@ -248,7 +239,7 @@ def test_example__needs_onnxruntime_numpy_and_pillow_alone(
 ) -> None:
     files = sorted((real / "data" / "validation").rglob("*.jpg"))[::100]
     python = environment(tmp_path / "environment", "onnxruntime", "pillow")
-    command = [python, ROOT / "examples" / "predict_onnx.py", real / "cifar/export/student.onnx", *files]
+    command = [python, "-E", ROOT / "examples" / "predict_onnx.py", real / "cifar/export/student.onnx", *files]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     done = factor_transfer("predict", "cifar", *files, "--top", 1, cwd=real)
     assert said == done.stdout.replace(": ", " ")
