@@ -144,6 +144,29 @@ def test_code_fingerprint__tells_apart_what_computes_otherwise(one: Any, other: 
     assert code_fingerprint(one, versions=False) != code_fingerprint(other, versions=False)
 
 
+PAIRS = {  # each on a line of its own, so that nothing but the code tells them apart
+    "bytecode": (lambda x: x + 1, lambda x: x - 1),
+    "constants": (lambda x: x + 1, lambda x: x + 2),
+    "constants of a function within": (lambda x: (y + 1 for y in x), lambda x: (y + 2 for y in x)),
+    "names": (lambda x: x.real, lambda x: x.imag),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_code_fingerprint__of_what_has_no_source_of_its_own_is_that_of_its_code(name: str) -> None:
+    one, other = PAIRS[name]
+    assert code_fingerprint(one) != code_fingerprint(other)
+
+
+def test_code_fingerprint__of_a_function_without_source_is_that_of_its_code() -> None:
+    found = []
+    for text in ("x + 1", "x - 1", "x + 2"):
+        names: dict[str, Any] = {"__name__": "typed_in"}
+        exec(f"def f(x): return {text}", names)
+        found.append(code_fingerprint(names["f"]))
+    assert len(set(found)) == 3
+
+
 def test_code_fingerprint__follows_functions_and_globals() -> None:
     plain = code_fingerprint(Net())
     assert patched("helper", lambda x: x) != plain
