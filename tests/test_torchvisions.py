@@ -37,13 +37,12 @@ FAMILIES: dict[str, tuple[int, str]] = {
     "mobilenet_v3_small": (64, "features"),
     "regnet_y_400mf": (64, "trunk_output"),
     "resnet18": (64, "layer4"),
-    "resnext50_32x4d": (64, "layer4"),
+    "resnext50_32x4d": (64, "layer4"),  # its class is ResNet, as that of Wide ResNets
     "shufflenet_v2_x0_5": (64, "conv5"),
     "swin_t": (64, "permute"),
     "swin_v2_t": (64, "permute"),
     "vgg11": (64, "features"),
     "vit_b_32": (224, "encoder"),
-    "wide_resnet50_2": (64, "layer4"),
 }
 FAST = {"squeezenet1_1"}
 
