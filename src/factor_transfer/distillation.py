@@ -149,7 +149,7 @@ def _work(job: Job) -> None:
         with job.engine.unhurried():  # what fails may fail in one process alone, as for want of disk space
             rehearse(job, pair)
         check_orders(pair, job.data, job.config, job.run, job.engine)
-    job.count(pair)
+    job.count()
     job.teacher(pair.teacher)
     paraphrasers = job.paraphrasers(pair)
     student = job.student(pair, paraphrasers)

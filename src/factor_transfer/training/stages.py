@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -37,7 +38,7 @@ from factor_transfer.training.objective import (
     new_paraphraser,
     trained_up_to,
 )
-from factor_transfer.training.price import price_of
+from factor_transfer.training.price import Price, price_of
 from factor_transfer.training.run_folder import Run
 from factor_transfer.training.schedule import Plan
 from factor_transfer.training.step import DistillationTask, ParaphraserTask, TeacherSide
@@ -157,11 +158,16 @@ class Job:
             for name, factor in zip(numbered("beta", len(factors)), factors, strict=True):
                 self.hold(name, repr(factor.beta), "--beta", "auto set another beta when the run began")
         self.views = self._choose_views()
+        self._pair = pair
         return pair
 
-    def count(self, pair: Pair) -> None:
-        """What the run costs, counted and said; after the rehearsal, which says in words what cannot be computed."""
-        self.price = price_of(self.config, pair, self.objective, self.sample(2))
+    @cached_property
+    def price(self) -> Price:
+        """What the run's parts cost. First asked for after the rehearsal, which says what cannot be computed."""
+        return price_of(self.config, self._pair, self.objective, self.sample(2))
+
+    def count(self) -> None:
+        """Say what the run costs."""
         for line in self.price.lines(self.config):
             say(line)
 
