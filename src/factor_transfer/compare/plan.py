@@ -7,7 +7,7 @@ comes before run i + 1 of any, so that a comparison that ends early is balanced.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -49,6 +49,9 @@ class CompareConfig(Config):
     sweep: Annotated[tuple[str, ...], _COMPARISON] = ()
     """A setting and its values, k=0.5,0.75,1,2: every method on which it acts is run with each. Several sweeps vary one
     setting each, the others as given."""
+    tune: Annotated[int, _COMPARISON, Number(gte=0)] = 0
+    """Trials of each method, on a share of the training images: other learning rates and weights of its own term (of
+    the baseline: weight decay). The best of each is compared, on other seeds. 0: every method as it is given."""
     sweep_on: Annotated[Literal["train-holdout", "validation"], _COMPARISON] = "train-holdout"
     """Images that a sweep is scored on. train-holdout: a share of the training images (--validation-share), for what
     will choose a setting."""
@@ -64,6 +67,31 @@ class CompareConfig(Config):
             )
         if self.baseline:
             raise ConfigError("--baseline", found="a second run of the baseline", hint="name baseline in --methods")
+        if self.tune:
+            self._check_tuning()
+
+    def _check_tuning(self) -> None:
+        """Trials choose something, by images that are not reported on, and with one teacher."""
+        if self.tune == 1:
+            raise ConfigError("--tune 1", found="one trial, among which nothing can be chosen", valid="2 or more")
+        if self.sweep:
+            raise ConfigError(
+                f"--tune {self.tune} with --sweep {self.sweep[0]}",
+                found="two ways to vary settings",
+                valid="one of them: --tune compares what it chooses, --sweep shows every value",
+            )
+        if self.validate_on != "validation":
+            found = "the images that the trials are scored on, so that they would be reported on as well"
+            raise ConfigError(f"--tune {self.tune} with --validate-on {self.validate_on}", found=found)
+        if self.teacher_epochs:
+            raise ConfigError(
+                f"--tune {self.tune} with --teacher-epochs {self.teacher_epochs}",
+                found="a teacher that every learning rate would train anew",
+                hint="train it before, and give --teacher-weights RUN/teacher.safetensors",
+            )
+        if not self.label_weight:
+            found = "students without a trained head, which cannot be scored"
+            raise ConfigError(f"--tune {self.tune} with --label-weight 0", found=found)
 
     def _check_read(self) -> None:
         """Each method has terms of its own: `planned` knows them."""
@@ -115,6 +143,8 @@ class Plan:
     variants: tuple[Variant, ...]
     runs: tuple[PlannedRun, ...]
     folder: Path
+    tuning: Mapping[str, Any] | None = None
+    """The trials of its methods, and what was chosen; see `tuning.py`."""
 
     def variant(self, run: PlannedRun) -> Variant:
         """What a run is a run of."""
@@ -128,8 +158,12 @@ class Plan:
         return named.get((method, str(variant.swept))) or named.get((method, "{}"))
 
 
-def planned(config: CompareConfig) -> Plan:
+def planned(config: CompareConfig, tuning: Mapping[str, Any] | None = None) -> Plan:
     """Every run of a comparison, in order.
+
+    Args:
+        config: what is compared.
+        tuning: trials of its methods, and under `chosen` what each method has otherwise than given.
 
     Raises:
         ConfigError: an unknown method, a setting that cannot be swept, or values that do not fit each other.
@@ -145,6 +179,9 @@ def planned(config: CompareConfig) -> Plan:
     plain = {each.name: settings[each.name] for each in variants if each.matched is None}
     variants = tuple(each for each in variants if each.matched is not None or _first(each.name, plain))
     for each in variants:
+        if tuning is not None:
+            settings[each.name] |= tuning["chosen"][BASELINE if each.alone else each.method]["settings"]
+    for each in variants:
         if each.matched is not None:
             settings[each.name]["views"] = 0  # it needs no cache, so every pass may show it new views
     runs = []
@@ -153,7 +190,7 @@ def planned(config: CompareConfig) -> Plan:
             name = _run_name(folder, each, seed)
             own = settings[each.name] | {"seed": seed, "out": str(folder / name), "overwrite": False}
             runs.append(PlannedRun(name, each.name, seed, Config(**own)))
-    return Plan(config, variants, tuple(runs), folder)
+    return Plan(config, variants, tuple(runs), folder, tuning)
 
 
 def _check_given(config: CompareConfig, methods: Sequence[str], settings: dict[str, dict[str, Any]]) -> None:

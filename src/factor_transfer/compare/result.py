@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from factor_transfer.compare.matched import Costs, costs, finished, methods_matched
-from factor_transfer.compare.plan import REFERENCES, CompareConfig, Plan, PlannedRun, Variant
+from factor_transfer.compare.plan import REFERENCES, CompareConfig, Plan, PlannedRun, Variant, default_folder
 from factor_transfer.compare.shared import shared_in
 from factor_transfer.compare.statistics import Difference, Scores, against, gap_closed, spread, verdict
 from factor_transfer.config import FIELDS, plain
@@ -68,6 +68,7 @@ def outcome(plan: Plan) -> dict[str, Any]:
         "data": {key: value for key, value in asdict(first.data).items() if key != "classes"} if first else {},
         "methods": _methods(plan, found, metric, spent, to),
         "shared_seconds": _shared_seconds(found.values()),
+        "tuning": plan.tuning,
         "jobs": plan.config.jobs,
         "environments": _different([summary.environment for summary in found.values()]),
         "settings": plain({name: getattr(plan.config, name) for name in FIELDS}),
@@ -228,7 +229,8 @@ def _shared_seconds(summaries: Any) -> dict[str, float]:
 def _command(plan: Plan) -> str:
     settings = plain(asdict(plan.config))
     sweeps = "".join(f" --sweep {text}" for text in settings.pop("sweep"))
-    return f"{repeat_command(settings, 'compare', CompareConfig)}{sweeps} --out {plan.folder}"
+    folder = plan.config.out or default_folder(plan.config)
+    return f"{repeat_command(settings, 'compare', CompareConfig)}{sweeps} --out {folder}"
 
 
 def _different(values: Sequence[Any]) -> list[Any]:

@@ -29,6 +29,7 @@ from factor_transfer.compare.matched import STRETCHED, Costs, awaited, costs, fi
 from factor_transfer.compare.plan import CompareConfig, Plan, PlannedRun, planned
 from factor_transfer.compare.result import outcome
 from factor_transfer.compare.shared import TAKEN, needs, shared_in, takes
+from factor_transfer.compare.tuning import trials, tune
 from factor_transfer.compare.words import write_outcome
 from factor_transfer.settings import written_settings
 from factor_transfer.training.engine import stop_signals
@@ -65,9 +66,10 @@ def compare(config: CompareConfig) -> tuple[Path, dict[str, Any]]:
     with locked(plan.folder / "lock"):
         if config.overwrite:
             _delete(plan)
-        for run in plan.runs:
-            _check_settings(run, plan)
-        failures = _Runner(plan).work()
+            _delete(trials(plan, {}))
+        if config.tune:
+            plan = planned(config, tune(plan, _worked))
+        failures = _worked(plan)
         result = outcome(plan)
         write_outcome(plan.folder, result)
     if failures:
@@ -77,6 +79,17 @@ def compare(config: CompareConfig) -> tuple[Path, dict[str, Any]]:
             hint="mend what they say; the same command continues, and the finished runs stay",
         )
     return plan.folder, result
+
+
+def _worked(plan: Plan) -> dict[str, str]:
+    """Run what is not finished of a plan; what failed, and what it said.
+
+    Raises:
+        RunError: runs that are there were made with other settings.
+    """
+    for run in plan.runs:
+        _check_settings(run, plan)
+    return _Runner(plan).work()
 
 
 class _Runner:

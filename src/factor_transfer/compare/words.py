@@ -11,6 +11,7 @@ from factor_transfer.compare.statistics import Gap
 from factor_transfer.method.presets import ALIASES
 from factor_transfer.tasks.classification import Classification
 from factor_transfer.tasks.metric import Metric
+from factor_transfer.util.checks import flag
 from factor_transfer.util.console import say, table
 from factor_transfer.util.files import read_json, write_atomic, write_json
 
@@ -32,6 +33,8 @@ def show_outcome(folder: Path, found: Mapping[str, Any]) -> None:
     _table(_title(found), FIGURES, there, metric)
     if compared:
         _table(f"gains ({metric.points or metric.label}), with their 95 % intervals", DIFFERENCES, compared, metric)
+    if tuning := found.get("tuning"):
+        table(f"trials, on {tuning['scored_on']}", *_trials(tuning, metric))
     for line in _verdicts(found):
         say(line)
     say(f"scored on {found['scored_on']}")
@@ -59,6 +62,7 @@ def in_words(found: Mapping[str, Any]) -> str:
         _note(found),
         f"## Every run, {metric.heading}",
         _markdown(("", *(f"seed {seed}" for seed in seeds)), raw),
+        *_tuning(found.get("tuning"), metric),
         "## Again",
         f"```\n{found['command']}\n```",
         f"Made on: {machines or 'nothing yet'}.",
@@ -120,6 +124,33 @@ def _gap(gap: Gap) -> str:
 
 def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _tuning(tuning: Mapping[str, Any] | None, metric: Metric) -> list[str]:
+    """What was tried before the comparison."""
+    if tuning is None:
+        return []
+    said = (
+        f"Every method was tried as it is given, and with other learning rates and weights, multiplied by the same "
+        f"factors for all; seed {tuning['seed']}, scored on {tuning['scored_on']}. What was chosen is compared above. "
+        "The compute of the trials is not counted."
+    )
+    return ["## Tuning", said, _markdown(*_trials(tuning, metric))]
+
+
+def _trials(tuning: Mapping[str, Any], metric: Metric) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: every trial with its settings and score."""
+    chosen = {each["trial"] for each in tuning["chosen"].values()}
+    rows = [
+        [
+            each["trial"],
+            ", ".join(f"{flag(name)} {value:g}" for name, value in each["settings"].items()) or "as given",
+            "failed" if "failed" in each else metric.number(each["score"]),
+            "chosen" if each["trial"] in chosen else "",
+        ]
+        for each in tuning["trials"]
+    ]
+    return ["trial", "settings", metric.heading, ""], rows
 
 
 def _metric(found: Mapping[str, Any]) -> Metric:
