@@ -29,10 +29,11 @@ torch.set_num_threads(1)  # the networks here are so small that a second thread 
 
 
 LONGEST = [
-    "test_distributed", "test_shipping", "test_quickstart", "test_compare", "test_torchvisions", "test_distillation",
-    "test_terms", "test_compiled", "test_real", "test_machines", "test_kinds", "test_cache", "test_cuda_fake",
-    "test_doctor", "test_content", "test_data", "test_resume", "test_zoo", "test_layers", "test_pairs", "test_cli",
-    "test_crash", "test_kernels", "test_recipes", "test_suggest",
+    "test_distributed", "test_torchvisions", "test_real", "test_quickstart", "test_compare", "test_shipping",
+    "test_distillation", "test_terms", "test_compiled", "test_crash", "test_pairs", "test_docs", "test_kinds",
+    "test_cache", "test_content", "test_machines", "test_doctor", "test_data", "test_cuda_fake", "test_kernels",
+    "test_cli", "test_recipes", "test_zoo", "test_suggest", "test_orders", "test_suite", "test_resume", "test_train",
+    "test_features", "test_layers", "test_identity",
 ]  # fmt: skip
 """Modules that take long, the longest first: begun last, one would leave all processes but its own without work."""
 
