@@ -29,8 +29,8 @@ compare-ablation: .venv/installed  ## the paper's ablations on the same; leaves 
 
 CIFAR10 ?= ../shared
 REAL = $(BIN)/factor-transfer compare --data $(CIFAR10)/cifar10-jpeg --teacher cifar_resnet56 --student cifar_resnet20 \
-	--teacher-weights $(CIFAR10)/checkpoints/resnet56-cifar10-jpeg.safetensors --beta 500 --views 8 --jobs 2 --threads 1 \
-	--log-with none
+	--teacher-weights $(CIFAR10)/checkpoints/resnet56-cifar10-jpeg.safetensors --beta 500 --paraphraser-epochs 6 --views 8 \
+	--jobs 2 --threads 1 --log-with none
 compare-cifar10: .venv/installed  ## the rivals on 10,000 real images, three seeds; about an hour; leaves results/compare-cifar10-10k
 	$(REAL) --train-images 10000 --methods baseline,kd,at,fitnet,ft,ft+kd --epochs 20 --seeds 3 --out runs/compare-cifar10-10k
 	$(call keep,compare-cifar10-10k)

@@ -22,6 +22,7 @@ from torch import Tensor
 from factor_transfer.data.splits import Batch
 from factor_transfer.method.factor_transfer import Translator
 from factor_transfer.method.losses import FactorTransfer, Labels
+from factor_transfer.method.slim import core
 from factor_transfer.networks.features import FrozenTeacher
 from factor_transfer.networks.weights import load_paraphraser
 from factor_transfer.training.cache import CachedTeacher, FactorCache
@@ -36,7 +37,7 @@ BATCHES, SIZE = 40, 128
 def main(shared: Path, checkpoint: Path, paraphraser: Path) -> None:
     """Measure, print, and keep."""
     with measured(shared, images=BATCHES * SIZE) as pair:
-        pair.paraphraser = load_paraphraser(str(paraphraser), channels=64, k=0.5, batch_norm=False)
+        pair.paraphraser = core(load_paraphraser(str(paraphraser), channels=64, k=0.5, batch_norm=False))
         live = pair.frozen(pair.paraphraser)
         batches = list(pair.train.batches(np.array_split(np.arange(BATCHES * SIZE), BATCHES), view=0))
         found: dict[str, Any] = {"rates": rates(pair, batches), "quantisation": {}}

@@ -61,6 +61,7 @@ CASES: dict[str, dict[str, Any]] = {
     "teacher without a head": {"teacher_args": {**SMALL, "num_classes": 0}},
     "teacher of larger images": {"teacher_size": 16},
     "no paraphraser, no translator": {"paraphraser": "none", "translator": "none"},
+    "slim form, kept maps": {"factor_form": "slim", "factor_width": 8, "paraphraser_epochs": "auto"},
     "l2, batch norm in factors, dropout":
         {"reconstruction": "l2", "factor_batch_norm": True, "student_args": DROPPING},
     "student without batch norm": {"student": "convnext_atto", "student_args":

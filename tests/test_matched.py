@@ -28,7 +28,8 @@ PARTS = {"teacher": 60.0, "readers": 10.0, "paraphraser": 20.0, "terms": 5.0, "s
 
 
 def config(**changed: Any) -> CompareConfig:
-    usual = {"teacher": "cifar_resnet56", "student": "cifar_resnet20", "data": "digits", "epochs": 30, "threads": 1}
+    usual = {"teacher": "cifar_resnet56", "student": "cifar_resnet20", "data": "digits", "epochs": 30, "threads": 1,
+             "paraphraser_epochs": 6}  # fmt: skip
     return CompareConfig(**{**usual, **changed})
 
 

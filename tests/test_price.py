@@ -9,7 +9,9 @@ import torch
 
 from factor_transfer.config import Config
 from factor_transfer.networks.pair import Pair, load_side
+from factor_transfer.training.form import with_form
 from factor_transfer.training.objective import Objective, fresh_paraphrasers
+from factor_transfer.training.paraphraser import BATCH, MOST_MAPS, MOST_STEPS
 from factor_transfer.training.price import Price, price_of
 
 ENCODER = 9 * 64 * (64 * 64 + 64 * 32 + 32 * 32)
@@ -19,13 +21,14 @@ ENCODER = 9 * 64 * (64 * 64 + 64 * 32 + 32 * 32)
 def priced(**settings: Any) -> tuple[Price, list[str]]:
     config = Config(data="digits", teacher="cifar_resnet56", student="cifar_resnet20", **settings)
     pair = Pair(load_side("teacher", config, 10, 32), load_side("student", config, 10, 32))
+    config = with_form(config, pair)
     kept = [paraphraser.factor_channels for paraphraser in fresh_paraphrasers(config, pair)]
     price = price_of(config, pair, Objective(config, pair, kept, 10), torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
-    return price, list(price.lines(config))
+    return price, list(price.lines(config, images=1000))
 
 
 def test_price__is_that_of_the_layers() -> None:
-    price, lines = priced()
+    price, lines = priced(paraphraser_epochs=6)
     assert price.terms.multiply_adds == price.readers.multiply_adds == ENCODER
     assert price.paraphraser.multiply_adds == 2 * ENCODER
     assert price.student.parameters == 269_722
@@ -36,7 +39,29 @@ def test_price__is_that_of_the_layers() -> None:
     assert price.live_step == pytest.approx((step + 4 * ENCODER + price.teacher.multiply_adds) / step)
     assert price.paraphraser_pass == pytest.approx((6 * ENCODER + price.teacher.multiply_adds) / step)
     assert f"a step costs {price.live_step:.2f} times" in lines[0]
-    assert f"6 passes cost as much as {6 * price.paraphraser_pass:.1f} passes" in lines[1]
+    assert f"the paraphraser costs {6 * price.paraphraser_pass:.1f} passes" in lines[1]
+    assert "--views auto lowers it" in lines[0]
+
+
+def test_price__of_a_paraphraser_on_kept_maps() -> None:
+    price, lines = priced()
+    teacher, student = price.teacher.multiply_adds, price.student.multiply_adds
+    trained = MOST_STEPS * BATCH * 3 * 2 * ENCODER
+    whole = (1000 * teacher + trained) / (3 * student * 1000)
+    assert price.paraphraser_stage(Config(data="digits", teacher="a", student="b"), 1000) == pytest.approx(whole)
+    assert f"costs at most {whole:.1f} passes" in lines[1]
+    many = price.paraphraser_stage(Config(data="digits", teacher="a", student="b"), 100_000)
+    assert many == pytest.approx((MOST_MAPS * teacher + trained) / (3 * student * 100_000))
+
+
+def test_price__of_the_slim_form() -> None:
+    price, _ = priced(factor_form="slim", factor_width=16)
+    layers = 9 * 64 * (16 * 16 + 16 * 8 + 8 * 8)  # 16 channels to 8, at 8x8
+    assert price.terms.multiply_adds == layers + 64 * 64 * 16
+    assert price.readers.multiply_adds == layers + 64 * 64 * 8  # half as many components as channels
+    assert price.paraphraser.multiply_adds == 2 * layers  # of the reduced map
+    live, _ = priced(factor_form="slim", factor_width=16, paraphraser_epochs=6)
+    assert live.paraphraser.multiply_adds == 2 * layers + 2 * 64 * 64 * 8
 
 
 def test_price__counts_what_the_terms_train_and_read() -> None:

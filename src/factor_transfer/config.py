@@ -188,8 +188,15 @@ class Config(DataConfig):
     """Which of its outputs is trained, measured and exported, where it gives several; named as the teacher's."""
 
     # -- factor transfer
+    factor_form: Annotated[Literal["auto", "paper", "slim"], _in("Factor transfer"), _OF_FACTORS] = "auto"
+    """Layers of paraphraser and translator. paper: the published ones, as wide as the maps. slim: the same on maps that
+    are reduced to --factor-width channels, for networks that end wide. auto: the paper's where they cost little (a step
+    with cached factors at most 1.25 times the student's own, and no more parameters than the networks), else slim."""
+    factor_width: Annotated[int | None, _in("Factor transfer"), Number(gte=2), _OF_FACTORS] = None
+    """Channels that the slim form reduces a wider map to; an even number. Default: 64."""
     k: Annotated[float, _in("Factor transfer"), Number(gt=0, lte=100), _OF_FACTORS] = 0.5
-    """Paraphrase rate: factor channels = round(teacher channels x k). May exceed 1."""
+    """Paraphrase rate: factor channels = round(channels x k), of the teacher's map or, in the slim form, of the reduced
+    one. May exceed 1 in the paper's form."""
     p: Annotated[float, _in("Factor transfer"), Number(gte=1), _OF_TRANSLATOR] = 1.0
     """Norm of the factor difference. The paper's choice is 1; 2 is nearly the same."""
     # Hinton, Vinyals, Dean, arXiv 1503.02531, section 2: (1 - a) x cross-entropy + a x T^2 x KL at temperature T. T = 4
@@ -246,8 +253,10 @@ class Config(DataConfig):
     paraphraser: Annotated[str | None, _in("Factor transfer"), _OF_FACTORS] = None
     """A trained paraphraser to use: paraphraser.safetensors of another run, or the authors' .pth; with commas one for
     each layer. none: no paraphraser, the factor is the teacher's feature map itself."""
-    paraphraser_epochs: Annotated[int, _in("Factor transfer"), _NOT_NEGATIVE, _OF_FACTORS] = 6
-    """Passes of the paraphraser's own training, without labels. 0: it stays as it was drawn."""
+    paraphraser_epochs: Annotated[int | Literal["auto"], _in("Factor transfer"), _NOT_NEGATIVE, _OF_FACTORS] = "auto"
+    """Training of the paraphraser, without labels. auto: on the maps of up to 1,024 images, which the teacher makes
+    once, until the error falls no more. A number: the authors' program, so many passes over all images with a live
+    teacher (theirs has 6); 0 leaves it as it was drawn."""
     paraphraser_lr: Annotated[float, _in("Factor transfer"), _POSITIVE, _OF_FACTORS] = 0.1
     """Its learning rate, held constant."""
 
@@ -352,7 +361,27 @@ class Config(DataConfig):
                 found="a student that would learn nothing",
                 valid="labels, factors, or another term: --kd-weight, --at-weight or --hint-weight above 0",
             )
+        self._check_form()
         self._check_read()
+
+    def _check_form(self) -> None:
+        """The settings of the slim form fit each other, and are given where they do something."""
+        if self.factor_form == "slim" and self.paraphraser == "none":
+            found = "a form of the paraphraser, and no paraphraser"
+            raise ConfigError("--factor-form slim with --paraphraser none", found=found, hint="leave one of them out")
+        if self.factor_form == "slim" and self.k > 1:
+            found = "more factor channels than the maps are reduced to"
+            width = "" if self.factor_width is None else f" --factor-width {self.factor_width}"
+            given = f"--factor-form slim{width} with --k {self.k:g}"
+            raise ConfigError(given, found=found, valid="--k of at most 1, or --factor-form paper")
+        if self.factor_width is None:
+            return
+        if self.factor_form != "slim":
+            given = f"--factor-width {self.factor_width} with --factor-form {self.factor_form}"
+            raise ConfigError(given, found="a width of the slim form alone", hint="give --factor-form slim beside it")
+        if self.factor_width % 2:
+            found = "an odd number: each component of a map takes two channels"
+            raise ConfigError(f"--factor-width {self.factor_width}", found=found, valid=f"{self.factor_width + 1}")
 
     def _check_read(self) -> None:
         """What would do nothing without a term that reads it has one."""

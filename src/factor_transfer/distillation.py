@@ -186,7 +186,7 @@ def finish(job: Job, pair: Pair, student: Side, baseline: Side | None) -> None:
             classes=list(data.classes),
         ),
         fingerprints=run.pins(),
-        settings=job.config.to_dict(),
+        settings=job.given.to_dict(),
         environment=run.environment(),
     )
     write_json(run.path("summary.json"), summary.to_json())

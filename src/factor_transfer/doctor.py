@@ -127,7 +127,7 @@ def quick(config: Config, pair: Pair, images: Tensor) -> Iterator[Finding]:
     """
     channels = pair.teacher.shape[0]
     kept = factor_channels(channels, config.k)
-    if config.beta and config.paraphraser != "none" and kept < channels / 8:
+    if config.beta and config.paraphraser != "none" and config.factor_form == "paper" and kept < channels / 8:
         found = f"{kept} factor channels for {channels} of the teacher's: little of its map is left"
         yield Finding("warning", f"--k {config.k:g}: {found}", "the paper uses --k 0.5 to 1")
     for name in ("lr", "paraphraser_lr"):
@@ -157,7 +157,7 @@ def _look(config: Config, modules: Modules, found: Diagnosis, nowhere: Run) -> N
         found.findings.append(Finding("warning", what, "a larger --img-size, or an earlier --teacher-layer"))
     if count_parameters(pair.student.network.module) >= count_parameters(pair.teacher.network.module):
         found.findings.append(Finding("warning", "the student is no smaller than the teacher", "a smaller --student"))
-    found.findings += quick(config, pair, images)
+    found.findings += quick(job.config, pair, images)
     network = pair.teacher.network
     rehearse(job, pair)
     levels: dict[Role, Level] = {"teacher": "error", "student": "warning"}  # a student's head will be trained
@@ -283,7 +283,7 @@ def _losses(job: Job, pair: Pair, found: Diagnosis) -> Iterator[Finding]:
         rows += [("shapes", maps), ("beta", f"{factor.beta:g}: its term is at most {factor.bound:.3g}")]
     view = 2 * sum(math.prod(shape or ()) for shape in objective.outputs.values())
     rows += [
-        *_price(price_of(config, pair, objective, job.sample(2)), config),
+        *_price(price_of(config, pair, objective, job.sample(2)), config, len(data.train)),
         ("a pass of the student", f"about {seconds * steps:,.0f} s ({steps:,} steps), {job.engine.memory()}"),
         ("factor cache", f"{view * len(data.train) / 1e9:.2f} GB a view; --views {job.views or 'not in use'}"),
     ]
@@ -291,13 +291,13 @@ def _losses(job: Job, pair: Pair, found: Diagnosis) -> Iterator[Finding]:
     yield from _weights(config, sizes, norms)
 
 
-def _price(price: Price, config: Config) -> list[Sequence[str]]:
+def _price(price: Price, config: Config, images: int) -> list[Sequence[str]]:
     """What the parts cost, in multiply-adds of one image's forward pass; and a step, beside the student's alone."""
     rows: list[Sequence[str]] = []
     for name, part in (("teacher", price.teacher), ("paraphraser", price.paraphraser), ("terms", price.terms),
                        ("student", price.student)):  # fmt: skip
         rows.append((name, f"{part.multiply_adds / 1e6:,.2f} million multiply-adds, {part.parameters:,} parameters"))
-    rows += [("price", line.partition(": ")[2]) for line in price.lines(config)]
+    rows += [("price", line.partition(": ")[2]) for line in price.lines(config, images)]
     return rows
 
 

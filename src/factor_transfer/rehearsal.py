@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from factor_transfer.config import plain
 from factor_transfer.export.formats import export_pt2, metadata_of, plain_copy
-from factor_transfer.method.factor_transfer import Paraphraser
+from factor_transfer.method.factor_transfer import Straight
 from factor_transfer.method.term import Reader
 from factor_transfer.networks.features import FrozenTeacher
 from factor_transfer.networks.pair import Pair, Side, check_can_teach
@@ -106,13 +106,13 @@ def _teacher(pair: Pair, readers: Mapping[str, Reader] | None = None, also: tupl
 
 def _paraphrasers(job: Job, pair: Pair) -> list[tuple[ParaphraserTask, str]]:
     config = job.config
-    if config.paraphraser is not None or not config.paraphraser_epochs:
+    if config.paraphraser is not None or config.paraphraser_epochs == 0:
         return []
     fresh = zip(fresh_paraphrasers(config, pair), pair.each(), strict=False)
     return [
         (ParaphraserTask(paraphraser, _teacher(each), config.reconstruction), f"--teacher-layer {each.teacher.layer}")
         for paraphraser, each in fresh
-        if isinstance(paraphraser, Paraphraser)
+        if not isinstance(paraphraser, Straight)
     ]
 
 

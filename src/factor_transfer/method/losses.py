@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from factor_transfer.config import Config
 from factor_transfer.method.factor_transfer import (
-    Paraphraser,
     Straight,
     Translator,
     factor_loss_bound,
@@ -23,6 +22,7 @@ from factor_transfer.method.factor_transfer import (
     portable_beta,
 )
 from factor_transfer.method.health import relative_variety
+from factor_transfer.method.slim import WIDTH, AnyParaphraser, SlimTranslator
 from factor_transfer.method.term import Given, Group, Reader, StudentOutputs, Term, align, numbered
 from factor_transfer.util.arguments import imported, is_callable_name
 from factor_transfer.util.errors import ConfigError
@@ -192,6 +192,27 @@ class Factor(NamedTuple):
         return self.beta * factor_loss_bound(self.elements, self.p)
 
 
+def width_of(config: Config, channels: int) -> int | None:
+    """W that the slim form reduces a map of so many channels to; None where the paper's layers read it as it is.
+
+    With --factor-form auto that is the paper's form: `form.with_form` puts what it chooses in its place.
+
+    >>> slim = Config(data="digits", teacher="a", student="b", factor_form="slim")
+    >>> width_of(slim, 1280), width_of(slim, 64)
+    (64, None)
+    """
+    width = config.factor_width or WIDTH
+    return width if config.factor_form == "slim" and channels > width else None
+
+
+def drawn_translator(config: Config, own: int, channels: int) -> Translator | SlimTranslator:
+    """From so many `own` channels of the student to so many of the factor, in the form that the settings name."""
+    width, batch_norm = width_of(config, own), config.factor_batch_norm
+    if width is None:
+        return Translator(own, channels, batch_norm)
+    return SlimTranslator(own, channels, batch_norm, width)
+
+
 def new_translator(config: Config, layers: Group, channels: int, part: str) -> nn.Module:
     """From the student's channels to so many of the factor; its weights belong to --seed and the name of the part.
 
@@ -201,9 +222,10 @@ def new_translator(config: Config, layers: Group, channels: int, part: str) -> n
     theirs, own = layers.channels
     if config.translator == "conv":
         with seeded(part_seed(config.seed, part)):
-            return Translator(own, channels, config.factor_batch_norm)
+            return drawn_translator(config, own, channels)
     if own != channels:
-        fits = f"--k {own / theirs:.6g}, which makes {own} factor channels" if config.paraphraser != "none" else None
+        read = width_of(config, theirs) or theirs
+        fits = f"--k {own / read:.6g}, which makes {own} factor channels" if config.paraphraser != "none" else None
         raise ConfigError(
             "--translator none",
             found=f"{own} channels of the student's {layers.student}, {channels} of the factor",
@@ -221,7 +243,7 @@ class Encoded(Reader):
         paraphraser: trained.
     """
 
-    def __init__(self, layer: str, size: tuple[int, int], paraphraser: Paraphraser | Straight) -> None:
+    def __init__(self, layer: str, size: tuple[int, int], paraphraser: AnyParaphraser | Straight) -> None:
         super().__init__(layer, size)
         self.paraphraser = paraphraser
         self.shape = (paraphraser.factor_channels, *size)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from factor_transfer.method.factor_transfer import Paraphraser, factor_channels, load_reference_paraphraser
 from factor_transfer.method.health import not_finite
+from factor_transfer.method.slim import AnyParaphraser, SlimParaphraser
 from factor_transfer.networks.layers import conv_head
 from factor_transfer.networks.weightfiles import Tensors, identify, read_tensors, split_key
 from factor_transfer.util.errors import ModelError, listed, near
@@ -73,7 +74,9 @@ def check_finite(module: nn.Module, given: str) -> None:
         )
 
 
-def load_paraphraser(path: str | Path, *, channels: int, k: float, batch_norm: bool = False) -> Paraphraser:
+def load_paraphraser(
+    path: str | Path, *, channels: int, k: float, batch_norm: bool = False, width: int | None = None
+) -> AnyParaphraser:
     """A trained paraphraser: `paraphraser.safetensors` of a run, or the authors' published `.pth`.
 
     Args:
@@ -81,23 +84,14 @@ def load_paraphraser(path: str | Path, *, channels: int, k: float, batch_norm: b
         channels: channels C of the teacher's map that it must fit.
         k: the paraphrase rate that it must have.
         batch_norm: whether it must have batch norm.
+        width: channels that it must reduce the map to, in the slim form; None: the paper's form.
 
     Raises:
         ModelError: it is missing, unreadable, or made for another size.
     """
     given = f"--paraphraser {path}"
-    kind = identify(Path(path), given)
-    if kind.reader is None:
-        raise ModelError(given, found=kind.what, valid="paraphraser.safetensors of a run", hint=kind.hint)
-    if kind.reader == "safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                sizes = json.loads((file.metadata() or {})["paraphraser"])
-            paraphraser = Paraphraser(**sizes)
-        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise ModelError(
-                given, found=f"no paraphraser ({error})", valid="paraphraser.safetensors of a run"
-            ) from error
+    paraphraser = _unloaded(path, given)
+    if paraphraser is not None:
         load_weights(paraphraser, path, given)
     else:
         read_tensors(Path(path), given)  # it raises the errors of the file itself
@@ -105,7 +99,8 @@ def load_paraphraser(path: str | Path, *, channels: int, k: float, batch_norm: b
             paraphraser = load_reference_paraphraser(path)
         except ModelError as error:
             raise ModelError(given, found=error.found, valid=error.valid) from error
-    wanted = channels, factor_channels(channels, k)
+    _check_form(given, getattr(paraphraser, "width", None), width)
+    wanted = channels, factor_channels(width or channels, k)
     found = paraphraser.in_channels, paraphraser.factor_channels
     if found != wanted:
         raise ModelError(
@@ -120,9 +115,47 @@ def load_paraphraser(path: str | Path, *, channels: int, k: float, batch_norm: b
     return paraphraser
 
 
-def paraphraser_metadata(paraphraser: Paraphraser) -> dict[str, str]:
+def width_in(path: str | Path) -> int | None:
+    """The width that the slim paraphraser in a file reduces maps to; None where it has the paper's form.
+
+    Raises:
+        ModelError: there is no paraphraser in the file.
+    """
+    found = _unloaded(path, f"--paraphraser {path}")
+    return found.width if isinstance(found, SlimParaphraser) else None
+
+
+def _unloaded(path: str | Path, given: str) -> AnyParaphraser | None:
+    """The paraphraser that a run's file holds, without its weights; None for a torch file, such as the authors'."""
+    kind, valid = identify(Path(path), given), "paraphraser.safetensors of a run"
+    if kind.reader is None:
+        raise ModelError(given, found=kind.what, valid=valid, hint=kind.hint)
+    if kind.reader != "safetensors":
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            sizes = json.loads((file.metadata() or {})["paraphraser"])
+        return SlimParaphraser(**sizes) if "width" in sizes else Paraphraser(**sizes)
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise ModelError(given, found=f"no paraphraser ({error})", valid=valid) from error
+
+
+def _check_form(given: str, found: int | None, wanted: int | None) -> None:
+    """That a paraphraser reduces its map to the wanted width; None: not at all."""
+    if found == wanted:
+        return
+    words = [
+        f"one of the slim form, which reduces the map to {width} channels" if width else "one of the paper's form"
+        for width in (found, wanted)
+    ]
+    form = f"--factor-form slim --factor-width {found}" if found else "--factor-form paper"
+    raise ModelError(given, found=words[0], valid=words[1], hint=f"give {form}, or leave --paraphraser out")
+
+
+def paraphraser_metadata(paraphraser: AnyParaphraser) -> dict[str, str]:
     """What `load_paraphraser` reads back: its sizes, for the header of its file."""
-    sizes = {name: getattr(paraphraser, name) for name in ("in_channels", "factor_channels", "batch_norm")}
+    names = ("in_channels", "factor_channels", "batch_norm", "width")
+    sizes = {name: getattr(paraphraser, name) for name in names if hasattr(paraphraser, name)}
     return {"paraphraser": json.dumps(sizes)}
 
 

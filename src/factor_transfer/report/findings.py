@@ -18,7 +18,9 @@ from factor_transfer.config import Config
 from factor_transfer.data.dataset import Dataset
 from factor_transfer.data.splits import Batch
 from factor_transfer.data.views import spaced
-from factor_transfer.method.factor_transfer import Paraphraser, Translator, normalize_factor
+from factor_transfer.method.factor_transfer import normalize_factor
+from factor_transfer.method.losses import drawn_translator, width_of
+from factor_transfer.method.slim import AnyParaphraser
 from factor_transfer.method.term import align
 from factor_transfer.networks.features import Tapped, feature_shape
 from factor_transfer.networks.load import Network
@@ -49,7 +51,7 @@ class Nets:
     """Those with a trained head; the others give features."""
     tapped: dict[str, Tapped] = field(default_factory=dict)
     size: tuple[int, int] = (1, 1)
-    paraphraser: Paraphraser | None = None
+    paraphraser: AnyParaphraser | None = None
     translator: nn.Module | None = None
     missing: dict[str, str] = field(default_factory=dict)
 
@@ -108,7 +110,13 @@ def _read_back(folder: Path, config: Config, summary: Summary, modules: Modules)
     nets.size = min(teacher[0], student[0]), min(teacher[1], student[1])
     try:
         file = str(folder / "paraphraser.safetensors")
-        nets.paraphraser = load_paraphraser(file, channels=channels, k=config.k, batch_norm=config.factor_batch_norm)
+        nets.paraphraser = load_paraphraser(
+            file,
+            channels=channels,
+            k=config.k,
+            batch_norm=config.factor_batch_norm,
+            width=width_of(config, channels),
+        )
     except FactorTransferError as error:
         nets.missing["paraphraser"] = str(error)
         return nets
@@ -118,7 +126,7 @@ def _read_back(folder: Path, config: Config, summary: Summary, modules: Modules)
     if not (folder / "translator.safetensors").exists():
         nets.missing["translator"] = "the run was made by a version that did not keep it (no translator.safetensors)"
         return nets
-    translator = Translator(own, nets.paraphraser.factor_channels, config.factor_batch_norm)
+    translator = drawn_translator(config, own, nets.paraphraser.factor_channels)
     try:
         load_weights(translator, folder / "translator.safetensors", str(folder / "translator.safetensors"))
         nets.translator = translator

@@ -35,7 +35,8 @@ from factor_transfer.config import plain
 from factor_transfer.data.dataset import Dataset
 from factor_transfer.data.pixels import decoders
 from factor_transfer.data.store import Store
-from factor_transfer.method.factor_transfer import Paraphraser, Straight
+from factor_transfer.method.factor_transfer import Straight
+from factor_transfer.method.slim import AnyParaphraser
 from factor_transfer.networks.features import FrozenTeacher
 from factor_transfer.networks.pair import Pair
 from factor_transfer.training.engine import Engine
@@ -211,7 +212,7 @@ def behind_cache(
 
 def identity_of(
     pair: Pair,
-    paraphrasers: Sequence[Paraphraser | Straight],
+    paraphrasers: Sequence[AnyParaphraser | Straight],
     objective: Objective,
     data: Dataset,
     engine: Engine,

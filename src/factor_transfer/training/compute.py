@@ -117,7 +117,7 @@ def compute_of(
     for stage, record in records.items():
         found = dict(record)
         if "images" not in found and found.get("seconds"):  # trained by a version that counted no images
-            if stage == "hint":
+            if stage == "hint" or (stage.startswith("paraphraser") and settings["paraphraser_epochs"] == "auto"):
                 return None
             found["images"] = _images(stage, price, settings, train, records)
         if "images" in found:

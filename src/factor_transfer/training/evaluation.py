@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from factor_transfer.data.splits import Batch, Split
-from factor_transfer.method.factor_transfer import Paraphraser
 from factor_transfer.method.health import DEAD, relative_variety
+from factor_transfer.method.slim import AnyParaphraser, core
 from factor_transfer.tasks.base import Task
 from factor_transfer.training.engine import Engine
 from factor_transfer.util.console import say, warn
@@ -99,10 +99,11 @@ def _shown(split: Split, batch_size: int, engine: Engine) -> Iterator[Batch]:
 
 @torch.no_grad()
 def evaluate_paraphraser(
-    paraphraser: Paraphraser, teacher: nn.Module, images: Split, engine: Engine, *, batch_size: int
+    paraphraser: AnyParaphraser, teacher: nn.Module, images: Split, engine: Engine, *, batch_size: int
 ) -> dict[str, float]:
-    """`relative_error`: the mean absolute reconstruction error over that of the mean feature map; `factor_variety`: how
-    much the factor varies over images, as a share of how much the feature map does.
+    """`relative_error`: the mean absolute reconstruction error over that of the mean map; `factor_variety`: how much
+    the factor varies over images, as a share of how much the map does. In the slim form that is the reduced map, and
+    `variance_kept` is the reduction's share of the whole map's variance.
 
     Two passes, so that no set of feature maps has to fit into memory; every process sees all images.
 
@@ -114,22 +115,31 @@ def evaluate_paraphraser(
         batch_size: images a step.
     """
     engine.place(paraphraser).eval()
+    layers, reduction = core(paraphraser), getattr(paraphraser, "reduction", None)
 
-    def features() -> Iterator[Tensor]:
+    def whole() -> Iterator[Tensor]:
         chunks = np.array_split(np.arange(len(images)), -(-len(images) // batch_size))
         for batch in images.batches(chunks, view=None):
             with engine.autocast():
                 feature = teacher(batch.image.to(engine.device))["feature"]  # (B, C, H, W)
             yield feature.float()
 
-    mean = torch.stack([feature.sum(0) for feature in features()]).sum(0) / len(images)
-    error = spread = variety = 0.0
-    for feature in features():
-        factor = paraphraser.encode(feature)
-        error += float((paraphraser.decode(factor) - feature).abs().sum())
-        spread += float((feature - mean).abs().sum())
-        variety += float(relative_variety(factor, feature)) * len(feature) / len(images)
-    return {"relative_error": error / max(spread, 1e-12), "factor_variety": variety}
+    def reduced(feature: Tensor) -> Tensor:
+        return feature if reduction is None else reduction(feature)
+
+    mean = torch.stack([reduced(feature).sum(0) for feature in whole()]).sum(0) / len(images)
+    error = spread = variety = lost = variance = 0.0
+    for feature in whole():
+        shown = reduced(feature)
+        factor = layers.encode(shown)
+        error += float((layers.decode(factor) - shown).abs().sum())
+        spread += float((shown - mean).abs().sum())
+        variety += float(relative_variety(factor, shown)) * len(feature) / len(images)
+        if reduction is not None:
+            lost += float((reduction.expand(shown) - feature).square().sum())
+            variance += float((feature - reduction.mean[:, None, None]).square().sum())
+    kept = {} if reduction is None else {"variance_kept": 1 - lost / max(variance, 1e-12)}
+    return {"relative_error": error / max(spread, 1e-12), "factor_variety": variety, **kept}
 
 
 def chunks_of(indices: np.ndarray, size: int) -> list[np.ndarray]:
@@ -139,6 +149,8 @@ def chunks_of(indices: np.ndarray, size: int) -> list[np.ndarray]:
 
 def say_paraphraser(name: str, found: Mapping[str, float]) -> None:
     """Say how good a paraphraser is."""
+    if "variance_kept" in found:
+        say(f"{name}: the reduced map keeps {100 * found['variance_kept']:.0f} % of the teacher's map's variance")
     say(f"{name}: its reconstruction error is {found['relative_error']:.3f} of a mean predictor's")
     if found.get("factor_variety", 1.0) < DEAD:
         share = f"{found['factor_variety']:.1e} of the variety of the teacher's maps"

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from factor_transfer.config import Config
 from factor_transfer.method.factor_transfer import Paraphraser, Straight, factor_channels
-from factor_transfer.method.losses import Encoded, FactorTransfer, Hint
+from factor_transfer.method.losses import Encoded, FactorTransfer, Hint, width_of
 from factor_transfer.method.presets import BASELINE
+from factor_transfer.method.slim import AnyParaphraser, SlimParaphraser, core, start_as_identity
 from factor_transfer.method.term import Given, Group, Reader, Term, numbered
 from factor_transfer.networks.features import Tapped, feature_map, untrained
 from factor_transfer.networks.layers import find_groups
@@ -25,15 +26,26 @@ from factor_transfer.util.errors import ConfigError
 from factor_transfer.util.seeds import part_seed, seeded
 
 
-def new_paraphraser(config: Config, pair: Pair, file: str | None, part: str = "paraphraser") -> Paraphraser | Straight:
+def new_paraphraser(
+    config: Config, pair: Pair, file: str | None, part: str = "paraphraser"
+) -> AnyParaphraser | Straight:
     """Of a pair of layers: from a file, or with fresh weights, which belong to --data-seed and the name of the part."""
     channels = pair.teacher.shape[0]
     if config.paraphraser == "none":
         return Straight(channels)
+    width = width_of(config, channels)
     if file is not None:
-        return load_paraphraser(file, channels=channels, k=config.k, batch_norm=config.factor_batch_norm)
+        return load_paraphraser(file, channels=channels, k=config.k, batch_norm=config.factor_batch_norm, width=width)
     with seeded(part_seed(config.data_seed, part)):
-        return Paraphraser(channels, factor_channels(channels, config.k), config.factor_batch_norm)
+        kept, batch_norm = factor_channels(width or channels, config.k), config.factor_batch_norm
+        paraphraser: AnyParaphraser
+        if width is None:
+            paraphraser = Paraphraser(channels, kept, batch_norm)
+        else:
+            paraphraser = SlimParaphraser(channels, kept, batch_norm, width)
+    if config.paraphraser_epochs == "auto":
+        start_as_identity(core(paraphraser))
+    return paraphraser
 
 
 def named_paraphrasers(config: Config, pair: Pair) -> list[tuple[str, Pair, str | None]]:
@@ -55,7 +67,7 @@ def named_paraphrasers(config: Config, pair: Pair) -> list[tuple[str, Pair, str 
     return list(zip(numbered("paraphraser", len(pairs)), pairs, files, strict=True))
 
 
-def fresh_paraphrasers(config: Config, pair: Pair) -> list[Paraphraser | Straight]:
+def fresh_paraphrasers(config: Config, pair: Pair) -> list[AnyParaphraser | Straight]:
     """Of every pair of layers, as they are given, or drawn; none, where no factor is transferred."""
     return [new_paraphraser(config, each, file, part) for part, each, file in named_paraphrasers(config, pair)]
 
@@ -126,7 +138,7 @@ class Objective:
         """The only term of the first stage."""
         return Hint.fresh(self._given)
 
-    def readers(self, paraphrasers: Sequence[Paraphraser | Straight]) -> dict[str, Reader]:
+    def readers(self, paraphrasers: Sequence[AnyParaphraser | Straight]) -> dict[str, Reader]:
         """How the teacher's outputs are made that the terms read, besides its logits."""
         found = {name: reader for term in self.terms for name, reader in term.readers().items()}
         names = numbered("factor", len(self.factors))

@@ -17,10 +17,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from factor_transfer.config import Config
-from factor_transfer.method.factor_transfer import Paraphraser
+from factor_transfer.method.factor_transfer import Straight
+from factor_transfer.method.slim import AnyParaphraser, SlimParaphraser
 from factor_transfer.networks.load import count_parameters
 from factor_transfer.networks.pair import Pair
+from factor_transfer.training.form import DEAREST_STEP
 from factor_transfer.training.objective import Objective, fresh_paraphrasers
+from factor_transfer.training.paraphraser import BATCH, MOST_MAPS, MOST_STEPS
 from factor_transfer.training.step import DistillationTask, TeacherSide
 
 Found = TypeVar("Found")
@@ -102,18 +105,35 @@ class Price:
             "baseline": (3 * student, 0.0),
         }[stage]
 
-    def lines(self, config: Config) -> Iterator[str]:
-        """What a user is told before training."""
+    def paraphraser_stage(self, config: Config, images: int) -> float:
+        """The whole training of the paraphrasers, in passes of the student alone over so many images; at most."""
+        if config.paraphraser is not None or not self.paraphraser.parameters:
+            return 0.0
+        if config.paraphraser_epochs != "auto":
+            return config.paraphraser_epochs * self.paraphraser_pass
+        shown = self.layers * min(images, MOST_MAPS) * self.teacher.multiply_adds
+        trained = MOST_STEPS * BATCH * 3 * self.paraphraser.multiply_adds
+        return (shown + trained) / (3 * self.student.multiply_adds * images)
+
+    def lines(self, config: Config, images: int) -> Iterator[str]:
+        """What a user is told before training on so many images."""
         if not self.taught:
             return
         step = f"{self.live_step:.2f} times the student's alone with a live teacher"
         if self.cached:
             step += f", {self.cached_step:.2f} with its outputs on disk (--views)"
-        yield f"price, in multiply-adds: a step costs {step}"
-        passes = config.paraphraser_epochs if config.paraphraser is None else 0
-        if self.paraphraser.parameters and passes:
-            whole = passes * self.paraphraser_pass
-            yield f"price: the paraphraser's {passes} passes cost as much as {whole:.1f} passes of the student alone"
+        yield f"price, in multiply-adds: a step costs {step}{self._advice(config)}"
+        if whole := self.paraphraser_stage(config, images):
+            most = "at most " if config.paraphraser_epochs == "auto" else ""
+            yield f"price: to train the paraphraser costs {most}{whole:.1f} passes of the student alone"
+
+    def _advice(self, config: Config) -> str:
+        """The flag that lowers the price of a step, where there is one."""
+        if self.terms.multiply_adds and config.factor_form == "paper" and self.cached_step > DEAREST_STEP:
+            return "; --factor-form slim lowers it"
+        if self.cached and not config.views and self.live_step > DEAREST_STEP:
+            return "; --views auto lowers it"
+        return ""
 
     def to_json(self) -> dict[str, Any]:
         """For summary.json: the parts, and the ratios."""
@@ -151,8 +171,8 @@ def price_of(config: Config, pair: Pair, objective: Objective, images: Tensor) -
     whole = 0.0
     for paraphraser, each in zip(paraphrasers, pair.each(), strict=False):
         feature = torch.zeros(1, each.teacher.shape[0], *each.size)
-        if isinstance(paraphraser, Paraphraser):
-            whole += _counted(lambda p=paraphraser, f=feature: p(f), feature)[1]  # type: ignore[misc]
+        if not isinstance(paraphraser, Straight):
+            whole += _trained(paraphraser, feature, kept=config.paraphraser_epochs == "auto")
     return Price(
         teacher=Part(multiply_adds=alone, parameters=count_parameters(side.network)),
         readers=Part(multiply_adds=frozen - alone, parameters=count_parameters(side.readers)),
@@ -179,6 +199,14 @@ def _hint(pair: Pair, objective: Objective, images: Tensor) -> Part:
     labels = torch.zeros(len(images), dtype=torch.long)
     _, counted = _counted(lambda: trainee(images, labels, outputs), images)
     return Part(multiply_adds=counted, parameters=count_parameters(trainee))
+
+
+def _trained(paraphraser: AnyParaphraser, feature: Tensor, *, kept: bool) -> float:
+    """Multiply-adds of what a paraphraser's training computes of one map; of a reduced one where maps are kept."""
+    if kept and isinstance(paraphraser, SlimParaphraser):
+        feature = torch.zeros(1, paraphraser.width, *feature.shape[-2:])
+        return _counted(lambda: paraphraser.inner(feature), feature)[1]
+    return _counted(lambda: paraphraser(feature), feature)[1]
 
 
 def _counted(run: Callable[[], Found], images: Tensor) -> tuple[Found, float]:

@@ -40,7 +40,12 @@ from factor_transfer.util.files import locked, read_json, sha256_file, sweep, wr
 FREE = free(Config)
 """Settings that may differ when a run is continued: they change no result, or what they name is fingerprinted."""
 
-DEFAULTS = {each.name: plain(each.default) for each in fields(Config) if each.default is not MISSING}
+BEFORE_FORMS = {"factor_form": "paper", "paraphraser_epochs": 6}
+"""What was usual before these settings could be `auto`."""
+
+DEFAULTS = {each.name: plain(each.default) for each in fields(Config) if each.default is not MISSING} | {
+    "factor_form": BEFORE_FORMS["factor_form"]
+}
 """Values of settings that the config.json of an older run may lack."""
 
 IDENTITY = "2"
@@ -267,6 +272,8 @@ def saved_config(folder: Path) -> Config:
         name: tuple(value) if isinstance(value, list) else value
         for name, value in _mapping(folder / "config.json").items()
     }
+    if values.setdefault("factor_form", DEFAULTS["factor_form"]) == "auto":
+        values["factor_form"] = Run(folder).pins().get("factor form", "auto")  # what it chose
     try:
         return Config(**values)
     except (TypeError, ConfigError) as error:
@@ -336,8 +343,11 @@ def _continue_or_begin(run: Run, config: Config, now: Mapping[str, Any]) -> None
             valid="a run of this version",
             hint="continue it with the version that began it, or give another --out, or --overwrite",
         )
-    there, here = DEFAULTS | _mapping(run.path("config.json")), config.to_dict()
+    saved, here = _mapping(run.path("config.json")), config.to_dict()
+    there = DEFAULTS | saved
     other = [name for name in here if name not in FREE and there.get(name) != here[name]]
+    if run.summary is not None and "factor_form" not in saved:
+        other = [name for name in other if here[name] != "auto" or there[name] != BEFORE_FORMS.get(name)]
     if other:
         raise RunError(
             f"--out {run.folder}",

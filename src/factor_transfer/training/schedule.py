@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -35,6 +36,8 @@ class Plan:
     """Keep an average of the weights over steps (--model-ema)."""
     constant: bool = False
     """Hold the learning rate (the paraphraser's program) instead of following --sched."""
+    enough: Callable[[Sequence[float], int], bool] | None = None
+    """Whether to end before the last pass: of the mean losses of the passes so far, and the steps of a pass."""
 
 
 def optimizer_and_schedule(

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from factor_transfer.config import Config
 from factor_transfer.data.dataset import open_data
 from factor_transfer.data.views import VERSION, Transform
-from factor_transfer.method.factor_transfer import Paraphraser, Straight
+from factor_transfer.method.factor_transfer import Straight
 from factor_transfer.method.losses import FactorTransfer
+from factor_transfer.method.slim import AnyParaphraser
 from factor_transfer.method.term import Reader, Term, numbered
 from factor_transfer.networks.compiled import Compiled, check_compiler, check_exports
 from factor_transfer.networks.features import FrozenTeacher
@@ -31,6 +32,7 @@ from factor_transfer.training.cache import CachedTeacher, behind_cache, choose_v
 from factor_transfer.training.compute import counted
 from factor_transfer.training.engine import Engine
 from factor_transfer.training.evaluation import evaluate, evaluate_paraphraser, say_paraphraser
+from factor_transfer.training.form import WHY, with_form
 from factor_transfer.training.objective import (
     Objective,
     fresh_paraphrasers,
@@ -38,10 +40,11 @@ from factor_transfer.training.objective import (
     new_paraphraser,
     trained_up_to,
 )
+from factor_transfer.training.paraphraser import train_paraphraser
 from factor_transfer.training.price import Price, price_of
 from factor_transfer.training.run_folder import Run
 from factor_transfer.training.schedule import Plan
-from factor_transfer.training.step import DistillationTask, ParaphraserTask, TeacherSide
+from factor_transfer.training.step import DistillationTask, TeacherSide
 from factor_transfer.training.trainer import Trainer, check_shares, training_chunks
 from factor_transfer.util.arguments import written
 from factor_transfer.util.console import say, warn
@@ -72,6 +75,8 @@ class Job:
         self, config: Config, engine: Engine, run: Run, modules: Modules, transform: Transform | None = None
     ) -> None:
         self.config, self.engine, self.run, self.modules = config, engine, run, modules
+        self.given = config
+        """The settings as they are given; `config` has the form that --factor-form auto chose."""
         self._compiled: dict[str, Compiled] = {}
         self.task = task_of(config.task)
         self.data = open_data(config, lambda: own_size(modules.get("student", config.student)), transform)
@@ -151,6 +156,10 @@ class Job:
                 say(f"{side.role}: {side.network.name}, layer {side.layer}, {feature}")
             if each.size == (1, 1):
                 warn("the maps meet at 1x1: factors say what and not where (try another layer, or a larger --img-size)")
+        self.config = with_form(self.config, pair)
+        self.hold("factor form", self.config.factor_form, "--factor-form", "auto chose another when the run began")
+        if self.config.factor_form != self.given.factor_form and self.config.beta:
+            say(f"--factor-form auto: the {self.config.factor_form} form ({WHY[self.config.factor_form]})")
         kept = [paraphraser.factor_channels for paraphraser in fresh_paraphrasers(self.config, pair)]
         self.objective = Objective(self.config, pair, kept, len(self.data.classes))
         if self.config.beta == "auto":
@@ -168,7 +177,7 @@ class Job:
 
     def count(self) -> None:
         """Say what the run costs."""
-        for line in self.price.lines(self.config):
+        for line in self.price.lines(self.config, len(self.data.train)):
             say(line)
 
     def _choose_views(self) -> int:
@@ -251,7 +260,7 @@ class Job:
 
     # -- stage 1: the paraphraser
 
-    def paraphrasers(self, pair: Pair) -> list[Paraphraser | Straight]:
+    def paraphrasers(self, pair: Pair) -> list[AnyParaphraser | Straight]:
         """One for each pair of layers; none, where no factor is transferred."""
         if not self.config.beta:
             say("no factor transfer (--beta 0), so no paraphraser")
@@ -261,19 +270,22 @@ class Job:
             return fresh_paraphrasers(self.config, pair)
         return [self._paraphraser(name, each, file) for name, each, file in named_paraphrasers(self.config, pair)]
 
-    def _paraphraser(self, name: str, pair: Pair, file: str | None) -> Paraphraser:
+    def _paraphraser(self, name: str, pair: Pair, file: str | None) -> AnyParaphraser:
         """The trained paraphraser, given in a file or trained here without labels; its error is measured either way."""
         config, run = self.config, self.run
         found = self.recorded(name)
         file = str(run.path(f"{name}.safetensors")) if found else file
         paraphraser = new_paraphraser(config, pair, file, name)
-        assert isinstance(paraphraser, Paraphraser)
+        assert not isinstance(paraphraser, Straight)
         if config.paraphraser is not None and found is None:
             weights = state_fingerprint(paraphraser.state_dict())
             self.hold(name, weights, "--paraphraser", "holds other weights than when the run began")
         if found is None:
             teacher = self._teacher_side(pair)
-            training = self._train_paraphraser(name, paraphraser, teacher) if file is None else {"seconds": 0.0}
+            training: dict[str, Any] = {"seconds": 0.0}
+            if file is None:
+                shown = self.data.train, self.views, self.engine, config, run
+                training = train_paraphraser(name, paraphraser, teacher, *shown)
             with self.engine.unhurried():  # each process sees all images, and one may be slower
                 quality = evaluate_paraphraser(
                     paraphraser, teacher, self.data.validation, self.engine, batch_size=config.batch_size
@@ -286,22 +298,9 @@ class Job:
         say_paraphraser(name, found)
         return paraphraser
 
-    def _train_paraphraser(self, stage: str, paraphraser: Paraphraser, teacher: nn.Module) -> dict[str, Any]:
-        config = self.config
-        plan = Plan(
-            stage=stage,
-            epochs=config.paraphraser_epochs,
-            lr=config.paraphraser_lr,
-            seed=config.data_seed,
-            views=self.views,
-            constant=True,
-        )
-        task = ParaphraserTask(paraphraser, teacher, config.reconstruction)
-        return Trainer(task, plan, self.data.train, self.engine, config, self.run).fit().record()
-
     # -- stages 2 and 3: the student, and its baseline
 
-    def student(self, pair: Pair, paraphrasers: Sequence[Paraphraser | Straight]) -> Side:
+    def student(self, pair: Pair, paraphrasers: Sequence[AnyParaphraser | Straight]) -> Side:
         """The student, by the terms that the settings name: by Factor Transfer, if there are paraphrasers."""
         teacher = self._teacher_side(pair, self.objective.readers(paraphrasers))
         found = {**self.objective.record, "views": self.views}

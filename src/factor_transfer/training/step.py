@@ -14,8 +14,9 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from factor_transfer.method.factor_transfer import Paraphraser, Straight, reconstruction_loss
+from factor_transfer.method.factor_transfer import Straight, reconstruction_loss
 from factor_transfer.method.health import DEAD
+from factor_transfer.method.slim import AnyParaphraser
 from factor_transfer.method.term import Reader, StudentOutputs, Term, align
 from factor_transfer.networks.features import Tapped
 
@@ -39,7 +40,7 @@ class TeacherSide(nn.Module):
         network: Tapped,
         norm: nn.Module,
         size: tuple[int, int],
-        paraphraser: Paraphraser | Straight | None = None,
+        paraphraser: AnyParaphraser | Straight | None = None,
         readers: Mapping[str, Reader] | None = None,
     ) -> None:
         super().__init__()
@@ -139,7 +140,7 @@ class ParaphraserTask(TrainingTask):  # type: ignore[misc] # timm ships no types
 
     trainable_module: nn.Module
 
-    def __init__(self, paraphraser: Paraphraser, teacher: nn.Module, norm: Literal["l1", "l2"] = "l1") -> None:
+    def __init__(self, paraphraser: AnyParaphraser, teacher: nn.Module, norm: Literal["l1", "l2"] = "l1") -> None:
         super().__init__(verbose=False)
         self.trainable_module, self.teacher, self.norm = paraphraser, teacher, norm
 

@@ -131,11 +131,16 @@ class Trainer:
             self.objective.trainable_module = self.engine.wrap(self.module)
             self._collect()
             with stop_signals() as stop:
-                while self.progress.epoch < self.plan.epochs:
+                while self.progress.epoch < self.plan.epochs and not self._enough():
                     self.run_pass(stop)
                     self._leave(self.engine.largest(stop.signum))
             self.objective.trainable_module = self.module
         return self.progress
+
+    def _enough(self) -> bool:
+        """Whether the plan ends training here, by the passes that are written down, as the first process says."""
+        losses = [row["loss"] for row in self.run.metrics(self.plan.stage)] if self.plan.enough else []
+        return self.plan.enough is not None and self.engine.told(self.plan.enough(losses, self.steps))
 
     @contextmanager
     def _all_reached(self) -> Iterator[None]:
