@@ -57,7 +57,7 @@ def main() -> None:
 def priced(config: Config, size: int) -> dict[str, Any]:
     """The price of one pair, with the form that is chosen and the teacher's map."""
     pair = Pair(load_side("teacher", config, 10, size), load_side("student", config, 10, size))
-    config = with_form(config, pair)
+    config, _ = with_form(config, pair)
     kept = [paraphraser.factor_channels for paraphraser in fresh_paraphrasers(config, pair)]
     objective = Objective(config, pair, kept, 10)
     price = price_of(config, pair, objective, torch.zeros(2, 3, size, size, dtype=torch.uint8))

@@ -29,7 +29,7 @@ def main(folder: Path) -> None:
     found = {"alone": [*folder.glob("alone-s*"), *folder.glob("baseline-s*")], "ft": [*folder.glob("ft-s*")]}
     curves = {name: [curve(run) for run in sorted(runs)] for name, runs in found.items()}
     config = read_json(next(folder.glob("ft-s*/summary.json")))["settings"]
-    before = config["paraphraser_epochs"] * times["paraphraser"]
+    before = config["paraphraser_epochs"] * times["paraphraser"]  # of runs that give a number of passes
     fills = min(config["views"], config["epochs"])
 
     def cost(name: str, passes: int) -> float:

@@ -256,7 +256,7 @@ class Config(DataConfig):
     paraphraser_epochs: Annotated[int | Literal["auto"], _in("Factor transfer"), _NOT_NEGATIVE, _OF_FACTORS] = "auto"
     """Training of the paraphraser, without labels. auto: on the maps of up to 1,024 images, which the teacher makes
     once, until the error falls no more. A number: the authors' program, so many passes over all images with a live
-    teacher (theirs has 6); 0 leaves it as it was drawn."""
+    teacher (theirs has 6); 0 leaves its layers as they were drawn."""
     paraphraser_lr: Annotated[float, _in("Factor transfer"), _POSITIVE, _OF_FACTORS] = 0.1
     """Its learning rate, held constant."""
 

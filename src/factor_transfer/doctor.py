@@ -33,6 +33,8 @@ from factor_transfer.config import Config, Rgb
 from factor_transfer.data.dataset import Dataset
 from factor_transfer.data.splits import Batch, Sample, Split
 from factor_transfer.method.factor_transfer import factor_channels
+from factor_transfer.method.losses import width_of
+from factor_transfer.method.slim import WIDTH
 from factor_transfer.method.term import StudentOutputs
 from factor_transfer.networks.features import FrozenTeacher, maps, tensor_in, watching
 from factor_transfer.networks.layers import follower
@@ -125,10 +127,14 @@ def quick(config: Config, pair: Pair, images: Tensor) -> Iterator[Finding]:
         pair: teacher and student.
         images: a few, uint8 (B, 3, H, W).
     """
-    channels = pair.teacher.shape[0]
+    channels = width_of(config, pair.teacher.shape[0]) or pair.teacher.shape[0]
     kept = factor_channels(channels, config.k)
-    if config.beta and config.paraphraser != "none" and config.factor_form == "paper" and kept < channels / 8:
-        found = f"{kept} factor channels for {channels} of the teacher's: little of its map is left"
+    sides = [side for each in pair.each() for side in (each.teacher, each.student)]
+    if config.factor_form == "slim" and config.beta and not any(width_of(config, side.shape[0]) for side in sides):
+        what = f"--factor-form slim: no map has more than {config.factor_width or WIDTH} channels, so none is reduced"
+        yield Finding("warning", what, "leave it out, or give a smaller --factor-width")
+    if config.beta and config.paraphraser != "none" and kept < channels / 8:
+        found = f"{kept} factor channels for {channels} that the paraphraser reads: little of the map is left"
         yield Finding("warning", f"--k {config.k:g}: {found}", "the paper uses --k 0.5 to 1")
     for name in ("lr", "paraphraser_lr"):
         adaptive = "adam" in config.opt or config.opt.startswith(("lion", "lamb"))
@@ -136,7 +142,7 @@ def quick(config: Config, pair: Pair, images: Tensor) -> Iterator[Finding]:
         if adaptive and getattr(config, name) > 0.02 and not unused:
             what = f"{flag(name)} {getattr(config, name):g} with --opt {config.opt}: such optimizers diverge there"
             yield Finding("warning", what, f"{flag(name)} 1e-3")
-    for side in [side for each in pair.each() for side in (each.teacher, each.student)]:
+    for side in sides:
         after = follower(side.network.module, side.layer, deepcopy(side.network.norm).cpu()(images[:2]))
         if after is not None:
             what = f"--{side.role}-layer {side.layer}: {after} is applied to it: the end of its group comes later"

@@ -34,6 +34,10 @@ SWEPT = swept(Config)
 """Settings that a comparison may vary: those that change a result, and are not the protocol's own."""
 
 
+FORM_DEPENDS = frozenset({"k", "paraphraser", "translator"})
+"""Settings that --factor-form auto heeds: a sweep of one takes the paper's form, if none is given."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig(Config):
     """All of `factor-transfer compare`."""
@@ -171,6 +175,8 @@ def planned(config: CompareConfig, tuning: Mapping[str, Any] | None = None) -> P
     base: dict[str, Any] = {name: getattr(config, name) for name in FIELDS}
     if config.sweep:
         base["validate_on"] = config.sweep_on
+    if config.factor_form == "auto" and FORM_DEPENDS.intersection(_sweeps(config.sweep)):
+        base["factor_form"] = "paper"  # or the values would be compared in different forms
     folder = Path(config.out or default_folder(config))
     methods = _methods(config.methods)
     variants = _variants(methods, _sweeps(config.sweep))

@@ -33,7 +33,7 @@ from factor_transfer.compare.tuning import trials, tune
 from factor_transfer.compare.words import write_outcome
 from factor_transfer.settings import written_settings
 from factor_transfer.training.engine import stop_signals
-from factor_transfer.training.run_folder import DEFAULTS, FREE, Run
+from factor_transfer.training.run_folder import DEFAULTS, FREE, Run, same_before_forms
 from factor_transfer.training.summary import read_summary
 from factor_transfer.util.checks import flag
 from factor_transfer.util.console import say, warn
@@ -243,16 +243,22 @@ def _beside(run: PlannedRun, ending: str) -> Path:
     return run.folder.with_name(run.name + ending)
 
 
-def _saved(run: PlannedRun) -> dict[str, Any] | None:
-    """The settings of the run that is there; None where nothing was computed."""
+def _written(run: PlannedRun) -> dict[str, Any] | None:
+    """The settings that the run which is there wrote down; None where nothing was computed."""
     folder = run.folder
     if (folder / "summary.json").exists():
-        found = read_json(folder / "summary.json").get("settings", {})
+        found: dict[str, Any] = read_json(folder / "summary.json").get("settings", {})
     elif Run(folder).begun and (folder / "config.json").exists():
         found = read_json(folder / "config.json")
     else:
         return None
-    return {**DEFAULTS, **found}
+    return found
+
+
+def _saved(run: PlannedRun) -> dict[str, Any] | None:
+    """The settings of the run that is there; None where nothing was computed."""
+    found = _written(run)
+    return None if found is None else {**DEFAULTS, **found}
 
 
 def _taken_by(run: PlannedRun) -> dict[str, Any]:
@@ -292,6 +298,9 @@ def _check_settings(run: PlannedRun, plan: Plan) -> None:
         matched = matched_settings(plan, run, costs(plan, shared_in(plan.runs), finished(plan)))
         here, skip = here | (matched or {}), skip.union(() if matched else STRETCHED)
     other = [name for name in here if name not in skip and saved.get(name) != here[name]]
+    if run.finished:
+        own = _written(run) or {}
+        other = [name for name in other if not same_before_forms(name, own, here[name])]
     if other:
         differing = "; ".join(f"{flag(name)} {saved.get(name)} there, {here[name]} here" for name in other)
         raise RunError(

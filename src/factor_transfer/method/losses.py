@@ -225,7 +225,8 @@ def new_translator(config: Config, layers: Group, channels: int, part: str) -> n
             return drawn_translator(config, own, channels)
     if own != channels:
         read = width_of(config, theirs) or theirs
-        fits = f"--k {own / read:.6g}, which makes {own} factor channels" if config.paraphraser != "none" else None
+        able = config.paraphraser != "none" and (read == theirs or own <= read)
+        fits = f"--k {own / read:.6g}, which makes {own} factor channels" if able else None
         raise ConfigError(
             "--translator none",
             found=f"{own} channels of the student's {layers.student}, {channels} of the factor",

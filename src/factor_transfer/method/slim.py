@@ -24,7 +24,10 @@ from factor_transfer.method.factor_transfer import Paraphraser, Translator
 from factor_transfer.util.errors import TrainingError
 
 WIDTH = 64
-"""W where the settings do not say: the width of the paper's CIFAR-10 networks."""
+"""W where the settings do not say: what the CIFAR ResNets of the authors' program end with."""
+
+FITTED = 8192
+"""Places of maps (vectors of C numbers) from which the components are found; 2 C where that is more."""
 
 
 class Reduction(nn.Module):
@@ -60,12 +63,15 @@ class Reduction(nn.Module):
     def fit(self, maps: Tensor) -> Reduction:
         """Find the components of maps (B, C, H, W'), in float64 on the CPU. The reduced maps' mean square becomes 1.
 
+        Of more than `FITTED` places, evenly spaced ones are taken; of 2 C, where that is more.
+
         Raises:
             TrainingError: the maps are not finite, or all alike.
         """
-        vectors = maps.detach().cpu().double().movedim(1, -1).flatten(0, -2)  # (B x H x W', C)
+        vectors = maps.detach().cpu().movedim(1, -1).flatten(0, -2)  # (B x H x W', C)
+        vectors = vectors[:: max(1, len(vectors) // max(FITTED, 2 * vectors.shape[1]))].double()
         mean = vectors.mean(0)
-        covariance = (vectors - mean).T @ (vectors - mean) / len(vectors)
+        covariance = torch.cov(vectors.T, correction=0)
         spread = float(covariance.diagonal().sum())
         if not 0 < spread < torch.inf:
             found = "maps that are all alike" if spread == 0 else "maps that are not finite"
@@ -81,9 +87,10 @@ class Reduction(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         """(B, C, H, W') -> (B, W, H, W'): each component's positive part, and beside it its negative part."""
-        kernel, shift = self.components / self.scale, -(self.components @ self.mean) / self.scale
-        parts = F.conv2d(feature.to(kernel.dtype), kernel[:, :, None, None], shift)  # (B, W / 2, H, W')
-        return torch.stack([parts, -parts], 2).flatten(1, 2).relu()
+        with torch.autocast(feature.device.type, enabled=False):  # bf16 would lose the spread beside a large mean
+            kernel, shift = self.components / self.scale, -(self.components @ self.mean) / self.scale
+            parts = F.conv2d(feature.to(kernel.dtype), kernel[:, :, None, None], shift)  # (B, W / 2, H, W')
+            return torch.stack([parts, -parts], 2).flatten(1, 2).relu()
 
     def expand(self, reduced: Tensor) -> Tensor:
         """The map of a reduced one: (B, W, H, W') -> (B, C, H, W')."""

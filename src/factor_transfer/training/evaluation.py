@@ -156,7 +156,7 @@ def say_paraphraser(name: str, found: Mapping[str, float]) -> None:
         share = f"{found['factor_variety']:.1e} of the variety of the teacher's maps"
         warn(
             f"the {name} is collapsed: its factor is nearly the same for every image ({share}), so it teaches "
-            "nothing: try a lower --paraphraser-lr, more --paraphraser-epochs or more --k"
+            "nothing: try a lower --paraphraser-lr or more --k"
         )
     elif found["relative_error"] > POOR_RECONSTRUCTION:
-        warn(f"the {name} learned little: try more --paraphraser-epochs, another --paraphraser-lr or more --k")
+        warn(f"the {name} learned little: try another --paraphraser-lr, more --k, or passes by --paraphraser-epochs 20")

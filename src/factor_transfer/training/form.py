@@ -15,46 +15,62 @@ from factor_transfer.networks.load import count_parameters
 from factor_transfer.networks.pair import Pair, Side
 from factor_transfer.networks.weights import width_in
 from factor_transfer.training.objective import named_paraphrasers
+from factor_transfer.training.run_folder import formed
 
 DEAREST_STEP = 1.25
 """The paper's form is taken where a step with cached factors costs at most so many steps of the student alone."""
 
-WHY = {
-    "paper": "its layers cost little beside the student, or are asked for by other settings",
-    "slim": "the paper's layers would cost more than a quarter of the student's step, or outweigh the networks",
-}
-"""Why `auto` chooses a form, in words."""
 
+def with_form(config: Config, pair: Pair, before: str | None = None) -> tuple[Config, str]:
+    """The settings, with the form chosen where --factor-form is `auto`; and why, in words.
 
-def with_form(config: Config, pair: Pair) -> Config:
-    """The settings, with the form chosen where --factor-form is `auto`.
+    What a run chose `before`, when it began, stays.
 
     The paper's form is chosen where its translators make a step at most `DEAREST_STEP` times as dear as the student's
     own, and paraphrasers and translators hold no more parameters than teacher and student. It is also chosen where no
     map is wide enough to be reduced, and where the settings ask for what the slim form cannot do: more factor channels
-    than the map has, or no paraphraser or translator. Of a paraphraser that is given as a file, its own form is chosen.
+    than the map has, or no paraphraser or translator. A paraphraser of a wide map that is given as a file has a form,
+    and decides.
     """
-    if config.factor_form != "auto":
-        return config
+    if config.factor_form != "auto" or before is not None:
+        return formed(config, before), "as --factor-form says, or as the run began"
+    paper = replace(config, factor_form="paper")
     if not config.beta or config.k > 1 or config.paraphraser == "none" or config.translator == "none":
-        return replace(config, factor_form="paper")
-    if config.paraphraser is not None:
+        return paper, "as other settings ask for it"
+    if not any(is_wide(side.shape[0]) for each in pair.each() for side in (each.teacher, each.student)):
+        return paper, f"no map has more than {WIDTH} channels"
+    if config.paraphraser is not None and any(is_wide(each.teacher.shape[0]) for each in pair.each()):
         files = [file for _, _, file in named_paraphrasers(config, pair) if file is not None]
         width = next(filter(None, map(width_in, files)), None)
-        return replace(config, factor_form="slim" if width else "paper", factor_width=width)
-    if all(side.shape[0] <= WIDTH for each in pair.each() for side in (each.teacher, each.student)):
-        return replace(config, factor_form="paper")
-    translators = encoders = paraphrasers = 0
+        form = paper if width is None else replace(config, factor_form="slim", factor_width=width)
+        return form, "that of the file of --paraphraser"
+    step, larger = _price_of_the_papers(config, pair)
+    if step <= DEAREST_STEP and not larger:
+        return paper, f"a step with cached factors costs {step:.2f} times the student's"
+    why = f"a step would cost {step:.2f} times the student's" if step > DEAREST_STEP else larger
+    return replace(config, factor_form="slim"), f"in the paper's form {why}"
+
+
+def is_wide(channels: int) -> bool:
+    """Whether the slim form, at its usual width, reduces a map of so many channels."""
+    return channels > WIDTH
+
+
+def _price_of_the_papers(config: Config, pair: Pair) -> tuple[float, str]:
+    """A step in the paper's form, as a multiple of the student's; and what has too many parameters, or nothing."""
+    translators = trained = paraphrasers = 0
     for each in pair.each():
         kept = factor_channels(each.teacher.shape[0], config.k)
         own = paper_weights(each.student.shape[0], kept)
-        encoders += own
+        trained += own
         translators += own * each.size[0] * each.size[1]
         paraphrasers += 2 * paper_weights(each.teacher.shape[0], kept)
-    step = 1 + translators / multiply_adds(pair.student)
-    small = paraphrasers <= count_parameters(pair.teacher.network.module)
-    small &= encoders <= count_parameters(pair.student.network.module)
-    return replace(config, factor_form="paper" if step <= DEAREST_STEP and small else "slim")
+    larger = ""
+    if paraphrasers > count_parameters(pair.teacher.network.module):
+        larger = "the paraphraser would be larger than the teacher"
+    elif trained > count_parameters(pair.student.network.module):
+        larger = "the translator would be larger than the student"
+    return 1 + translators / max(multiply_adds(pair.student), 1), larger
 
 
 def paper_weights(channels: int, kept: int) -> int:
@@ -68,8 +84,8 @@ def paper_weights(channels: int, kept: int) -> int:
 
 @torch.no_grad()
 def multiply_adds(side: Side) -> float:
-    """Of a network's forward pass for one image, counted on a copy of it in eval mode."""
+    """Of a network's forward pass for one image, counted on a copy of it in eval mode, and on two images."""
     module = deepcopy(side.network.module).cpu().eval()
     with FlopCounterMode(display=False) as counter:
-        module(torch.zeros(1, 3, *side.network.size))
-    return float(counter.get_total_flops()) / 2  # torch counts a product and its sum as two
+        module(torch.zeros(2, 3, *side.network.size))
+    return float(counter.get_total_flops()) / 2 / 2  # torch counts a product and its sum as two

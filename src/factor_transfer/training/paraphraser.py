@@ -10,7 +10,7 @@ Shapes: B samples, C channels, H x W the feature map.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from factor_transfer.config import Config
 from factor_transfer.data.splits import Batch, Sample, Split
 from factor_transfer.data.views import permutation
-from factor_transfer.method.slim import AnyParaphraser, SlimParaphraser, core
+from factor_transfer.method.slim import FITTED, AnyParaphraser, SlimParaphraser, core
 from factor_transfer.training.engine import Engine
 from factor_transfer.training.evaluation import chunks_of
 from factor_transfer.training.run_folder import Run
@@ -34,11 +34,11 @@ from factor_transfer.util.console import say
 MOST_MAPS, MOST_BYTES = 1024, 512_000_000
 """Images whose maps are kept: at most so many, and at most so much of memory, in float32."""
 
-FITTED = 8192
-"""Places of maps (vectors of C numbers) from which the slim form's components are found; 2 C where that is more."""
-
 BATCH = 16
 """Maps a step. Small steps are what so few maps allow many of."""
+
+PASS_STEPS = 50
+"""Steps of a pass, at least: few maps are shown several times in each."""
 
 MOST_STEPS, COMPARED_STEPS, LESS = 1000, 100, 0.95
 """Training ends after so many steps, or once the mean error of a pass is more than `LESS` times that of the pass at
@@ -46,17 +46,30 @@ least `COMPARED_STEPS` steps before it."""
 
 
 class KeptMaps(Split):
-    """A teacher's maps in the place of images: float32 (N, C, H, W). There are no views of them."""
+    """A teacher's maps in the place of images: float32 (N, C, H, W), so many `times`. There are no views of them."""
 
-    def __init__(self, maps: Tensor) -> None:
-        self.maps, self.labels = maps, np.zeros(len(maps), np.int64)
+    def __init__(self, maps: Tensor, times: int = 1) -> None:
+        self.maps, self.labels = maps, np.zeros(times * len(maps), np.int64)
 
     def batches(self, chunks: Iterable[np.ndarray], view: int | None) -> Iterator[Batch]:
         """See `Split`; a batch's `image` is its maps."""
         for chunk in chunks:
             index = torch.from_numpy(np.array(chunk, np.int64))
-            maps = self.maps[index].contiguous(memory_format=torch.channels_last)
+            maps = self.maps[index % len(self.maps)].contiguous(memory_format=torch.channels_last)
             yield Batch(maps, torch.zeros(len(index), dtype=torch.int64), index)
+
+
+class Layers(nn.Module):
+    """What is trained on kept maps: the paper's layers. Checkpoints hold the slim form's components beside them."""
+
+    def __init__(self, paraphraser: AnyParaphraser) -> None:
+        super().__init__()
+        self.paraphraser = paraphraser
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """The reconstruction of a map, or of a reduced one: (B, C, H, W) -> (B, C, H, W)."""
+        found: Tensor = core(self.paraphraser)(feature)
+        return found
 
 
 class Kept(nn.Module):
@@ -93,15 +106,16 @@ def train_paraphraser(
         Seconds, and the images of teacher and paraphraser.
 
     Raises:
-        TrainingError: the teacher's maps are not finite, or all alike.
+        TrainingError: the maps of which a slim paraphraser's components are found are not finite, or all alike.
     """
     plan = Plan(stage=stage, epochs=0, lr=config.paraphraser_lr, seed=config.data_seed, views=views, constant=True)
     if config.paraphraser_epochs == "auto":
-        shown: Split = keep_maps(paraphraser, teacher, train, engine, config)
-        config = replace(config, batch_size=max(BATCH, 4 * engine.processes))
-        passes = math.ceil(MOST_STEPS / len(training_chunks(np.arange(len(shown)), config.batch_size)))
-        plan, asked = replace(plan, epochs=passes, views=0, enough=settled), len(shown)
-        task = ParaphraserTask(core(paraphraser), Kept(), config.reconstruction)
+        kept = keep_maps(paraphraser, teacher, train, engine, config, run.load_checkpoint(stage))
+        shown: Split = kept
+        config = replace(config, batch_size=max(BATCH, 2 * engine.processes))
+        passes = max(1, MOST_STEPS // len(training_chunks(np.arange(len(shown)), config.batch_size)))
+        plan, asked = replace(plan, epochs=passes, views=0, enough=settled), len(kept.maps)
+        task = ParaphraserTask(Layers(paraphraser), Kept(), config.reconstruction)
     else:
         plan, shown = replace(plan, epochs=config.paraphraser_epochs), train
         asked = find_components(paraphraser, teacher, train, engine, config)
@@ -113,7 +127,12 @@ def train_paraphraser(
 
 
 def keep_maps(
-    paraphraser: AnyParaphraser, teacher: nn.Module, train: Split, engine: Engine, config: Config
+    paraphraser: AnyParaphraser,
+    teacher: nn.Module,
+    train: Split,
+    engine: Engine,
+    config: Config,
+    checkpoint: Mapping[str, Any] | None = None,
 ) -> KeptMaps:
     """What a paraphraser is trained on. A slim one's components are found first, from the first of the maps.
 
@@ -123,17 +142,24 @@ def keep_maps(
         train: the images; a sample of them is shown once, each in its first view.
         engine: device and processes. All processes compute all maps, and take the first one's components.
         config: --data-seed owns the order, --batch-size is the teacher's.
+        checkpoint: of a training that is continued, whose components are taken instead of new ones.
     """
     sample, kept = Sample(train, MOST_MAPS), list[Tensor]()
     say(f"paraphraser: the teacher makes the maps of {len(sample):,} images, once")
     features = _features(teacher, sample, engine, config)
     if isinstance(paraphraser, SlimParaphraser):
-        features = chain(_fit(paraphraser, features, engine), features)
+        begins, there = "paraphraser.reduction.", dict(checkpoint["module"]) if checkpoint is not None else {}
+        components = {name.removeprefix(begins): there[name] for name in there if name.startswith(begins)}
+        if components:
+            paraphraser.reduction.load_state_dict(components)
+        else:
+            features = chain(_fit(paraphraser, features, engine), features)
     for feature in features:
         kept.append(paraphraser.reduction(feature) if isinstance(paraphraser, SlimParaphraser) else feature)
         if sum(each.nbytes for each in kept) >= MOST_BYTES:
             break
-    return KeptMaps(torch.cat(kept))
+    count = sum(map(len, kept))
+    return KeptMaps(torch.cat(kept), times=-(-PASS_STEPS * BATCH // count))
 
 
 def find_components(

@@ -129,11 +129,13 @@ class Price:
 
     def _advice(self, config: Config) -> str:
         """The flag that lowers the price of a step, where there is one."""
-        if self.terms.multiply_adds and config.factor_form == "paper" and self.cached_step > DEAREST_STEP:
-            return "; --factor-form slim lowers it"
+        flags = []
+        able = config.k <= 1 and config.paraphraser is None and config.translator == "conv"
+        if config.factor_form == "paper" and config.beta and able and self.cached_step > DEAREST_STEP:
+            flags.append("--factor-form slim")
         if self.cached and not config.views and self.live_step > DEAREST_STEP:
-            return "; --views auto lowers it"
-        return ""
+            flags.append("--views auto")
+        return f"; {' and '.join(flags)} would lower it" if flags else ""
 
     def to_json(self) -> dict[str, Any]:
         """For summary.json: the parts, and the ratios."""

@@ -22,7 +22,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,9 @@ DEFAULTS = {each.name: plain(each.default) for each in fields(Config) if each.de
     "factor_form": BEFORE_FORMS["factor_form"]
 }
 """Values of settings that the config.json of an older run may lack."""
+
+FORM = "factor form"
+"""The pin of the form that paraphraser and translator have."""
 
 IDENTITY = "2"
 """Raise it when a fingerprint of `Run.pin` is made otherwise, so that it cannot be compared with earlier ones."""
@@ -272,14 +275,36 @@ def saved_config(folder: Path) -> Config:
         name: tuple(value) if isinstance(value, list) else value
         for name, value in _mapping(folder / "config.json").items()
     }
-    if values.setdefault("factor_form", DEFAULTS["factor_form"]) == "auto":
-        values["factor_form"] = Run(folder).pins().get("factor form", "auto")  # what it chose
+    values.setdefault("factor_form", DEFAULTS["factor_form"])
     try:
-        return Config(**values)
+        return formed(Config(**values), Run(folder).pins().get(FORM))
     except (TypeError, ConfigError) as error:
         raise RunError(
             str(folder / "config.json"), found=f"settings of another version, or damaged: {error}"
         ) from error
+
+
+def form_of(config: Config) -> str:
+    """The form that paraphraser and translator have, as it is pinned: `paper`, `slim`, or `slim 32`."""
+    return " ".join(str(part) for part in (config.factor_form, config.factor_width) if part is not None)
+
+
+def formed(config: Config, form: str | None) -> Config:
+    """The settings with what --factor-form auto chose, as `form_of` tells it.
+
+    >>> formed(Config(data="digits", teacher="a", student="b"), "slim 32").factor_width
+    32
+    """
+    if form is None or config.factor_form != "auto":
+        return config
+    name, _, width = form.partition(" ")
+    chosen: Any = name
+    return replace(config, factor_form=chosen, factor_width=int(width) if width else None)
+
+
+def same_before_forms(name: str, saved: Mapping[str, Any], here: Any) -> bool:
+    """Whether a setting that is `auto` now stands for what a run of before there was a choice had."""
+    return "factor_form" not in saved and here == "auto" and saved.get(name, DEFAULTS[name]) == BEFORE_FORMS.get(name)
 
 
 def saved_summary(folder: Path) -> dict[str, Any]:
@@ -346,8 +371,8 @@ def _continue_or_begin(run: Run, config: Config, now: Mapping[str, Any]) -> None
     saved, here = _mapping(run.path("config.json")), config.to_dict()
     there = DEFAULTS | saved
     other = [name for name in here if name not in FREE and there.get(name) != here[name]]
-    if run.summary is not None and "factor_form" not in saved:
-        other = [name for name in other if here[name] != "auto" or there[name] != BEFORE_FORMS.get(name)]
+    if run.summary is not None:
+        other = [name for name in other if not same_before_forms(name, saved, here[name])]
     if other:
         raise RunError(
             f"--out {run.folder}",

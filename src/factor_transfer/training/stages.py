@@ -32,7 +32,7 @@ from factor_transfer.training.cache import CachedTeacher, behind_cache, choose_v
 from factor_transfer.training.compute import counted
 from factor_transfer.training.engine import Engine
 from factor_transfer.training.evaluation import evaluate, evaluate_paraphraser, say_paraphraser
-from factor_transfer.training.form import WHY, with_form
+from factor_transfer.training.form import with_form
 from factor_transfer.training.objective import (
     Objective,
     fresh_paraphrasers,
@@ -42,7 +42,7 @@ from factor_transfer.training.objective import (
 )
 from factor_transfer.training.paraphraser import train_paraphraser
 from factor_transfer.training.price import Price, price_of
-from factor_transfer.training.run_folder import Run
+from factor_transfer.training.run_folder import FORM, Run, form_of
 from factor_transfer.training.schedule import Plan
 from factor_transfer.training.step import DistillationTask, TeacherSide
 from factor_transfer.training.trainer import Trainer, check_shares, training_chunks
@@ -156,10 +156,11 @@ class Job:
                 say(f"{side.role}: {side.network.name}, layer {side.layer}, {feature}")
             if each.size == (1, 1):
                 warn("the maps meet at 1x1: factors say what and not where (try another layer, or a larger --img-size)")
-        self.config = with_form(self.config, pair)
-        self.hold("factor form", self.config.factor_form, "--factor-form", "auto chose another when the run began")
-        if self.config.factor_form != self.given.factor_form and self.config.beta:
-            say(f"--factor-form auto: the {self.config.factor_form} form ({WHY[self.config.factor_form]})")
+        before = self.engine.told(self.run.pins().get(FORM))
+        self.config, why = with_form(self.config, pair, before)
+        self.hold(FORM, form_of(self.config), "--factor-form", "was another when the run began")
+        if self.given.factor_form == "auto" and self.config.beta and before is None:
+            say(f"--factor-form auto: the {self.config.factor_form} form ({why})")
         kept = [paraphraser.factor_channels for paraphraser in fresh_paraphrasers(self.config, pair)]
         self.objective = Objective(self.config, pair, kept, len(self.data.classes))
         if self.config.beta == "auto":

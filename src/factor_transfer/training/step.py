@@ -133,14 +133,14 @@ class ParaphraserTask(TrainingTask):  # type: ignore[misc] # timm ships no types
     """The paraphraser's objective: reconstruct the frozen teacher's feature map, without labels (equation 1).
 
     Args:
-        paraphraser: what is trained.
+        paraphraser: what is trained: it gives the reconstruction of a feature map.
         teacher: a frozen `TeacherSide` without paraphraser.
         norm: the reconstruction loss, `l1` or `l2`.
     """
 
     trainable_module: nn.Module
 
-    def __init__(self, paraphraser: AnyParaphraser, teacher: nn.Module, norm: Literal["l1", "l2"] = "l1") -> None:
+    def __init__(self, paraphraser: nn.Module, teacher: nn.Module, norm: Literal["l1", "l2"] = "l1") -> None:
         super().__init__(verbose=False)
         self.trainable_module, self.teacher, self.norm = paraphraser, teacher, norm
 
