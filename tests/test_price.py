@@ -9,7 +9,7 @@ import torch
 
 from factor_transfer.config import Config
 from factor_transfer.networks.pair import Pair, load_side
-from factor_transfer.training.form import with_form
+from factor_transfer.training.form import DEAREST_STEP, with_form
 from factor_transfer.training.objective import Objective, fresh_paraphrasers
 from factor_transfer.training.paraphraser import BATCH, MOST_MAPS, MOST_STEPS
 from factor_transfer.training.price import Price, price_of
@@ -40,7 +40,17 @@ def test_price__is_that_of_the_layers() -> None:
     assert price.paraphraser_pass == pytest.approx((6 * ENCODER + price.teacher.multiply_adds) / step)
     assert f"a step costs {price.live_step:.2f} times" in lines[0]
     assert f"the paraphraser costs {6 * price.paraphraser_pass:.1f} passes" in lines[1]
-    assert "--views auto would lower it" in lines[0]
+    assert "; --views auto would lower it" in lines[0], "no map is wide enough for the slim form"
+
+
+def test_price__names_the_slim_form_only_where_it_would_reduce_a_map() -> None:
+    tiny = {"student_args": {"layers": (1, 1, 1), "channels": (4, 8, 16)}}
+    price, lines = priced(**tiny, factor_form="paper")
+    assert price.cached_step > DEAREST_STEP
+    assert "--factor-form" not in lines[0]
+    wide, lines = priced(**tiny, factor_form="paper", teacher_args={"channels": (16, 32, 128)})
+    assert wide.wide
+    assert "; --factor-form slim and --views auto would lower it" in lines[0]
 
 
 def test_price__of_a_paraphraser_on_kept_maps() -> None:

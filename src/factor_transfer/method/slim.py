@@ -63,7 +63,7 @@ class Reduction(nn.Module):
     def fit(self, maps: Tensor) -> Reduction:
         """Find the components of maps (B, C, H, W'), in float64 on the CPU. The reduced maps' mean square becomes 1.
 
-        Of more than `FITTED` places, evenly spaced ones are taken; of 2 C, where that is more.
+        Where there are several times `FITTED` places (or 2 C, where that is more), evenly spaced ones are taken.
 
         Raises:
             TrainingError: the maps are not finite, or all alike.
@@ -164,7 +164,7 @@ def start_as_identity(paraphraser: Paraphraser, noise: float = 0.3) -> None:
 
     Each 3x3 kernel becomes what was drawn, times `noise`, with 1 added where channel i leads to channel i. On maps that
     are not negative LeakyReLU then changes little. So the slim form begins with the first K / 2 principal components,
-    and the paper's form with the first K channels. From weights as they are drawn, a few hundred steps lead nowhere.
+    and the paper's form with the first K channels.
 
     >>> paraphraser = Paraphraser(8, 4)
     >>> start_as_identity(paraphraser, noise=0)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from factor_transfer.config import Config
@@ -16,6 +19,8 @@ from factor_transfer.networks.pair import Pair, Side
 from factor_transfer.networks.weights import width_in
 from factor_transfer.training.objective import named_paraphrasers
 from factor_transfer.training.run_folder import formed
+
+Found = TypeVar("Found")
 
 DEAREST_STEP = 1.25
 """The paper's form is taken where a step with cached factors costs at most so many steps of the student alone."""
@@ -82,10 +87,14 @@ def paper_weights(channels: int, kept: int) -> int:
     return 9 * (channels * channels + channels * kept + kept * kept)
 
 
-@torch.no_grad()
 def multiply_adds(side: Side) -> float:
-    """Of a network's forward pass for one image, counted on a copy of it in eval mode, and on two images."""
-    module = deepcopy(side.network.module).cpu().eval()
-    with FlopCounterMode(display=False) as counter:
-        module(torch.zeros(2, 3, *side.network.size))
-    return float(counter.get_total_flops()) / 2 / 2  # torch counts a product and its sum as two
+    """Of a network's forward pass for one image, counted on a copy of it in eval mode."""
+    module, images = deepcopy(side.network.module).cpu().eval(), torch.zeros(2, 3, *side.network.size)
+    return metered(lambda: module(images), images)[1]
+
+
+def metered(run: Callable[[], Found], images: Tensor) -> tuple[Found, float]:
+    """What `run` gives for `images` (B, ...), and its multiply-adds for one of them."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        found = run()
+    return found, counter.get_total_flops() / 2 / len(images)  # torch counts a product and its sum as two

@@ -7,26 +7,23 @@ of what is trained, and one of what is frozen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from factor_transfer.config import Config
 from factor_transfer.method.factor_transfer import Straight
 from factor_transfer.method.slim import AnyParaphraser, SlimParaphraser
 from factor_transfer.networks.load import count_parameters
 from factor_transfer.networks.pair import Pair
-from factor_transfer.training.form import DEAREST_STEP
+from factor_transfer.training.form import DEAREST_STEP, is_wide, metered
 from factor_transfer.training.objective import Objective, fresh_paraphrasers
 from factor_transfer.training.paraphraser import BATCH, MOST_MAPS, MOST_STEPS
 from factor_transfer.training.step import DistillationTask, TeacherSide
-
-Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +61,8 @@ class Price:
     """Whether a term reads anything of the teacher."""
     cached: bool
     """Whether all that the terms read of the teacher can be kept on disk (--views)."""
+    wide: bool = False
+    """Whether the slim form would reduce a map."""
     hint: Part | None = None
     """Of the first stage with a hint: the student up to its guided layer, and the regressor."""
 
@@ -130,7 +129,7 @@ class Price:
     def _advice(self, config: Config) -> str:
         """The flag that lowers the price of a step, where there is one."""
         flags = []
-        able = config.k <= 1 and config.paraphraser is None and config.translator == "conv"
+        able = self.wide and config.k <= 1 and config.paraphraser is None and config.translator == "conv"
         if config.factor_form == "paper" and config.beta and able and self.cached_step > DEAREST_STEP:
             flags.append("--factor-form slim")
         if self.cached and not config.views and self.live_step > DEAREST_STEP:
@@ -166,10 +165,10 @@ def price_of(config: Config, pair: Pair, objective: Objective, images: Tensor) -
     task = DistillationTask(pair.student.tapped(taps), pair.student.network.norm, objective.terms, teacher)
     side, trainee = deepcopy(teacher).cpu().eval(), deepcopy(task.trainable_module).cpu().eval()
     labels = torch.zeros(len(images), dtype=torch.long)
-    _, alone = _counted(lambda: side.network.maps(side.norm(images)), images)
-    outputs, frozen = _counted(lambda: side(images), images)
-    _, student = _counted(lambda: trainee.student.maps(trainee.norm(images)), images)
-    _, trained = _counted(lambda: trainee(images, labels, outputs), images)
+    _, alone = metered(lambda: side.network.maps(side.norm(images)), images)
+    outputs, frozen = metered(lambda: side(images), images)
+    _, student = metered(lambda: trainee.student.maps(trainee.norm(images)), images)
+    _, trained = metered(lambda: trainee(images, labels, outputs), images)
     whole = 0.0
     for paraphraser, each in zip(paraphrasers, pair.each(), strict=False):
         feature = torch.zeros(1, each.teacher.shape[0], *each.size)
@@ -184,6 +183,7 @@ def price_of(config: Config, pair: Pair, objective: Objective, images: Tensor) -
         layers=len(objective.factors),
         taught=bool(objective.outputs),
         cached=bool(objective.outputs) and None not in objective.outputs.values(),
+        wide=any(is_wide(side.shape[0]) for each in pair.each() for side in (each.teacher, each.student)),
         hint=_hint(pair, objective, images) if objective.hint_epochs else None,
     )
 
@@ -199,7 +199,7 @@ def _hint(pair: Pair, objective: Objective, images: Tensor) -> Part:
     with torch.no_grad():
         outputs = side(images)
     labels = torch.zeros(len(images), dtype=torch.long)
-    _, counted = _counted(lambda: trainee(images, labels, outputs), images)
+    _, counted = metered(lambda: trainee(images, labels, outputs), images)
     return Part(multiply_adds=counted, parameters=count_parameters(trainee))
 
 
@@ -207,12 +207,5 @@ def _trained(paraphraser: AnyParaphraser, feature: Tensor, *, kept: bool) -> flo
     """Multiply-adds of what a paraphraser's training computes of one map; of a reduced one where maps are kept."""
     if kept and isinstance(paraphraser, SlimParaphraser):
         feature = torch.zeros(1, paraphraser.width, *feature.shape[-2:])
-        return _counted(lambda: paraphraser.inner(feature), feature)[1]
-    return _counted(lambda: paraphraser(feature), feature)[1]
-
-
-def _counted(run: Callable[[], Found], images: Tensor) -> tuple[Found, float]:
-    """What `run` gives, and its multiply-adds for one image."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        found = run()
-    return found, counter.get_total_flops() / 2 / len(images)  # torch counts a product and its sum as two
+        return metered(lambda: paraphraser.inner(feature), feature)[1]
+    return metered(lambda: paraphraser(feature), feature)[1]
