@@ -132,6 +132,19 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in trainer.objective.trained().state_dict().items()}
 
 
+def test_trainer__measures_every_few_passes_and_after_the_last_one(
+    digits: Dataset, engine: Engine, tmp_path: Path
+) -> None:
+    often = trainer(digits, engine, tmp_path / "often", epochs=3)
+    seldom = trainer(digits, engine, tmp_path / "seldom", epochs=3, val_interval=2)
+    often.fit()
+    seldom.fit()
+    measured = [row["epoch"] for row in seldom.run.metrics("student") if "validation_top1" in row]
+    assert measured == [2, 3]
+    assert often.run.metrics("student")[1].keys() == seldom.run.metrics("student")[1].keys()
+    assert all(torch.equal(value, weights(often)[name]) for name, value in weights(seldom).items())
+
+
 @pytest.mark.parametrize("changed", [{}, {"model_ema": True}, {"opt": "adamw", "lr": 0.01}, {"clip_grad": 0.1}])
 def test_trainer__resumes_to_the_same_bits_wherever_it_is_stopped(
     digits: Dataset, engine: Engine, tmp_path: Path, changed: dict[str, Any]

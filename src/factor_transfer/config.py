@@ -310,6 +310,9 @@ class Config(DataConfig):
     model_ema_decay: Annotated[float, _in("Training"), _BELOW_1, _STUDENT] = 0.998
     """Decay of that average, reached by timm's warm-up: short runs forget their first steps."""
 
+    val_interval: Annotated[int, _in("Training"), _POSITIVE, _NOTHING] = 1
+    """Passes from one measurement on the validation images to the next; the last pass is always measured."""
+
     # -- machine
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], _in("Machine"), _PROTOCOL] = "auto"
     """Where to compute. auto: what Accelerate finds."""

@@ -91,7 +91,8 @@ class Trainer:
         engine: device, processes and precision.
         config: optimizer, schedule, batch size and the seed of order and views.
         run: metrics and checkpoints go there.
-        validation: where given, the network is evaluated on it after every pass, for the curves.
+        validation: where given, the network is evaluated on it every `val_interval` passes and after the last one, for
+            the curves.
     """
 
     def __init__(
@@ -316,7 +317,7 @@ class Trainer:
         progress, plan = self.progress, self.plan
         means = progress.means()
         row = {"lr": self.optimizer.param_groups[0]["lr"], **means}
-        if self.validation is not None:
+        if self.validation is not None and self._measured():
             found = evaluate(
                 self.objective.trained().classifier(),
                 self.validation,
@@ -340,6 +341,11 @@ class Trainer:
         progress.next_pass()
         self.scheduler.step(progress.epoch)
         self._save()
+
+    def _measured(self) -> bool:
+        """Whether the pass under way is one that is measured."""
+        ended = self.progress.epoch + 1
+        return ended == self.plan.epochs or ended % self.config.val_interval == 0
 
     def _save(self) -> None:
         bad = not_finite(self.module.state_dict().items())
