@@ -1,8 +1,10 @@
-"""The slim form's students beside the paper's: paired differences over seeds. Writes results/form-accuracy.json.
+"""The slim form's students beside the paper's and others': paired differences. Writes results/form-accuracy.json.
 
-    benchmarks/forms.sh ../shared FOLDER && python benchmarks/form_accuracy.py FOLDER
+    benchmarks/forms.sh ../shared FOLDER
+    benchmarks/fashion.sh /usr/share/datasets/fashion-mnist FOLDER
+    python benchmarks/form_accuracy.py FOLDER
 
-Reads the comparisons that `forms.sh` left in the folder, and copies what they rest on to results/forms.
+Reads the comparisons that the two left in the folder, and copies what they rest on to results/forms.
 """
 
 from __future__ import annotations
@@ -19,6 +21,13 @@ PAIRS = {
     "photographs: slim less paper": ("trashnet-slim:ft", "trashnet-paper:ft"),
     "photographs: slim less baseline, equal passes": ("trashnet-slim:ft", "trashnet-slim:baseline"),
     "photographs: slim less baseline, equal compute": ("trashnet-slim:ft", "trashnet-slim:baseline-matched"),
+    "Fashion-MNIST: slim less paper": ("fashion-slim:ft", "fashion-paper:ft"),
+    "Fashion-MNIST: slim less paper, forty passes": ("fashion-slim:ft", "fashion-paper-40:ft"),
+    "Fashion-MNIST: slim less baseline, equal passes": ("fashion-slim:ft", "fashion-baseline:baseline"),
+    "Fashion-MNIST: slim less baseline, equal compute": ("fashion-slim:ft", "fashion-baseline-127:baseline"),
+    "Fashion-MNIST: slim less kd, equal passes": ("fashion-slim:ft", "fashion-baseline:kd"),
+    "Fashion-MNIST: slim less kd of 80 passes": ("fashion-slim:ft", "fashion-kd-80:kd"),
+    "Fashion-MNIST: slim and kd less kd of 80 passes": ("fashion-slim-kd:ft+kd", "fashion-kd-80:kd"),
     "CIFAR-10: slim, 32 channels, less paper": ("cifar-slim-32:ft", "cifar-paper:ft"),
     "CIFAR-10: slim, 32 channels, less baseline": ("cifar-slim-32:ft", "cifar-slim-32:baseline"),
     "CIFAR-10: paper less baseline": ("cifar-paper:ft", "cifar-slim-32:baseline"),
