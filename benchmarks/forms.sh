@@ -40,7 +40,7 @@ if [ ! -e cifar ]; then
 fi
 cifar() {
   factor-transfer compare --data cifar --teacher cifar_resnet56 --student cifar_resnet20 --teacher-weights \
-    "$shared/checkpoints/resnet56-cifar10-jpeg.safetensors" --train-images 2500 --seeds "${SEEDS:-5}" --epochs 20 --views 8 \
+    "$shared/checkpoints/resnet56-cifar10-jpeg.safetensors" --train-images 2500 --seeds 5 --epochs 20 --views 8 \
     --beta 500 "${alike[@]}" "$@"
 }
 cifar --methods baseline,ft --factor-form slim --factor-width 32 --out cifar-slim-32
