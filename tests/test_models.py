@@ -141,6 +141,12 @@ def test_load_network__an_output_must_have_a_place_for_every_label() -> None:
         load(args={**SMALL, "in_chans": 4})
 
 
+def test_load_network__a_name_stands_for_a_class() -> None:
+    """As the message says that refuses a class."""
+    network = load("test_resnet", args={"act_layer": "silu"}).module
+    assert any(isinstance(each, nn.SiLU) for each in network.modules())
+
+
 def test_load_network__leaves_a_given_module_as_it_is() -> None:
     given = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
     network = load(given)

@@ -404,7 +404,7 @@ class Config(DataConfig):
 
 
 def plain(values: Any) -> Any:
-    """As JSON holds it; what JSON does not know (an activation's class) by its name.
+    """As JSON holds it; what JSON does not know (a path) by its text.
 
     >>> plain({"layers": (3, 3, 3)})
     {'layers': [3, 3, 3]}

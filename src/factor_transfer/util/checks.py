@@ -148,11 +148,50 @@ def _acts(kind: type) -> Iterator[tuple[str, ActsOn | None]]:
 def _check(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
     for name, value in values.items():
         hint = hints[name]
+        if isinstance(value, Mapping) and _takes_pairs(hint):
+            _check_pairs(flag(name), value)
         limits = [each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Number)]
         if not (_fits(value, hint) and all(_within(value, each) for each in limits)):
             plain = isinstance(value, (int, float)) or (isinstance(value, str) and value and _takes_words(hint))
             shown = value if plain else repr(value)
             raise ConfigError(f"{flag(name)} {shown}", valid=_described(hint, " and ".join(map(_limits, limits))))
+
+
+def _takes_pairs(hint: Any) -> bool:
+    """Whether a mapping can be a value."""
+    return get_origin(hint) in {dict, Mapping} or any(map(_takes_pairs, get_args(hint)))
+
+
+def _check_pairs(given: str, pairs: Mapping[Any, Any]) -> None:
+    """Hold a mapping to what a run folder can keep and give back.
+
+    Raises:
+        ConfigError: a value that JSON does not hold, such as a class, at any depth.
+    """
+    for name, value in pairs.items():
+        odd = _unkept({name: value})
+        if odd is not None:
+            kind = "a class" if isinstance(odd, type) else f"of type {type(odd).__name__}"
+            raise ConfigError(
+                f"{given} {name}={value!r}",
+                found=f"{odd!r} is {kind}: the run folder cannot keep it, so the network could not be built again",
+                valid='numbers, texts, True, False, None, and lists or name-value pairs of these; "silu", not nn.SiLU',
+                hint="give a class by the name that timm has for it, or build the network and give that",
+            )
+
+
+def _unkept(value: Any) -> Any:
+    """The first part of a value that JSON does not hold; None where there is none.
+
+    >>> _unkept({"layers": (3, 3), "act": [int]}), _unkept({"act": "silu", "drop": None})
+    (<class 'int'>, None)
+    """
+    if isinstance(value, Mapping):
+        keys = (key for key in value if not isinstance(key, str))
+        return next((each for each in (*keys, *map(_unkept, value.values())) if each is not None), None)
+    if isinstance(value, (list, tuple)):
+        return next((each for each in map(_unkept, value) if each is not None), None)
+    return None if isinstance(value, (str, int, float)) else value
 
 
 def _takes_words(hint: Any) -> bool:
