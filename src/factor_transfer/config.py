@@ -9,27 +9,24 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal
 
-from cyclopts import Group, Parameter
+from cyclopts import Parameter
 from cyclopts.validators import Number
 
+from factor_transfer.regime import Regime, check_regime
 from factor_transfer.util.arguments import MODEL_ARGS, SIZE, ModelArgs, Size, brief, names_in
 from factor_transfer.util.checks import ActsOn, Weight, check, flag, refused, weights
 from factor_transfer.util.errors import ConfigError
-
-_ORDER = ("Data", "Teacher", "Student", "Factor transfer", "Other terms", "Training", "Machine", "Run")
-_GROUPS = {name: Group(name, sort_key=place) for place, name in enumerate(_ORDER)}
-
-
-def _in(group: str, **how: Any) -> Parameter:
-    return Parameter(group=_GROUPS[group], negative_iterable=(), negative_none=(), **how)
-
+from factor_transfer.util.limits import BELOW_1 as _BELOW_1
+from factor_transfer.util.limits import GROUPS as _GROUPS
+from factor_transfer.util.limits import MOST_THREADS
+from factor_transfer.util.limits import NOT_NEGATIVE as _NOT_NEGATIVE
+from factor_transfer.util.limits import POSITIVE as _POSITIVE
+from factor_transfer.util.limits import PROBABILITY as _PROBABILITY
+from factor_transfer.util.limits import within as _in
 
 Rgb = tuple[float, float, float]
 
-_POSITIVE, _NOT_NEGATIVE = Number(gt=0), Number(gte=0)
-_BELOW_1, _PROBABILITY = Number(gt=0, lt=1), Number(gte=0, lte=1)
 _A_YEAR = 366 * 24 * 60
-MOST_THREADS = 1024
 
 _NOTHING = ActsOn()
 _MACHINE = ActsOn(machine=True)
@@ -137,7 +134,7 @@ class SuggestConfig(DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DataConfig):
+class Config(Regime, DataConfig):
     """All of `factor-transfer distill`, and the arguments of `factor_transfer.distill`."""
 
     task: Annotated[str, _in("Data")] = "classification"
@@ -364,6 +361,7 @@ class Config(DataConfig):
                 found="a student that would learn nothing",
                 valid="labels, factors, or another term: --kd-weight, --at-weight or --hint-weight above 0",
             )
+        check_regime(self, self.label_weight)
         self._check_form()
         self._check_read()
 
@@ -420,7 +418,7 @@ def described() -> dict[str, str]:
     """
     from docstring_parser import parse_from_object  # which cyclopts reads the same docstrings with
 
-    docs = [each for kind in (DataConfig, Config) for each in parse_from_object(kind).params]
+    docs = [each for kind in (DataConfig, Regime, Config) for each in parse_from_object(kind).params]
     return {each.arg_name: " ".join((each.description or "").split()) for each in docs}
 
 

@@ -172,7 +172,7 @@ def finish(job: Job, pair: Pair, student: Side, baseline: Side | None) -> None:
         student=_described(job, "student", student, student_ms, exported),
         method=job.objective.method,
         metrics=job.task.metrics,
-        loss_name=job.task.loss_name,
+        loss_name=job.labels().name,
         **job.objective.layers(),
         price=job.price.to_json(),
         compute=compute_of(run.all_recorded(), job.price, job.config.to_dict(), len(data.train)),

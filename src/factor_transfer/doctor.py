@@ -294,7 +294,7 @@ def _losses(job: Job, pair: Pair, found: Diagnosis) -> Iterator[Finding]:
         ("factor cache", f"{view * len(data.train) / 1e9:.2f} GB a view; --views {job.views or 'not in use'}"),
     ]
     found.tables.append(("factor transfer" if config.beta else objective.method, ("", "value"), rows))
-    yield from _weights(config, sizes, norms)
+    yield from _weights(config, job.labels().name, sizes, norms)
 
 
 def _price(price: Price, config: Config, images: int) -> list[Sequence[str]]:
@@ -307,21 +307,20 @@ def _price(price: Price, config: Config, images: int) -> list[Sequence[str]]:
     return rows
 
 
-def _weights(config: Config, sizes: Mapping[str, float], norms: Mapping[str, float]) -> Iterator[Finding]:
-    """Whether factor term and cross-entropy are both heard."""
+def _weights(config: Config, labels: str, sizes: Mapping[str, float], norms: Mapping[str, float]) -> Iterator[Finding]:
+    """Whether factor term and the loss with labels, which has the name `labels`, are both heard."""
     if not all(np.isfinite([*sizes.values(), *norms.values()])):
         yield Finding("error", "the losses or their gradients are not finite on the first batch", "--precision fp32")
-    if not {"factor_transfer", "cross_entropy"} <= sizes.keys():
+    if not {"factor_transfer", labels} <= sizes.keys():
         return
-    ratio = sum(size for name, size in sizes.items() if name.startswith("factor_transfer")) / max(
-        sizes["cross_entropy"], 1e-9
-    )
+    ratio = sum(size for name, size in sizes.items() if name.startswith("factor_transfer")) / max(sizes[labels], 1e-9)
     beta = config.beta if config.beta == "auto" else f"{config.beta:g}"
+    said = labels.replace("_", "-")
     if ratio < NEGLIGIBLE:
-        what = f"--beta {beta}: the factor term is {ratio:.2g} of the cross-entropy: the teacher will hardly be heard"
+        what = f"--beta {beta}: the factor term is {ratio:.2g} of the {said}: the teacher will hardly be heard"
         yield Finding("warning", what, "--beta auto")
     elif ratio > DROWNING:
-        what = f"--beta {beta}: the factor term is {ratio:.2g} times the cross-entropy: the labels will drown"
+        what = f"--beta {beta}: the factor term is {ratio:.2g} times the {said}: the labels will drown"
         yield Finding("warning", what, "--beta auto")
 
 

@@ -63,7 +63,7 @@ def rehearse(job: Job, pair: Pair) -> None:
     counts = [min([*sizes, ENOUGH])]
     counts += [max(sizes)] if job.engine.device.type != "cpu" else []  # whose memory it takes
     if job.config.teacher_epochs:
-        task = _copied(job.student_task(pair.teacher, [job.task.labels()], None))
+        task = _copied(job.student_task(pair.teacher, [job.labels(teacher=True)], None))
         _try_steps(job, task, counts, f"--teacher {pair.teacher.network.name}")
         _try_what_is_trained(job, pair.teacher, task.trained().student.module)
     for task, what in _paraphrasers(job, pair):

@@ -14,7 +14,6 @@ from typing import Annotated, Any
 from cyclopts.validators import Number
 from PIL import Image
 
-from factor_transfer.config import MOST_THREADS
 from factor_transfer.data.content import Content
 from factor_transfer.data.frames import Frame
 from factor_transfer.data.images import decoded, image_formats, natural
@@ -25,6 +24,7 @@ from factor_transfer.util.arguments import check_trust
 from factor_transfer.util.checks import check_arguments
 from factor_transfer.util.console import say, warn
 from factor_transfer.util.errors import DataError, RunError, first_line
+from factor_transfer.util.limits import MOST_THREADS
 
 BATCH = 32
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from factor_transfer.config import Config
 from factor_transfer.data.splits import Batch
 from factor_transfer.method.losses import Labels
 from factor_transfer.tasks.metric import Metric
@@ -44,6 +45,31 @@ class Guess:
     """That answer, in words."""
     perfect: float
     """Of answers that are all right."""
+
+
+@dataclass(frozen=True)
+class LabelLoss:
+    """How the settings change the supervised loss.
+
+    >>> LabelLoss.of(Config(data="digits", teacher="a", student="b", smoothing=0.1))
+    LabelLoss(smoothing=0.1, bce=False)
+    """
+
+    smoothing: float = 0.0
+    bce: bool = False
+
+    @classmethod
+    def of(cls, config: Config, *, teacher: bool = False) -> LabelLoss:
+        """That of the student and the baseline, or of a teacher that is trained here, whose labels are not softened."""
+        return cls(smoothing=0.0 if teacher else config.smoothing, bce=config.bce_loss)
+
+    @property
+    def given(self) -> str | None:
+        """The flag of a setting that changes the loss; None where none does."""
+        return "--smoothing" if self.smoothing else "--bce-loss" if self.bce else None
+
+
+PLAIN = LabelLoss()
 
 
 class Task(ABC):
@@ -88,8 +114,17 @@ class Task(ABC):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The supervised loss of a batch: a scalar, averaged over its images. `outputs` are float32 or float64."""
 
-    def labels(self, weight: float = 1.0) -> Labels:
-        """The supervised loss as a term of the student's loss (equation 3)."""
+    def labels(self, weight: float = 1.0, how: LabelLoss = PLAIN) -> Labels:
+        """The supervised loss as a term of the student's loss (equation 3), changed as the settings say.
+
+        Raises:
+            ConfigError: the task's loss cannot be changed so. Here that is any change.
+        """
+        if how.given:
+            found = f"a task with a loss of its own ({type(self).__name__})"
+            raise ConfigError(
+                f"{how.given} with --task", found=found, valid="--task classification", hint="leave it out"
+            )
         return Labels(weight, self.loss, self.loss_name)
 
     def step(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:

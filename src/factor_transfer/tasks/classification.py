@@ -6,13 +6,16 @@ Shapes: B images, N classes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
+from timm.loss import BinaryCrossEntropy
 from torch import Tensor
 
-from factor_transfer.tasks.base import Guess, Task
+from factor_transfer.method.losses import Labels
+from factor_transfer.tasks.base import PLAIN, Guess, LabelLoss, Task
 from factor_transfer.tasks.metric import Metric
 
 
@@ -28,6 +31,14 @@ class Classification(Task):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of logits (B, N) with class indices (B,)."""
         return F.cross_entropy(outputs, targets)
+
+    def labels(self, weight: float = 1.0, how: LabelLoss = PLAIN) -> Labels:
+        """Cross-entropy, with timm's label smoothing; or timm's binary cross-entropy of every class."""
+        if how.bce:
+            return Labels(weight, BinaryCrossEntropy(how.smoothing), "binary_cross_entropy")
+        if how.smoothing:
+            return Labels(weight, partial(F.cross_entropy, label_smoothing=how.smoothing), self.loss_name)
+        return super().labels(weight)
 
     def step(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Top-1 of the batch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from factor_transfer.networks.features import Tapped, feature_map, untrained
 from factor_transfer.networks.layers import find_groups
 from factor_transfer.networks.pair import Pair, Side
 from factor_transfer.networks.weights import load_paraphraser
-from factor_transfer.tasks.base import task_of
+from factor_transfer.tasks.base import LabelLoss, task_of
 from factor_transfer.util.arguments import imported, names_in
 from factor_transfer.util.checks import flag, refused, weights
 from factor_transfer.util.errors import ConfigError
@@ -90,7 +91,8 @@ class Objective:
             Group(each.teacher.layer, each.student.layer, (each.teacher.shape[0], each.student.shape[0]), each.size)
             for each in pair.each()
         ]
-        self._given = Given(config, pair, task_of(config.task).labels, layers, factor_channels, self.groups)
+        labels = partial(task_of(config.task).labels, how=LabelLoss.of(config))
+        self._given = Given(config, pair, labels, layers, factor_channels, self.groups)
         self.terms: list[Term] = [
             term
             for name, weight in weights(type(config)).items()

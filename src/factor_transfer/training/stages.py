@@ -19,7 +19,7 @@ from factor_transfer.config import Config
 from factor_transfer.data.dataset import open_data
 from factor_transfer.data.views import VERSION, Transform
 from factor_transfer.method.factor_transfer import Straight
-from factor_transfer.method.losses import FactorTransfer
+from factor_transfer.method.losses import FactorTransfer, Labels
 from factor_transfer.method.slim import AnyParaphraser
 from factor_transfer.method.term import Reader, Term, numbered
 from factor_transfer.networks.compiled import Compiled, check_compiler, check_exports
@@ -27,7 +27,7 @@ from factor_transfer.networks.features import FrozenTeacher
 from factor_transfer.networks.load import Network, Role, count_parameters, own_size
 from factor_transfer.networks.pair import Modules, Pair, Side, check_alive, load_side
 from factor_transfer.networks.weights import load_weights, paraphraser_metadata
-from factor_transfer.tasks.base import check_knows, task_of
+from factor_transfer.tasks.base import LabelLoss, check_knows, task_of
 from factor_transfer.training.cache import CachedTeacher, behind_cache, choose_views, identity_of
 from factor_transfer.training.compute import counted
 from factor_transfer.training.engine import Engine
@@ -235,7 +235,7 @@ class Job:
         lr = config.teacher_lr or usual
         say(f"teacher: {kind} for {config.teacher_epochs} passes, learning rate {lr:g}")
         plan = Plan(stage="teacher", epochs=config.teacher_epochs, lr=lr, seed=config.data_seed)
-        self.record("teacher", self._train(side, [self.task.labels()], None, plan))
+        self.record("teacher", self._train(side, [self.labels(teacher=True)], None, plan))
 
     def sample(self, count: int) -> Tensor:
         """The first `count` validation images, or as many as there are twice over: uint8 (B, 3, S, S)."""
@@ -339,7 +339,7 @@ class Job:
 
     def baseline(self) -> Side:
         """The same student trained on labels only, with the same initial weights, order, views and schedule."""
-        return self._student("baseline", self.load("student"), [self.task.labels()], None, {})
+        return self._student("baseline", self.load("student"), [self.labels()], None, {})
 
     def _student(
         self,
@@ -363,6 +363,10 @@ class Job:
         return side
 
     # -- what stages share
+
+    def labels(self, *, teacher: bool = False) -> Labels:
+        """The supervised loss by itself: of the baseline, or of a teacher that is trained here."""
+        return self.task.labels(how=LabelLoss.of(self.config, teacher=teacher))
 
     def load(self, role: Role) -> Side:
         """One of the two networks, as the settings name it, tapped."""

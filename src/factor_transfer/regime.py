@@ -1,0 +1,47 @@
+"""Settings of training that timm's users know: how labels are learned. A part of `config.Config`. No torch.
+
+Names are timm's, and so is what they do, unless the help says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from cyclopts.validators import Number
+
+from factor_transfer.util.checks import ActsOn
+from factor_transfer.util.errors import ConfigError
+from factor_transfer.util.limits import within
+
+_STUDENT = ActsOn("student")
+_LEARNERS = ActsOn("teacher", "student")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regime:
+    """How labels are learned."""
+
+    # Mueller, Kornblith, Hinton, "When Does Label Smoothing Help?", NeurIPS 2019, section 4: a teacher that was trained
+    # with smoothed labels teaches worse.
+    smoothing: Annotated[float, within("Training recipe"), Number(gte=0, lt=1), _STUDENT] = 0.0
+    """Label smoothing, as timm's LabelSmoothingCrossEntropy: this share of the label goes evenly to all classes. For
+    student and baseline; a teacher that is trained here sees plain labels, since smoothed ones make it teach worse
+    (Mueller et al. 2019)."""
+    bce_loss: Annotated[bool, within("Training recipe"), _LEARNERS] = False
+    """Binary cross-entropy of every class instead of cross-entropy, averaged over classes, as timm's
+    BinaryCrossEntropy: for student, baseline and a teacher that is trained here."""
+
+
+def check_regime(config: Regime, label_weight: float) -> None:
+    """No setting of the labels without labels, which --label-weight 0 leaves unread.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    given = [f"--smoothing {config.smoothing:g}"] * bool(config.smoothing) + ["--bce-loss"] * config.bce_loss
+    if given and not label_weight:
+        raise ConfigError(
+            f"{given[0]} with --label-weight 0", found="a setting of the loss with labels, and none are read",
+            hint="leave one of them out",
+        )  # fmt: skip
