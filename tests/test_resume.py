@@ -57,7 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, image_folder: Callable[..., P
 
 
 def test_free__names_every_setting_that_is_tried_here() -> None:
-    of_other_data = {"data_dir", "label_column", "image_column"}  # a folder has none
+    of_other_data = {"data_dir", "label_column", "image_column", "unlabelled"}  # a folder has none
     assert free(Config) - of_other_data == OTHERS.keys()
 
 

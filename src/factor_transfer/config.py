@@ -37,6 +37,7 @@ _PROTOCOL = ActsOn("teacher", "paraphraser", "student", swept=False)
 _OF_FACTORS = ActsOn("paraphraser", "student", read_by=["beta"])
 _OF_TRANSLATOR = ActsOn("student", read_by=["beta"])
 _OF_GROUPS = ActsOn("student", read_by=["at_weight", "hint_epochs", "hint_weight"], refused=True)
+_LABEL_FREE = ["beta", "kd_weight", "at_weight", "hint_epochs", "hint_weight", "term"]
 
 _TERMS = "factor_transfer.method.losses"
 _KD = {"label_weight": 0.1, "kd_weight": 0.9, "kd_temperature": 4.0}
@@ -140,6 +141,18 @@ class Config(Regime, DataConfig):
     task: Annotated[str, _in("Data")] = "classification"
     """What the student is for: classification, or your own: package.module:callable, which returns a
     `factor_transfer.tasks.base.Task`."""
+
+    unlabelled: Annotated[
+        str | None, _in("Data"), ActsOn(named=True, machine=True, read_by=_LABEL_FREE, refused=True)
+    ] = None
+    """A folder or .tar of images without labels, beside those of --data: factors, kd, attention and hints are learned
+    from both, the labels' loss from its own. Images that --data has, too, are left out and counted. A pass is still one
+    over the labelled images; the others are shown in turn, in rounds of several passes."""
+    unlabelled_share: Annotated[
+        float | None, _in("Data"), _BELOW_1, ActsOn("student", read_by=_LABEL_FREE, refused=True)
+    ] = None
+    """Share of unlabelled images in a pass and in each batch, as near as whole passes show all of them. Default: 0.5,
+    or all of them where they are fewer than the labelled ones."""
 
     # -- teacher
     teacher: Annotated[str, _in("Teacher")]
@@ -362,6 +375,11 @@ class Config(Regime, DataConfig):
                 valid="labels, factors, or another term: --kd-weight, --at-weight or --hint-weight above 0",
             )
         check_regime(self, self.label_weight)
+        if self.unlabelled is not None and not self.label_weight:
+            found, hint = "a run that reads no labels, so that all its images are alike", "put all of them into --data"
+            raise ConfigError(f"--unlabelled {self.unlabelled} with --label-weight 0", found=found, hint=hint)
+        if self.unlabelled is None and self.unlabelled_share is not None:
+            raise ConfigError(f"--unlabelled-share {self.unlabelled_share:g}", found="no --unlabelled beside it")
         self._check_form()
         self._check_read()
 
@@ -392,7 +410,9 @@ class Config(Regime, DataConfig):
                     f"{flag(name)} {getattr(self, name)}",
                     found="no term that reads it",
                     valid=f"{', '.join(map(flag, readers))}: one of them above 0",
-                    hint="leave it out (layers of the factor are named by --teacher-layer and --student-layer)",
+                    hint="leave it out"
+                    + " (layers of the factor are named by --teacher-layer and --student-layer)"
+                    * name.endswith("groups"),
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -408,18 +428,6 @@ def plain(values: Any) -> Any:
     {'layers': [3, 3, 3]}
     """
     return json.loads(json.dumps(values, default=str))
-
-
-def described() -> dict[str, str]:
-    """The help of every setting: the docstring under its field.
-
-    >>> described()["lr"]
-    'Learning rate.'
-    """
-    from docstring_parser import parse_from_object  # which cyclopts reads the same docstrings with
-
-    docs = [each for kind in (DataConfig, Regime, Config) for each in parse_from_object(kind).params]
-    return {each.arg_name: " ".join((each.description or "").split()) for each in docs}
 
 
 FIELDS = tuple(f.name for f in fields(Config))

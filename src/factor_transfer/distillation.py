@@ -181,6 +181,7 @@ def finish(job: Job, pair: Pair, student: Side, baseline: Side | None) -> None:
         data=DataSummary(
             name=data.name,
             train=len(data.train),
+            unlabelled=data.unlabelled,
             validation=len(data.validation),
             img_size=data.img_size,
             classes=list(data.classes),

@@ -184,6 +184,8 @@ def _data(data: Dataset, config: Config, metric: Metric) -> Iterator[Finding]:
             yield Finding("warning", f"--data: {note}", "add images, or take the class out of --class-map")
     for what, hint in data.lost:
         yield Finding("warning", f"--data: {what}", hint)
+    if data.mixed is not None and (never := data.mixed.never_shown(config.epochs)):
+        yield Finding("warning", f"--unlabelled: {never}", "more --epochs, or a larger --unlabelled-share")
     if config.batch_size > len(data.train):
         what = f"--batch-size {config.batch_size} for {len(data.train)} training images: one step a pass"
         yield Finding("warning", what, f"--batch-size {max(2, len(data.train) // 10)}")
@@ -276,7 +278,7 @@ def _losses(job: Job, pair: Pair, found: Diagnosis) -> Iterator[Finding]:
     }
     task.train()
     seconds = min(_step_seconds(task, batch, job.engine) for _ in range(2))
-    steps = -(-len(data.train) // config.batch_size)
+    steps = len(job.chunks)
     found.tables.append(("losses on one batch", ("", "size", "gradient in the student's map"), [
         (name.replace("_", " "), f"{sizes[name]:.3g}", f"{norms[name]:.3g}") for name in sizes
     ]))  # fmt: skip
@@ -289,21 +291,21 @@ def _losses(job: Job, pair: Pair, found: Diagnosis) -> Iterator[Finding]:
         rows += [("shapes", maps), ("beta", f"{factor.beta:g}: its term is at most {factor.bound:.3g}")]
     view = 2 * sum(math.prod(shape or ()) for shape in objective.outputs.values())
     rows += [
-        *_price(price_of(config, pair, objective, job.sample(2)), config, len(data.train)),
+        *_price(price_of(config, pair, objective, job.sample(2)), config, data),
         ("a pass of the student", f"about {seconds * steps:,.0f} s ({steps:,} steps), {job.engine.memory()}"),
-        ("factor cache", f"{view * len(data.train) / 1e9:.2f} GB a view; --views {job.views or 'not in use'}"),
+        ("factor cache", f"{view * len(data.pool) / 1e9:.2f} GB a view; --views {job.views or 'not in use'}"),
     ]
     found.tables.append(("factor transfer" if config.beta else objective.method, ("", "value"), rows))
     yield from _weights(config, job.labels().name, sizes, norms)
 
 
-def _price(price: Price, config: Config, images: int) -> list[Sequence[str]]:
+def _price(price: Price, config: Config, data: Dataset) -> list[Sequence[str]]:
     """What the parts cost, in multiply-adds of one image's forward pass; and a step, beside the student's alone."""
     rows: list[Sequence[str]] = []
     for name, part in (("teacher", price.teacher), ("paraphraser", price.paraphraser), ("terms", price.terms),
                        ("student", price.student)):  # fmt: skip
         rows.append((name, f"{part.multiply_adds / 1e6:,.2f} million multiply-adds, {part.parameters:,} parameters"))
-    rows += [("price", line.partition(": ")[2]) for line in price.lines(config, images)]
+    rows += [("price", line.partition(": ")[2]) for line in price.lines(config, len(data.train), len(data.pool))]
     return rows
 
 

@@ -27,10 +27,11 @@ from factor_transfer.networks.features import FrozenTeacher
 from factor_transfer.networks.pair import Pair, Side, check_can_teach
 from factor_transfer.networks.weights import load_weights
 from factor_transfer.training.finished import build_again
+from factor_transfer.training.images import shown_for
 from factor_transfer.training.objective import fresh_paraphrasers
 from factor_transfer.training.run_folder import Run
 from factor_transfer.training.stages import Job
-from factor_transfer.training.step import DistillationTask, ParaphraserTask, TeacherSide
+from factor_transfer.training.step import DistillationTask, ParaphraserTask, TeacherSide, placed
 from factor_transfer.util.arguments import is_callable_name
 from factor_transfer.util.console import warn
 from factor_transfer.util.errors import ConfigError, FactorTransferError, ModelError, RunError, first_line
@@ -178,11 +179,13 @@ def _failure(run: Callable[[], object]) -> Exception | None:
 
 def _step(job: Job, task: Task, count: int) -> None:
     engine = job.engine
-    (batch,) = job.data.train.batches([np.arange(count)], view=0)
+    shown = shown_for(job.data, task.terms) if isinstance(task, DistillationTask) else job.data.pool
+    chunk = np.arange(count) if shown.known == 1 else shown.order(job.config.data_seed, 0)[:count]
+    (batch,) = shown.batches([chunk], view=0)
     task.train()
     with seeded(0), engine.autocast():
-        targets = job.task.targets(batch).to(engine.device)
-        result = task(batch.image.to(engine.device), targets, batch.index, 0)
+        images, targets, known = placed(batch, job.task, shown.known, engine.device)
+        result = task(images, targets, batch.index, 0, known)
     result["loss"].backward()
 
 

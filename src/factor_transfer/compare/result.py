@@ -65,7 +65,7 @@ def outcome(plan: Plan) -> dict[str, Any]:
         if first
         else None,
         "student": {"name": first.student.name, "parameters": first.student.parameters} if first else None,
-        "data": {key: value for key, value in asdict(first.data).items() if key != "classes"} if first else {},
+        "data": _images(list(found.values())),
         "methods": _methods(plan, found, metric, spent, to),
         "shared_seconds": _shared_seconds(found.values()),
         "tuning": plan.tuning,
@@ -198,6 +198,8 @@ def _check_alike(plan: Plan, found: Mapping[PlannedRun, Summary], to: Mapping[st
         for named in to.values():
             other = there.get((named.get(name, ""), seed))
             wrong = [what for pin, what in ALIKE.items() if other and pins.get(pin) != other[1].get(pin)]
+            if other and len({each["unlabelled"] for each in (pins, other[1]) if "unlabelled" in each}) > 1:
+                wrong.append("unlabelled images")
             if other and pins.get("version") != other[1].get("version"):
                 wrong = wrong[:1]
             if other and wrong:
@@ -207,6 +209,14 @@ def _check_alike(plan: Plan, found: Mapping[PlannedRun, Summary], to: Mapping[st
                     valid="runs under one protocol",
                     hint="give another --out, or --overwrite",
                 )
+
+
+def _images(found: Sequence[Summary]) -> dict[str, Any]:
+    """What is known of the images; the student without a teacher has no unlabelled ones."""
+    if not found:
+        return {}
+    known = {key: value for key, value in asdict(found[0].data).items() if key != "classes"}
+    return {**known, "unlabelled": max(each.data.unlabelled for each in found)}
 
 
 def _scored_on(plan: Plan, summary: Summary | None) -> str:

@@ -173,9 +173,11 @@ def _title(found: Mapping[str, Any]) -> str:
     if not found["teacher"]:
         return "Comparison"
     data = found["data"]
-    return (
+    title = (
         f"{found['teacher']['name']} to {found['student']['name']}, {data['name']}: {data['train']:,} training images"
     )
+    others = data.get("unlabelled")  # an earlier comparison has none
+    return title + (f" (and {others:,} unlabelled ones, for methods with a teacher)" if others else "")
 
 
 def _passes(each: Mapping[str, Any]) -> str:

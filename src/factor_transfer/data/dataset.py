@@ -6,7 +6,6 @@ Shapes: N images, H x W pixels.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,11 +18,12 @@ import numpy as np
 from factor_transfer.config import DataConfig
 from factor_transfer.data.content import HINTS, Content, Lost, aspects, look
 from factor_transfer.data.frames import SMALL, Frame
-from factor_transfer.data.images import UNLABELLED, Images, Source, Unreadable, corrupted, named, natural
+from factor_transfer.data.images import UNLABELLED, Images, Source, Unreadable, natural
 from factor_transfer.data.layouts import missing
-from factor_transfer.data.pixels import Pixels, decode_once, digests, read_all
+from factor_transfer.data.parts import Part, are_kept, load
 from factor_transfer.data.sources import WRITTEN, open_source
-from factor_transfer.data.splits import FileSplit, PixelSplit, Shown, Split
+from factor_transfer.data.splits import NO_LABEL, FileSplit, Shown, Split
+from factor_transfer.data.unlabelled import Mixed, beside, open_unlabelled
 from factor_transfer.data.views import VERSION, Transform, evenly, held_out
 from factor_transfer.util.arguments import AnySize, Size, brief, imported, is_callable_name, written
 from factor_transfer.util.errors import ConfigError, DataError, listed
@@ -61,6 +61,20 @@ class Dataset:
     """Bits in use in grey images of more than 8 that do not say; None: nothing was said of them."""
     transform: Transform | None = None
     """The user's own augmentation."""
+    mixed: Mixed | None = None
+    """Training images and unlabelled ones beside them, as passes show both."""
+    described_unlabelled: Callable[[], str] | None = field(default=None, repr=False)
+    """A hash of the unlabelled images, which may take long."""
+
+    @property
+    def pool(self) -> Split:
+        """All images that are shown where labels are not read: the training images, then the unlabelled ones."""
+        return self.train if self.mixed is None else self.mixed.bare
+
+    @property
+    def unlabelled(self) -> int:
+        """Images without labels beside the training images."""
+        return 0 if self.mixed is None else self.mixed.others
 
     @property
     def img_size(self) -> int | Size:
@@ -76,12 +90,18 @@ class Dataset:
         """Changes with any byte of an image, label, class order, split or augmentation."""
         return fingerprint(self.described())
 
+    @cached_property
+    def unlabelled_fingerprint(self) -> str | None:
+        """Changes with any byte of an unlabelled image; None where there are none."""
+        return self.described_unlabelled() if self.described_unlabelled is not None else None
+
 
 def open_data(
     config: DataConfig,
     default_size: Callable[[], AnySize],
     transform: Transform | None = None,
     known: Sequence[str] | None = None,
+    unlabelled: tuple[str, float | None] | None = None,
 ) -> Dataset:
     """Find, check, number and split the images that `config` names; small ones are decoded here.
 
@@ -91,6 +111,7 @@ def open_data(
         transform: the user's own augmentation, where it is given as an object.
         known: class names of a finished run, in index order. All images are then there to be measured: those of the
             validation set, or of the whole where there is none; some classes may be absent.
+        unlabelled: where images without labels lie (--unlabelled), and their share (--unlabelled-share).
 
     Raises:
         ConfigError: the user's augmentation cannot be loaded, or does not give images of the right size; or there are
@@ -112,8 +133,11 @@ def open_data(
     # Validation images are either a part of the training images, or a part of their own.
     apart = source.validation is None or config.validate_on == "train-holdout"
     parts = [source.train] if apart or source.validation is None else [source.train, source.validation]
-    loaded = _load(parts, classes, shown, config, notes)
-    lost = _lost([part.content for part in loaded if part.content] or [met], config, notes)
+    bare = [open_unlabelled(unlabelled[0], config.data, notes)] if unlabelled else []
+    if bare and source.validation is not None and len(parts) == 1:
+        bare.append(source.validation)  # which is not measured on now, but is later
+    loaded, others = _loaded(parts, bare, classes, shown, config, notes)
+    lost = _lost([part.content for part in (*loaded, *others) if part.content] or [met], config, notes)
     transform = transform or _imported(config)
     # With the classes of a finished run `known`, all images are there to be measured: every one is a validation image.
     holds_out = apart and known is None
@@ -123,6 +147,8 @@ def open_data(
     validation = loaded[0].split(shown, config, aside) if apart else loaded[1].split(shown, config)
     acts = _shown_by(train, config) if isinstance(train, FileSplit) and transform else None
     share = config.validation_share if apart else None
+    labelled = (loaded[0], chosen), (loaded[-1], aside if apart else np.full(len(loaded[-1].rows), True))
+    mixed = beside(labelled, others, shown, config, transform, unlabelled, notes) if unlabelled else None
     return Dataset(
         name=config.data,
         train=train,
@@ -136,7 +162,24 @@ def open_data(
         bit_depth=config.bit_depth,
         lost=(*lost, *aspects(sizes, frame)),
         transform=transform,
+        mixed=mixed,
+        described_unlabelled=(lambda: others[0].digest(cache_folder(config.cache_dir))) if others else None,
     )
+
+
+def _loaded(
+    parts: Sequence[Images],
+    bare: Sequence[Images],
+    classes: Sequence[str],
+    shown: Shown,
+    config: DataConfig,
+    notes: list[str],
+) -> tuple[list[Part], list[Part]]:
+    """Images with labels, and others beside them; small ones are decoded once, if there is room for all of them."""
+    number = {UNLABELLED: 0} | {name: index for index, name in enumerate(classes)}
+    kept = are_kept([*parts, *bare], shown.frame, config)
+    loaded = load(parts, number, shown, config, notes, kept=kept)
+    return loaded, load(bare, {**number, UNLABELLED: NO_LABEL}, shown, config, notes, kept=kept)
 
 
 def _shown(frame: Frame, config: DataConfig) -> Shown:
@@ -161,7 +204,7 @@ def _shown(frame: Frame, config: DataConfig) -> Shown:
 
 
 def _described(
-    parts: Sequence[_Loaded],
+    parts: Sequence[Part],
     classes: tuple[str, ...],
     shown: Shown,
     config: DataConfig,
@@ -193,7 +236,7 @@ def _lost(contents: Sequence[Content], config: DataConfig, notes: list[str]) -> 
     return content.lost()
 
 
-def _share(train: _Loaded, there: np.ndarray, config: DataConfig, notes: list[str]) -> np.ndarray:
+def _share(train: Part, there: np.ndarray, config: DataConfig, notes: list[str]) -> np.ndarray:
     """Which of the training images that are `there`, (n,) bool, are trained on: `--train-images`, or all."""
     count, rows = config.train_images, np.flatnonzero(there)
     if count is None:
@@ -214,7 +257,7 @@ def _share(train: _Loaded, there: np.ndarray, config: DataConfig, notes: list[st
     return chosen
 
 
-def _held_out(train: _Loaded, config: DataConfig, notes: list[str]) -> np.ndarray:
+def _held_out(train: Part, config: DataConfig, notes: list[str]) -> np.ndarray:
     """Which training images are set aside for validation, (n,) bool."""
     chosen = held_out(train.labels, config.validation_share, part_seed(config.data_seed, "split"))
     why = "--validate-on train-holdout" if config.validate_on == "train-holdout" else "no validation set"
@@ -351,73 +394,6 @@ def _shown_by(train: FileSplit, config: DataConfig) -> str:
         except Unreadable as error:
             raise ConfigError(f"--transform {config.transform}", found=error.reason, valid=TRANSFORM) from error
     return found.hexdigest()
-
-
-# -- pixels
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """The readable images of one part of a source."""
-
-    images: Images
-    rows: np.ndarray  # indices of the readable ones
-    labels: np.ndarray  # their classes
-    pixels: Pixels | None  # of all; None: decoded when shown
-    content: Content | None  # of all; None: not all were read
-
-    def digest(self, cache: Path) -> str:
-        """Covers the bytes of every image, which are readable, and the labels; `cache` remembers the bytes' hashes."""
-        known = self.pixels.digests if self.pixels else None
-        found = hashlib.sha256(self.labels.tobytes() + self.rows.tobytes())
-        found.update(b"".join(digests(self.images, cache) if known is None else known))
-        return found.hexdigest()
-
-    def split(
-        self,
-        shown: Shown,
-        config: DataConfig,
-        chosen: np.ndarray | slice = slice(None),
-        transform: Transform | None = None,
-    ) -> Split:
-        """The chosen of the readable images; an augmentation of the user's works on images one by one, in workers."""
-        rows, labels = self.rows[chosen], self.labels[chosen]
-        if self.pixels is not None and transform is None:
-            return PixelSplit(self.pixels.array, rows, labels, shown)
-        return FileSplit(self.images, rows, labels, shown, config, transform)
-
-
-def _load(
-    parts: Sequence[Images], classes: tuple[str, ...], shown: Shown, config: DataConfig, notes: list[str]
-) -> list[_Loaded]:
-    """Decode small images; of large ones only make sure that they are readable, and only for `--skip-corrupt`."""
-    frame = shown.frame
-    bytes_needed = sum(map(len, parts)) * math.prod(frame.size) * 3
-    store = frame.small and bytes_needed <= config.pixel_cache_gb * 1e9
-    number = {UNLABELLED: 0} | {name: index for index, name in enumerate(classes)}
-    loaded: list[_Loaded] = []
-    corrupt: list[Unreadable] = []
-    for images in parts:
-        pixels = decode_once(images, frame, cache_folder(config.cache_dir), shown.bits) if store else None
-        bad, content = (pixels.unreadable, pixels.content) if pixels else ({}, None)
-        if config.skip_corrupt and pixels is None:
-            bad, content = read_all(images, shown.bits)
-        rows = np.array([row for row in range(len(images)) if row not in bad], dtype=np.int64)
-        labels = np.array([number[images.labels[row]] for row in rows], dtype=np.int64)
-        loaded.append(_Loaded(images, rows, labels, pixels, content))
-        corrupt += bad.values()
-    if corrupt and not config.skip_corrupt:
-        raise corrupted(config.data, corrupt)
-    if corrupt:
-        notes.append(f"{named(corrupt)} left out (--skip-corrupt)")
-        gone = sorted(set(parts[0].labels) - {classes[label] for label in set(loaded[0].labels)}, key=natural)
-        if gone or not all(len(part.rows) for part in loaded):
-            raise DataError(
-                f"--data {config.data}",
-                found=f"after leaving out {named(corrupt)} nothing is left of {listed(gone) or 'the validation set'}",
-                valid="at least one readable image in each class",
-            )
-    return loaded
 
 
 def _own_size(sizes: Sequence[Size]) -> int | None:

@@ -12,7 +12,7 @@ import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,16 +22,22 @@ from torch.utils.data import DataLoader
 from factor_transfer.config import DataConfig
 from factor_transfer.data.frames import Frame
 from factor_transfer.data.images import Images, Unreadable, corrupted
-from factor_transfer.data.views import Transform, crop_and_flip, own_view, random_resized_crop, spaced
+from factor_transfer.data.views import Transform, crop_and_flip, own_view, permutation, random_resized_crop, spaced
 from factor_transfer.util.errors import DataError
 from factor_transfer.util.machine import cores
+
+NO_LABEL = -1
+"""The label of an image that has none, beside others that have one."""
+
+View = int | tuple[int, int]
+"""Which augmented view: of all images; or of those that have a label, and of those that have none."""
 
 
 class Batch(NamedTuple):
     """Images with their labels."""
 
     image: Tensor  # (B, 3, H, W) uint8, channels-last
-    label: Tensor  # (B,) int64
+    label: Tensor  # (B,) int64; `NO_LABEL` of an image without one
     index: Tensor  # type: ignore[assignment]  # (B,) int64, sample index within its split; hides tuple.index
 
 
@@ -66,8 +72,23 @@ class Split(ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
+    known = 1.0
+    """Share of labelled images in a pass."""
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The sample indices of pass `epoch`, in order: int64 (n,)."""
+        return permutation(seed, epoch, len(self))
+
+    def view(self, epoch: int, kept: int) -> View:
+        """What pass `epoch` shows of its images: always a new view, or `kept` of them in turn."""
+        return epoch % kept if kept else epoch
+
+    def fresh(self, index: np.ndarray, epoch: int, kept: int) -> int:
+        """How many of the samples `index` (B,) of pass `epoch` show a view that no pass before it has shown."""
+        return 0 if 0 < kept <= epoch else len(index)
+
     @abstractmethod
-    def batches(self, chunks: Iterable[np.ndarray], view: int | None) -> Iterator[Batch]:
+    def batches(self, chunks: Iterable[np.ndarray], view: View | None) -> Iterator[Batch]:
         """One batch for each chunk of sample indices, in order.
 
         Args:
@@ -78,22 +99,36 @@ class Split(ABC):
             DataError: an image cannot be read; the message names it.
         """
 
-    def _batch(self, images: np.ndarray, chunk: np.ndarray, view: int | None) -> Batch:
+    def _batch(self, images: np.ndarray, chunk: np.ndarray, view: View | None) -> Batch:
         """A batch of `images`, uint8 (B, H, W, 3), cropped and flipped as small ones are in `view`."""
         image, shown = torch.from_numpy(images).permute(0, 3, 1, 2), self._shown  # (B, 3, H, W)
-        if view is not None:
+        if isinstance(view, tuple):
+            labelled = self.labels[chunk] != NO_LABEL
+            for rows, each in zip((labelled, ~labelled), view, strict=True):
+                image[rows] = crop_and_flip(image[rows], chunk[rows], each, shown.seed, shown.padding, shown.hflip)
+        elif view is not None:
             image = crop_and_flip(image, chunk, view, shown.seed, shown.padding, shown.hflip)
         return Batch(image, torch.from_numpy(self.labels[chunk]), torch.from_numpy(chunk))
+
+    def _view_of(self, index: int, view: View | None) -> int | None:
+        """Which view of one sample."""
+        return view[int(self.labels[index] == NO_LABEL)] if isinstance(view, tuple) else view
+
+
+class Rows(Protocol):
+    """What gives a new array of the rows that it is asked for, as an array does."""
+
+    def __getitem__(self, rows: np.ndarray, /) -> np.ndarray: ...
 
 
 class PixelSplit(Split):
     """Small images, decoded once into `pixels`, uint8 (N, H, W, 3)."""
 
-    def __init__(self, pixels: np.ndarray, rows: np.ndarray, labels: np.ndarray, shown: Shown) -> None:
+    def __init__(self, pixels: Rows, rows: np.ndarray, labels: np.ndarray, shown: Shown) -> None:
         super().__init__(rows, labels, shown)
         self._pixels = pixels
 
-    def batches(self, chunks: Iterable[np.ndarray], view: int | None) -> Iterator[Batch]:
+    def batches(self, chunks: Iterable[np.ndarray], view: View | None) -> Iterator[Batch]:
         """See `Split`."""
         for each in chunks:
             chunk = np.array(each, dtype=np.int64)
@@ -116,7 +151,7 @@ class FileSplit(Split):
         self._images, self._data, self._transform = images, config.data, transform
         self._workers = cores() if config.workers is None else config.workers
 
-    def batches(self, chunks: Iterable[np.ndarray], view: int | None) -> Iterator[Batch]:
+    def batches(self, chunks: Iterable[np.ndarray], view: View | None) -> Iterator[Batch]:
         """See `Split`."""
         wanted = [np.array(chunk, dtype=np.int64) for chunk in chunks]
         loader = DataLoader(
@@ -142,7 +177,7 @@ class FileSplit(Split):
                 hint="give fewer --workers, or a smaller --batch-size; the same command continues",
             ) from error
 
-    def show(self, chunk: np.ndarray, view: int | None) -> Batch:
+    def show(self, chunk: np.ndarray, view: View | None) -> Batch:
         """The batch of one chunk, in this process.
 
         Raises:
@@ -150,7 +185,7 @@ class FileSplit(Split):
         """
         pixels = np.empty((len(chunk), *self._shown.frame.size, 3), np.uint8)
         for place, index in enumerate(chunk.tolist()):
-            pixels[place] = self._pixel(self._rows[index], index, view).permute(1, 2, 0).numpy()
+            pixels[place] = self._pixel(self._rows[index], index, self._view_of(index, view)).permute(1, 2, 0).numpy()
         whole = self._transform is None and self._shown.frame.small
         return self._batch(pixels, chunk, view if whole else None)
 
@@ -175,7 +210,7 @@ class Sample(Split):
         self._places = spaced(len(split), count)
         self.labels = split.labels[self._places]
 
-    def batches(self, chunks: Iterable[np.ndarray], view: int | None) -> Iterator[Batch]:
+    def batches(self, chunks: Iterable[np.ndarray], view: View | None) -> Iterator[Batch]:
         """See `Split`."""
         return self._split.batches([self._places[chunk] for chunk in chunks], view)
 
@@ -190,7 +225,7 @@ class _Chunks(torch.utils.data.Dataset["Batch | Unreadable"]):
     """What the loader's processes hold: a chunk of indices is one item."""
 
     split: FileSplit
-    view: int | None
+    view: View | None
 
     def __getitem__(self, chunk: np.ndarray) -> Batch | Unreadable:
         try:

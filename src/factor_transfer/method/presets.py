@@ -60,7 +60,7 @@ def acts_on(setting: str, method: str) -> bool:
     (True, False, True)
     """
     settings, readers = _switched(method), read_by(Config, setting)
-    return not readers or any(settings[name] != 0 for name in readers)
+    return not readers or any(settings[name] for name in readers)
 
 
 def _switched(method: str) -> dict[str, Any]:

@@ -47,6 +47,11 @@ class StudentOutputs(NamedTuple):
     maps: Mapping[str, Tensor] = {}
     """Those of every layer that is tapped, by name."""
 
+    def of(self, rows: Tensor) -> StudentOutputs:
+        """What it gave for some of the images: `rows` (B,) bool."""
+        maps = {layer: each[rows] for layer, each in self.maps.items()}
+        return StudentOutputs(self.logits[rows], self.feature[rows], maps)
+
 
 class Reader(nn.Module):
     """Makes one output of the teacher out of the map of one of its layers.
@@ -111,7 +116,8 @@ class Term(nn.Module):
     trains_head: bool = False
     """Whether the student's outputs learn from the term; where none of the terms does that, they are not measured."""
     supervised: bool = False
-    """Whether the term is the task's own loss with the images' labels."""
+    """Whether the term is the task's own loss with the images' labels, or another that reads them. Where a batch has
+    images without labels beside the others, such a term is given the labelled ones alone."""
 
     @classmethod
     def made(cls, given: Given) -> Sequence[Term]:
@@ -123,7 +129,7 @@ class Term(nn.Module):
         return {}
 
     def forward(self, student: StudentOutputs, teacher: dict[str, Tensor], labels: Tensor) -> Tensor:
-        """The weighted loss, a scalar averaged over the batch."""
+        """The weighted loss, a scalar averaged over the batch; `labels` are those of its labelled images."""
         raise NotImplementedError
 
     def seen(self) -> dict[str, Tensor]:

@@ -17,8 +17,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from factor_transfer.config import Config, described
+from factor_transfer.config import Config, DataConfig
 from factor_transfer.networks.pair import Modules
+from factor_transfer.regime import Regime
 from factor_transfer.report.figures import Point, bars, dumbbell, heat, lines, scatter
 from factor_transfer.report.findings import findings
 from factor_transfer.report.terminal import verdict
@@ -367,3 +368,15 @@ def _templates() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+
+
+def described() -> dict[str, str]:
+    """The help of every setting: the docstring under its field.
+
+    >>> described()["lr"]
+    'Learning rate.'
+    """
+    from docstring_parser import parse_from_object  # which cyclopts reads the same docstrings with
+
+    docs = [each for kind in (DataConfig, Regime, Config) for each in parse_from_object(kind).params]
+    return {each.arg_name: " ".join((each.description or "").split()) for each in docs}

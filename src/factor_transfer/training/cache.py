@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from factor_transfer.config import plain
 from factor_transfer.data.dataset import Dataset
 from factor_transfer.data.pixels import decoders
+from factor_transfer.data.splits import View
 from factor_transfer.data.store import Store
 from factor_transfer.method.factor_transfer import Straight
 from factor_transfer.method.slim import AnyParaphraser
@@ -129,19 +130,30 @@ class CachedTeacher(nn.Module):
     Args:
         live: a `FrozenTeacher` around a `TeacherSide`.
         cache: its outputs.
+        labelled: where there are unlabelled images beside the others, how many samples come before them. The two kinds
+            of a batch are then read, or made, each by itself: they show views of their own.
     """
 
-    def __init__(self, live: FrozenTeacher, cache: FactorCache) -> None:
+    def __init__(self, live: FrozenTeacher, cache: FactorCache, labelled: int = 0) -> None:
         super().__init__()
-        self.live, self.cache = live, cache
+        self.live, self.cache, self.labelled = live, cache, labelled
         self.writes = True
         """False once the disk was full: from then on the cache is only read."""
 
-    def forward(self, images: Tensor, index: Tensor, view: int) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, index: Tensor, view: View) -> dict[str, Tensor]:
         """uint8 images (B, 3, H, W), their sample indices (B,) and view -> the cache's outputs, `factor` (B, K, H, W).
 
         The first time, too, a factor is as it will be read back, in fp16: a resumed run sees the same numbers.
         """
+        if not isinstance(view, tuple):
+            return self._of_one_view(images, index, view)
+        later = index >= self.labelled
+        kinds = [(rows, each) for rows, each in zip((~later, later), view, strict=True) if rows.any()]
+        places = torch.cat([rows.nonzero().flatten() for rows, _ in kinds]).argsort().to(images.device)
+        found = [self._of_one_view(images[rows.to(images.device)], index[rows], each) for rows, each in kinds]
+        return {name: torch.cat([part[name] for part in found])[places] for name in self.cache.shapes}
+
+    def _of_one_view(self, images: Tensor, index: Tensor, view: int) -> dict[str, Tensor]:
         place = index.numpy()
         found = self.cache.read(place, view)
         if found is None:
@@ -193,7 +205,7 @@ def behind_cache(
         warn(f"no factor cache: {large} is too large; the teacher stays live")
         return live
     cache, problem = None, None
-    folder, count = cache_folder(objective.config.cache_dir), len(data.train)
+    folder, count = cache_folder(objective.config.cache_dir), len(data.pool)
     with engine.unhurried():  # some file systems write out all that is reserved
         try:
             cache = FactorCache(folder, identity, shapes, count, views)
@@ -207,7 +219,7 @@ def behind_cache(
         return live
     say_what_changed(cache)
     _check_rows(cache, live, data, engine)
-    return CachedTeacher(live, cache)
+    return CachedTeacher(live, cache, len(data.train))
 
 
 def identity_of(
@@ -233,6 +245,8 @@ def identity_of(
         "decoders": decoders(),
         "precision": engine.describe()["precision"],
     }
+    if data.unlabelled_fingerprint is not None:
+        identity["unlabelled images"] = data.unlabelled_fingerprint
     if objective.config.torchcompile:
         identity["compiled"] = True
     if readers:
@@ -250,7 +264,7 @@ def _check_rows(cache: FactorCache, live: FrozenTeacher, data: Dataset, engine: 
     """
 
     def fresh(index: np.ndarray, view: int) -> Mapping[str, Tensor]:
-        (batch,) = data.train.batches([index], view=view)
+        (batch,) = data.pool.batches([index], view=view)
         with engine.autocast():
             outputs: Mapping[str, Tensor] = live(batch.image.to(engine.device), batch.index, view)
         return outputs

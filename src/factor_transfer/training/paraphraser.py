@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from factor_transfer.config import Config
-from factor_transfer.data.splits import Batch, Sample, Split
+from factor_transfer.data.splits import Batch, Sample, Split, View
 from factor_transfer.data.views import permutation
 from factor_transfer.method.slim import FITTED, AnyParaphraser, SlimParaphraser, core
 from factor_transfer.training.engine import Engine
@@ -51,7 +51,7 @@ class KeptMaps(Split):
     def __init__(self, maps: Tensor, times: int = 1) -> None:
         self.maps, self.labels = maps, np.zeros(times * len(maps), np.int64)
 
-    def batches(self, chunks: Iterable[np.ndarray], view: int | None) -> Iterator[Batch]:
+    def batches(self, chunks: Iterable[np.ndarray], view: View | None) -> Iterator[Batch]:
         """See `Split`; a batch's `image` is its maps."""
         for chunk in chunks:
             index = torch.from_numpy(np.array(chunk, np.int64))

@@ -104,25 +104,29 @@ class Price:
             "baseline": (3 * student, 0.0),
         }[stage]
 
-    def paraphraser_stage(self, config: Config, images: int) -> float:
-        """The whole training of the paraphrasers, in passes of the student alone over so many images; at most."""
+    def paraphraser_stage(self, config: Config, images: int, pool: int | None = None) -> float:
+        """The whole training of the paraphrasers, in passes of the student alone over so many images; at most.
+
+        `pool` is how many images they are trained on, where that is another number.
+        """
+        pool = images if pool is None else pool
         if config.paraphraser is not None or not self.paraphraser.parameters:
             return 0.0
         if config.paraphraser_epochs != "auto":
-            return config.paraphraser_epochs * self.paraphraser_pass
-        shown = self.layers * min(images, MOST_MAPS) * self.teacher.multiply_adds
+            return config.paraphraser_epochs * self.paraphraser_pass * pool / images
+        shown = self.layers * min(pool, MOST_MAPS) * self.teacher.multiply_adds
         trained = MOST_STEPS * BATCH * 3 * self.paraphraser.multiply_adds
         return (shown + trained) / (3 * self.student.multiply_adds * images)
 
-    def lines(self, config: Config, images: int) -> Iterator[str]:
-        """What a user is told before training on so many images."""
+    def lines(self, config: Config, images: int, pool: int | None = None) -> Iterator[str]:
+        """What a user is told before training on so many images; `pool` as for `paraphraser_stage`."""
         if not self.taught:
             return
         step = f"{self.live_step:.2f} times the student's alone with a live teacher"
         if self.cached:
             step += f", {self.cached_step:.2f} with its outputs on disk (--views)"
         yield f"price, in multiply-adds: a step costs {step}{self._advice(config)}"
-        if whole := self.paraphraser_stage(config, images):
+        if whole := self.paraphraser_stage(config, images, pool):
             most = "at most " if config.paraphraser_epochs == "auto" else ""
             yield f"price: to train the paraphraser costs {most}{whole:.1f} passes of the student alone"
 

@@ -16,7 +16,6 @@ import numpy as np
 from torch import Tensor, nn
 
 from factor_transfer.config import Config
-from factor_transfer.data.dataset import open_data
 from factor_transfer.data.views import VERSION, Transform
 from factor_transfer.method.factor_transfer import Straight
 from factor_transfer.method.losses import FactorTransfer, Labels
@@ -33,6 +32,7 @@ from factor_transfer.training.compute import counted
 from factor_transfer.training.engine import Engine
 from factor_transfer.training.evaluation import evaluate, evaluate_paraphraser, say_paraphraser
 from factor_transfer.training.form import with_form
+from factor_transfer.training.images import NONE, UNLABELLED, batches_of, images_of, say_images, shown_for
 from factor_transfer.training.objective import (
     Objective,
     fresh_paraphrasers,
@@ -45,8 +45,7 @@ from factor_transfer.training.price import Price, price_of
 from factor_transfer.training.run_folder import FORM, Run, form_of
 from factor_transfer.training.schedule import Plan
 from factor_transfer.training.step import DistillationTask, TeacherSide
-from factor_transfer.training.trainer import Trainer, check_shares, training_chunks
-from factor_transfer.util.arguments import written
+from factor_transfer.training.trainer import Trainer
 from factor_transfer.util.console import say, warn
 from factor_transfer.util.errors import TrainingError
 from factor_transfer.util.files import cache_folder, state_fingerprint
@@ -79,17 +78,10 @@ class Job:
         """The settings as they are given; `config` has the form that --factor-form auto chose."""
         self._compiled: dict[str, Compiled] = {}
         self.task = task_of(config.task)
-        self.data = open_data(config, lambda: own_size(modules.get("student", config.student)), transform)
-        self.chunks = training_chunks(np.arange(len(self.data.train)), config.batch_size)
-        """Batches of one pass, unshuffled: their sizes are those of every pass."""
-        check_shares(self.chunks, engine.processes, config.batch_size)
-        for note in self.data.notes:
-            say(f"data: {note}")
-        for lost in self.data.lost:
-            warn(f"data: {lost.what} ({lost.hint})")
-        counts = f"{len(self.data.train):,} training and {len(self.data.validation):,} validation images"
-        size = written(self.data.img_size)
-        say(f"data: {self.data.name}, {counts} of {size}, {len(self.data.classes)} classes")
+        self.data = images_of(config, lambda: own_size(modules.get("student", config.student)), transform)
+        self.chunks = batches_of(self.data, config, engine.processes)
+        """Batches of one pass of the student: their sizes are those of every pass."""
+        say_images(self.data, config)
         self.teacher_weights = ""
         """Fingerprint of the teacher that teaches."""
         self.code = ""
@@ -116,7 +108,13 @@ class Job:
         changed = "holds other images than when the run began, or shows them otherwise"
         with self.engine.unhurried():  # to hash many images takes long, the first time
             fingerprint = self.data.fingerprint
+            unlabelled = self.data.unlabelled_fingerprint or NONE
         self.hold("data", fingerprint, "--data", changed)
+        begun, pinned = self.engine.told((self.run.begun, UNLABELLED in self.run.pins()))
+        if pinned or {NONE} != {*self.engine.all_of(unlabelled)}:
+            if begun and not pinned:
+                self.run.pin(UNLABELLED, NONE, "")  # it began without them
+            self.hold(UNLABELLED, unlabelled, "--unlabelled", changed)
 
     def recorded(self, stage: str) -> dict[str, Any] | None:
         """What a finished stage found, as the first process sees it; None if it is not finished."""
@@ -178,7 +176,7 @@ class Job:
 
     def count(self) -> None:
         """Say what the run costs."""
-        for line in self.price.lines(self.config, len(self.data.train)):
+        for line in self.price.lines(self.config, len(self.data.train), len(self.data.pool)):
             say(line)
 
     def _choose_views(self) -> int:
@@ -194,7 +192,8 @@ class Job:
         chosen = 0
         if row_bytes and None not in shapes:
             folder = cache_folder(config.cache_dir)
-            room = self.engine.all_of(choose_views(row_bytes, len(self.data.train), config.epochs, folder))
+            times = config.epochs // (self.data.mixed.passes if self.data.mixed else 1)  # that an image is shown
+            room = self.engine.all_of(choose_views(row_bytes, len(self.data.pool), times, folder))
             chosen = min(room)
         self.hold("views", str(chosen), "--views", "auto chose otherwise when the run began")
         say(f"factor cache: --views auto chose {f'{chosen} views' if chosen else 'a live teacher'}")
@@ -285,7 +284,7 @@ class Job:
             teacher = self._teacher_side(pair)
             training: dict[str, Any] = {"seconds": 0.0}
             if file is None:
-                shown = self.data.train, self.views, self.engine, config, run
+                shown = self.data.pool, self.views, self.engine, config, run
                 training = train_paraphraser(name, paraphraser, teacher, *shown)
             with self.engine.unhurried():  # each process sees all images, and one may be slower
                 quality = evaluate_paraphraser(
@@ -392,7 +391,8 @@ class Job:
         if self.config.torchcompile:
             self._compile(task, plan.stage)
         validation = self.data.validation if self._measured(terms) else None
-        trainer = Trainer(task, plan, self.data.train, self.engine, self.config, self.run, validation)
+        shown = shown_for(self.data, terms)
+        trainer = Trainer(task, plan, shown, self.engine, self.config, self.run, validation)
         training = trainer.fit().record()
         trained = task.trained()
         network.module.load_state_dict(trained.student.module.state_dict())

@@ -7,18 +7,30 @@ Shapes: B samples, C channels, K factor channels, H x W the feature map, N class
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from factor_transfer.data.splits import NO_LABEL, Batch, View
 from factor_transfer.method.factor_transfer import Straight, reconstruction_loss
 from factor_transfer.method.health import DEAD
 from factor_transfer.method.slim import AnyParaphraser
 from factor_transfer.method.term import Reader, StudentOutputs, Term, align
 from factor_transfer.networks.features import Tapped
+from factor_transfer.tasks.base import Task
+
+
+class Known(NamedTuple):
+    """The labelled images of a batch that has others beside them."""
+
+    rows: Tensor  # (B,) bool
+    weight: float
+    """Of a mean over them: their number, over what their share of a pass would give of the batch. So each labelled
+    image of a pass counts alike, whichever batch, and part of a batch, it is in."""
+
 
 Result = dict[str, Any]
 """What a task's forward returns: `loss`, `output` (logits or None), and its parts by name."""
@@ -47,7 +59,7 @@ class TeacherSide(nn.Module):
         self.network, self.norm, self.size, self.paraphraser = network, norm, size, paraphraser
         self.readers = nn.ModuleDict(readers)
 
-    def forward(self, images: Tensor, index: Tensor | None = None, view: int = 0) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, index: Tensor | None = None, view: View = 0) -> dict[str, Tensor]:
         """uint8 images (B, 3, H, W) -> `logits` (B, N), `feature` (B, C, H, W), `factor` (B, K, H, W), the readers'.
 
         `index` and `view` say which images they are; only a cached teacher needs to know.
@@ -70,11 +82,23 @@ class Trainee(nn.Module):
         self.student, self.norm = student, norm
         self.terms = nn.ModuleDict({term.name: term for term in terms})
 
-    def forward(self, images: Tensor, labels: Tensor, teacher: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """uint8 images (B, 3, H, W) -> logits (B, N) and the weighted loss of every term."""
+    def forward(
+        self, images: Tensor, labels: Tensor, teacher: dict[str, Tensor], known: Known | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """uint8 images (B, 3, H, W) -> logits (B, N) and the weighted loss of every term.
+
+        Where only the `known` images have labels, `labels` and the logits are theirs.
+        """
         output, maps = self.student.maps(self.norm(images))
         student = StudentOutputs(output, maps[self.student.layer], maps)
-        return student.logits, {name: term(student, teacher, labels) for name, term in self.terms.items()}
+        if known is None:
+            return student.logits, {name: term(student, teacher, labels) for name, term in self.terms.items()}
+        own, theirs = student.of(known.rows), {name: each[known.rows] for name, each in teacher.items()}
+        losses = {
+            name: known.weight * term(own, theirs, labels) if term.supervised else term(student, teacher, labels)
+            for name, term in self.terms.items()
+        }
+        return own.logits, losses
 
     def classifier(self) -> nn.Module:
         """uint8 images (B, 3, H, W) -> logits (B, N)."""
@@ -103,10 +127,20 @@ class DistillationTask(TrainingTask):  # type: ignore[misc] # timm ships no type
         self.trainable_module = Trainee(student, norm, terms)
         self.teacher = teacher if needs else None
 
-    def forward(self, input: Tensor, target: Tensor, index: Tensor | None = None, view: int = 0) -> Result:
-        """One step's losses for uint8 images (B, 3, H, W) and labels (B,); `index` (B,) and `view` say which images."""
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        index: Tensor | None = None,
+        view: View = 0,
+        known: Known | None = None,
+    ) -> Result:
+        """One step's losses for uint8 images (B, 3, H, W) and labels (B,); `index` (B,) and `view` say which images.
+
+        Where only the `known` images have labels, `target` and the `output` are theirs.
+        """
         teacher = self.teacher(input, index, view) if self.teacher is not None else {}
-        logits, losses = self.trainable_module(input, target, teacher)
+        logits, losses = self.trainable_module(input, target, teacher, *([] if known is None else [known]))
         measured = any(term.supervised for term in self.terms)  # without labels there is no metric to show
         seen = {name: value for term in unwrap_model(self.trainable_module).terms.values()
                 for name, value in term.seen().items()}  # fmt: skip
@@ -144,11 +178,35 @@ class ParaphraserTask(TrainingTask):  # type: ignore[misc] # timm ships no types
         super().__init__(verbose=False)
         self.trainable_module, self.teacher, self.norm = paraphraser, teacher, norm
 
-    def forward(self, input: Tensor, target: Tensor, index: Tensor | None = None, view: int = 0) -> Result:
-        """One step's loss for uint8 images (B, 3, H, W); `target` is not read."""
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        index: Tensor | None = None,
+        view: View = 0,
+        known: Known | None = None,
+    ) -> Result:
+        """One step's loss for uint8 images (B, 3, H, W); `target` and `known` are not read."""
         feature = self.teacher(input, index, view)["feature"]
         return {"loss": reconstruction_loss(self.trainable_module(feature), feature, self.norm), "output": None}
 
     def troubles(self, means: dict[str, float]) -> list[str]:
         """Nothing yet: a paraphraser begins with the mean map, and is judged when it is trained."""
         return []
+
+
+def placed(batch: Batch, task: Task, share: float, device: torch.device) -> tuple[Tensor, Tensor, Known | None]:
+    """Images and targets of a batch, on the device; and where not all are labelled, those that are.
+
+    Args:
+        batch: images and labels.
+        task: makes targets of labels.
+        share: of labelled images in a pass.
+        device: where to.
+    """
+    if share == 1:
+        return batch.image.to(device), task.targets(batch).to(device), None
+    rows = batch.label != NO_LABEL
+    own = Batch(*(each[rows] for each in batch))
+    known = Known(rows.to(device), len(own.label) / (share * len(rows)))
+    return batch.image.to(device), task.targets(own).to(device), known

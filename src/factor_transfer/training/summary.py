@@ -73,6 +73,8 @@ class DataSummary:
     validation: int
     img_size: Any
     classes: list[str]
+    unlabelled: int = 0
+    """Images without labels beside the training images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +145,8 @@ class Summary:
         own = {each.name: values[each.name] for each in fields(cls) if values.get(each.name) is not None}
         size = {"img_size": own["data"]["img_size"]}  # of networks that see the images at the size of the data
         networks = {role: NetworkSummary.from_json({**size, **own[role]}, metrics) for role in ROLES if role in own}
-        data = DataSummary(**{each.name: own["data"][each.name] for each in fields(DataSummary)})
+        names = [each.name for each in fields(DataSummary) if each.name != "unlabelled" or each.name in own["data"]]
+        data = DataSummary(**{name: own["data"][name] for name in names})
         method = BASELINE if own.get("method") == "labels alone" else own.get("method", cls.method)  # as once written
         more = {"method": method, "compute": _compute(own, networks["student"], data)}
         return cls(**{**own, **networks, **more, "data": data, "metrics": metrics})

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from factor_transfer.config import Config
-from factor_transfer.data.splits import Batch, Split
-from factor_transfer.data.views import permutation
+from factor_transfer.data.splits import Batch, Split, View
 from factor_transfer.method.health import first_bad_layer, not_finite
 from factor_transfer.networks.features import untrained
 from factor_transfer.tasks.base import task_of
@@ -29,9 +28,9 @@ from factor_transfer.training.engine import Engine, StopRequest, stop_signals
 from factor_transfer.training.evaluation import chunks_of, evaluate
 from factor_transfer.training.run_folder import Run
 from factor_transfer.training.schedule import Plan, optimizer_and_schedule
-from factor_transfer.training.step import DistillationTask, ParaphraserTask
+from factor_transfer.training.step import DistillationTask, Known, ParaphraserTask, placed
 from factor_transfer.util.console import PassBar, formatted, pass_bar, say, warn
-from factor_transfer.util.errors import ConfigError, Interrupted, RunError, TrainingError
+from factor_transfer.util.errors import Interrupted, RunError, TrainingError
 from factor_transfer.util.files import state_fingerprint
 from factor_transfer.util.seeds import part_seed
 
@@ -165,30 +164,29 @@ class Trainer:
         (batch,) = self._shown(chunks[:1], view)
         buffers = [buffer.clone() for buffer in self._buffers]
         self.objective.train()
-        images, labels = self._placed(batch)
+        images, labels, known = self._placed(batch)
         with self.engine.autocast():
-            loss = self.objective(images, labels, batch.index, view)["loss"]
+            loss = self.objective(images, labels, batch.index, view, known)["loss"]
         gradients = torch.autograd.grad(loss, list(weights), allow_unused=True)
         for buffer, value in zip(self._buffers, buffers, strict=True):
             buffer.copy_(value)
         return [gradient is not None for gradient in gradients]
 
-    def _ahead(self) -> tuple[list[np.ndarray], int]:
+    def _ahead(self) -> tuple[list[np.ndarray], View]:
         """The batches that are left of the pass under way, and its view."""
-        progress, plan = self.progress, self.plan
-        order = permutation(self.config.data_seed, progress.epoch, len(self.train))
-        view = progress.epoch % plan.views if plan.views else progress.epoch
-        return training_chunks(order, self.config.batch_size)[progress.step :], view
+        epoch, kept = self.progress.epoch, self.plan.views
+        chunks = training_chunks(self.train.order(self.config.data_seed, epoch), self.config.batch_size)
+        return chunks[self.progress.step :], self.train.view(epoch, kept)
 
-    def _shown(self, chunks: Sequence[np.ndarray], view: int) -> Iterator[Batch]:
+    def _shown(self, chunks: Sequence[np.ndarray], view: View) -> Iterator[Batch]:
         """This process's part of each of the batches."""
-        parts = [self.engine.shard(chunk, by_host=bool(self.plan.views)) for chunk in chunks]
+        by_host = bool(self.plan.views) and self.train.known == 1  # or a part might be without labelled images
+        parts = [self.engine.shard(chunk, by_host=by_host) for chunk in chunks]
         return self.train.batches(parts, view=view)
 
-    def _placed(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Images and targets of a batch, on the device."""
-        device = self.engine.device
-        return batch.image.to(device), self.task.targets(batch).to(device)
+    def _placed(self, batch: Batch) -> tuple[Tensor, Tensor, Known | None]:
+        """Images and targets of a batch, on the device; and where not all are labelled, those that are."""
+        return placed(batch, self.task, self.train.known, self.engine.device)
 
     def _collect(self) -> None:
         """Walk over the module's tensors once, and not in every step."""
@@ -227,7 +225,7 @@ class Trainer:
                     saved = time.monotonic()
                     self._leave(signum)
 
-    def step(self, batch: Batch, size: int, view: int) -> dict[str, float] | None:
+    def step(self, batch: Batch, size: int, view: View) -> dict[str, float] | None:
         """One update from this process's part of a batch of `size` images.
 
         Returns:
@@ -235,18 +233,19 @@ class Trainer:
         """
         engine, objective = self.engine, self.objective
         update = self.progress.epoch * self.steps + self.progress.step
-        images, labels = self._placed(batch)
+        images, labels, known = self._placed(batch)
 
         def forward() -> dict[str, Any]:
             engine.seed_noise(part_seed(self.plan.seed, "noise", self.plan.stage, update, engine.rank))
             with engine.autocast():
-                found: dict[str, Any] = objective(images, labels, batch.index, view)
+                found: dict[str, Any] = objective(images, labels, batch.index, view, known)
             return found
 
         buffers = [buffer.clone() for buffer in self._buffers]
         asked = self._asked()
         result = forward()
-        live, share = (self._asked() - asked) / len(labels), len(labels) / size
+        live, share = (self._asked() - asked) / len(images), len(images) / size
+        fresh = self.train.fresh(batch.index.numpy(), self.progress.epoch, self.plan.views) / len(images)
         self.optimizer.zero_grad(set_to_none=True)
         # Gradients are averaged over processes, and the parts of one batch can differ in size.
         (result["loss"] * (share * engine.processes)).backward()
@@ -256,11 +255,13 @@ class Trainer:
         values = {name: value.detach() for name, value in result.items() if name != "output"} | {"gradient_norm": norm}
         if result["output"] is not None:
             shown = self.task.step(result["output"].detach(), labels)
-            values |= {f"train_{name}": value for name, value in shown.items()}
-        summed = [*(value.to(result["loss"].dtype) for value in values.values()), result["loss"].new_full((), live)]
-        *totals, live = engine.total(torch.stack(summed) * share).tolist()
+            weight = 1.0 if known is None else known.weight
+            values |= {f"train_{name}": value * weight for name, value in shown.items()}
+        counted = [result["loss"].new_full((), value) for value in (live, fresh)]
+        summed = [*(value.to(result["loss"].dtype) for value in values.values()), *counted]
+        *totals, live, fresh = engine.total(torch.stack(summed) * share).tolist()
         means = dict(zip(values, totals, strict=True))
-        self._count(size, round(live * size))
+        self._count(size, round(live * size), round(fresh * size))
         # Sums over processes and the averaged gradient: all processes decide alike.
         if not (math.isfinite(means["loss"]) and norm.isfinite()):
             self._skip(means, forward)
@@ -278,13 +279,12 @@ class Trainer:
         """Images that this process's teacher has been shown so far."""
         return int(getattr(self.teacher, "asked", 0))
 
-    def _count(self, images: int, live: int) -> None:
+    def _count(self, images: int, live: int, fresh: int) -> None:
         """Count the images of a step, and those of them that the teacher was shown, over all processes."""
         progress = self.progress
-        first = self.teacher is not None and not 0 < self.plan.views <= progress.epoch  # their views are new
         progress.trained += images
         progress.teacher += live
-        progress.teacher_alone += images if first else live
+        progress.teacher_alone += max(live, fresh) if self.teacher is not None else live  # their views are new
 
     def _skip(self, means: dict[str, float], forward: Callable[[], Any]) -> None:
         """Say what was not finite, and stop where that is so too often."""
@@ -422,22 +422,6 @@ class Trainer:
             means = self.progress.means()
             shown = ("loss", f"train_{self.task.headline.key}")
             bar(images, {name: means[name] for name in shown if name in means})
-
-
-def check_shares(chunks: Sequence[np.ndarray], processes: int, batch_size: int) -> None:
-    """That every process has images of every batch.
-
-    Raises:
-        ConfigError: it has fewer than two of one.
-    """
-    least = min(map(len, chunks))
-    if processes > 1 and least < 2 * processes:
-        raise ConfigError(
-            f"--batch-size {batch_size}",
-            found=f"a batch of {least} images for {processes} processes",
-            valid="two images for each process in every batch: batch norm cannot train on one",
-            hint=f"give --batch-size {4 * processes} or more, or start fewer processes",
-        )
 
 
 def training_chunks(indices: np.ndarray, size: int) -> list[np.ndarray]:
