@@ -7,17 +7,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.utils.class_weight import compute_class_weight
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
 
 import factor_transfer.zoo  # noqa: F401
 from factor_transfer import distill
 from factor_transfer.config import Config
+from factor_transfer.data.balance import class_weights
 from factor_transfer.method.term import Term
 from factor_transfer.networks.pair import Side
 from factor_transfer.tasks.base import LabelLoss, Task, task_of
+from factor_transfer.tasks.classification import ClassLoss
 from factor_transfer.training.schedule import Plan
 from factor_transfer.training.stages import Job
 from factor_transfer.util.errors import ConfigError
@@ -61,27 +65,74 @@ def test_labels__are_learned_by_timms_loss(given: dict[str, Any], timms: torch.n
     torch.testing.assert_close(teacher, plain(outputs, labels))
 
 
+def test_class_weights__balanced_are_scikit_learns_and_files_name_every_class(tmp_path: Path) -> None:
+    labels, classes = np.array([0] * 5 + [1] * 2 + [3]), ("a", "b", "none", "d")
+    wanted = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=labels)
+    found = class_weights("balanced", labels, classes)
+    assert found == pytest.approx([*wanted[:2], 1, wanted[2]])
+    assert np.mean([found[label] for label in labels]) == pytest.approx(1)
+    path = tmp_path / "weights.json"
+    for text, said in (
+        ('{"a": 1, "b": 2}', "no weight of none, d"),
+        ('{"a": 1, "b": 2, "none": 1, "d": 1, "e": 1}', "no such class: e"),
+        ('{"a": 1, "b": 0, "none": 1, "d": 1}', "b: 0"), ("[1, 2]", "a list"), ("{", "expected"),
+    ):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=f"(?s)--class-weights {path}.*{said}"):
+            class_weights(str(path), labels, classes)
+
+
+@pytest.mark.parametrize("bce", [False, True])
+def test_class_loss__counts_each_image_by_its_class_and_is_linear_in_the_labels(bce: bool) -> None:
+    """So that parts of a batch add up to it, and mixed labels to the mix of their losses."""
+    torch.manual_seed(0)
+    outputs, one, other = torch.randn(6, 3).double(), torch.arange(6) % 3, torch.tensor([2, 2, 1, 0, 1, 0])
+    weights, smoothing = (0.5, 2.0, 3.0), 0.1
+    loss = ClassLoss(LabelLoss(smoothing, bce, weights))
+    timms = BinaryCrossEntropy(smoothing) if bce else LabelSmoothingCrossEntropy(smoothing)
+    wanted = sum(weights[label] * timms(outputs[[at]], one[[at]]) for at, label in enumerate(one)) / 6
+    torch.testing.assert_close(loss(outputs, one), wanted)
+    mixed = 0.3 * F.one_hot(one, 3) + 0.7 * F.one_hot(other, 3).double()
+    torch.testing.assert_close(loss(outputs, mixed), 0.3 * loss(outputs, one) + 0.7 * loss(outputs, other))
+
+
 @pytest.mark.usefixtures("unexported")
 def test_distill__trains_student_baseline_and_teacher_by_the_loss_that_is_asked_for(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    smoothing: dict[str, float] = {}
+    seen: dict[str, Any] = {}
+    weights = tmp_path / "weights.yaml"
+    weights.write_text("class1: 2\nclass0: 1\nclass2: 0.5\n")
     trained = Job._train
 
     def train(self: Job, side: Side, terms: Sequence[Term], teacher: Any, plan: Plan, **how: Any) -> dict[str, Any]:
-        smoothing[plan.stage] = next(term.loss.smoothing for term in terms if term.supervised)
+        seen[plan.stage] = next((term.loss.smoothing, term.loss.weights) for term in terms if term.supervised)
         return trained(self, side, terms, teacher, plan, **how)
 
     monkeypatch.setattr(Job, "_train", train)
-    run = distill(data=pictures, out=tmp_path / "run", baseline=True, **{**JOB, "smoothing": 0.3, "bce_loss": True})
-    assert smoothing == {"teacher": 0.0, "student": 0.3, "baseline": 0.3}
+    run = distill(
+        data=pictures,
+        out=tmp_path / "run",
+        baseline=True,
+        **JOB,
+        smoothing=0.3,
+        bce_loss=True,
+        class_weights=str(weights),
+    )
+    assert seen == {
+        role: (0.0 if role == "teacher" else 0.3, (1, 2, 0.5)) for role in ("teacher", "student", "baseline")
+    }
     assert run.summary["loss_name"] == "binary_cross_entropy"
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert {row["stage"] for row in rows if "binary_cross_entropy" in row} == {"teacher", "student", "baseline"}
 
 
 def test_settings__of_labels_contradict_what_reads_none() -> None:
-    for given, said in (({"smoothing": 0.1}, "--smoothing 0.1"), ({"bce_loss": True}, "--bce-loss")):
+    for given, said in (
+        ({"smoothing": 0.1}, "--smoothing 0.1"),
+        ({"bce_loss": True}, "--bce-loss"),
+        ({"class_weights": "balanced"}, "--class-weights balanced"),
+    ):
         with pytest.raises(ConfigError, match=f"{said} with --label-weight 0"):
             config(label_weight=0, **given)
     with pytest.raises(ConfigError, match="--smoothing 1\n"):

@@ -31,6 +31,10 @@ class Regime:
     bce_loss: Annotated[bool, within("Training recipe"), _LEARNERS] = False
     """Binary cross-entropy of every class instead of cross-entropy, averaged over classes, as timm's
     BinaryCrossEntropy: for student, baseline and a teacher that is trained here."""
+    class_weights: Annotated[str | None, within("Training recipe"), _LEARNERS] = None
+    """Weight of each class in the loss with labels: `balanced`, scikit-learn's (classes with few images count more, and
+    the mean over images is 1), or a YAML or JSON file, `cat: 2.5`. The mean is over images, where torch's `weight`
+    divides by the weights of the batch. For student, baseline and a teacher that is trained here."""
 
 
 def check_regime(config: Regime, label_weight: float) -> None:
@@ -40,6 +44,7 @@ def check_regime(config: Regime, label_weight: float) -> None:
         ConfigError: there is one.
     """
     given = [f"--smoothing {config.smoothing:g}"] * bool(config.smoothing) + ["--bce-loss"] * config.bce_loss
+    given += [f"--class-weights {config.class_weights}"] * (config.class_weights is not None)
     if given and not label_weight:
         raise ConfigError(
             f"{given[0]} with --label-weight 0", found="a setting of the loss with labels, and none are read",

@@ -52,21 +52,24 @@ class LabelLoss:
     """How the settings change the supervised loss.
 
     >>> LabelLoss.of(Config(data="digits", teacher="a", student="b", smoothing=0.1))
-    LabelLoss(smoothing=0.1, bce=False)
+    LabelLoss(smoothing=0.1, bce=False, weights=())
     """
 
     smoothing: float = 0.0
     bce: bool = False
+    weights: tuple[float, ...] = ()
+    """Of each class; none: all count alike."""
 
     @classmethod
-    def of(cls, config: Config, *, teacher: bool = False) -> LabelLoss:
+    def of(cls, config: Config, weights: tuple[float, ...] = (), *, teacher: bool = False) -> LabelLoss:
         """That of the student and the baseline, or of a teacher that is trained here, whose labels are not softened."""
-        return cls(smoothing=0.0 if teacher else config.smoothing, bce=config.bce_loss)
+        return cls(smoothing=0.0 if teacher else config.smoothing, bce=config.bce_loss, weights=weights)
 
     @property
     def given(self) -> str | None:
         """The flag of a setting that changes the loss; None where none does."""
-        return "--smoothing" if self.smoothing else "--bce-loss" if self.bce else None
+        flags = {"--smoothing": self.smoothing, "--bce-loss": self.bce, "--class-weights": self.weights}
+        return next((flag for flag, value in flags.items() if value), None)
 
 
 PLAIN = LabelLoss()

@@ -6,17 +6,46 @@ Shapes: B images, N classes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
-from timm.loss import BinaryCrossEntropy
-from torch import Tensor
+from torch import Tensor, nn
 
 from factor_transfer.method.losses import Labels
 from factor_transfer.tasks.base import PLAIN, Guess, LabelLoss, Task
 from factor_transfer.tasks.metric import Metric
+
+
+class ClassLoss(nn.Module):
+    """Cross-entropy with smoothed labels (timm's LabelSmoothingCrossEntropy and SoftTargetCrossEntropy), or binary
+    cross-entropy of every class (timm's BinaryCrossEntropy); each image counts by the weight of its class.
+
+    The mean is over images. (torch's `weight` divides by the weights of the batch instead, so that there an image's
+    part in the loss depends on the others, and on how a batch is divided.)
+
+    >>> import torch
+    >>> loss = ClassLoss(LabelLoss(weights=(1.0, 3.0)))
+    >>> loss(torch.zeros(2, 2), torch.tensor([0, 1])) / torch.tensor(2.0).log()
+    tensor(2.)
+    """
+
+    def __init__(self, how: LabelLoss) -> None:
+        super().__init__()
+        self.smoothing, self.bce, self.weights = how.smoothing, how.bce, how.weights
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Logits (B, N), and class indices (B,) or the share of each class (B, N) -> a scalar."""
+        classes = outputs.shape[1]
+        soft = targets if targets.ndim == 2 else F.one_hot(targets, classes).to(outputs.dtype)
+        if self.weights:
+            soft = soft * outputs.new_tensor(self.weights)
+        total = soft.sum(1, keepdim=True)  # (B, 1), the image's weight
+        smooth = (1 - self.smoothing) * soft + self.smoothing / classes * total
+        if self.bce:
+            each = F.binary_cross_entropy_with_logits(outputs, smooth / total, reduction="none")
+            return (total * each).mean()
+        return F.cross_entropy(outputs, smooth)
 
 
 class Classification(Task):
@@ -33,11 +62,9 @@ class Classification(Task):
         return F.cross_entropy(outputs, targets)
 
     def labels(self, weight: float = 1.0, how: LabelLoss = PLAIN) -> Labels:
-        """Cross-entropy, with timm's label smoothing; or timm's binary cross-entropy of every class."""
-        if how.bce:
-            return Labels(weight, BinaryCrossEntropy(how.smoothing), "binary_cross_entropy")
-        if how.smoothing:
-            return Labels(weight, partial(F.cross_entropy, label_smoothing=how.smoothing), self.loss_name)
+        """Cross-entropy, or `ClassLoss` where the settings change it."""
+        if how.given:
+            return Labels(weight, ClassLoss(how), "binary_cross_entropy" if how.bce else self.loss_name)
         return super().labels(weight)
 
     def step(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -81,9 +81,17 @@ class Objective:
         pair: teacher and student, and their layers.
         factor_channels: K of the teacher's factor, for each pair of layers; not read with --beta 0.
         classes: N of the data.
+        class_weights: of each class in the loss with labels; none: all count alike.
     """
 
-    def __init__(self, config: Config, pair: Pair, factor_channels: Sequence[int], classes: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        pair: Pair,
+        factor_channels: Sequence[int],
+        classes: int,
+        class_weights: tuple[float, ...] = (),
+    ) -> None:
         self.config, self.classes = config, classes
         guided = any(getattr(config, weight) for weight in refused(type(config))["teacher_groups"])
         self.groups = groups_of(config, pair) if guided else ()
@@ -91,7 +99,7 @@ class Objective:
             Group(each.teacher.layer, each.student.layer, (each.teacher.shape[0], each.student.shape[0]), each.size)
             for each in pair.each()
         ]
-        labels = partial(task_of(config.task).labels, how=LabelLoss.of(config))
+        labels = partial(task_of(config.task).labels, how=LabelLoss.of(config, class_weights))
         self._given = Given(config, pair, labels, layers, factor_channels, self.groups)
         self.terms: list[Term] = [
             term

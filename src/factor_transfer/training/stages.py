@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from factor_transfer.config import Config
+from factor_transfer.data.balance import class_weights
 from factor_transfer.data.views import VERSION, Transform
 from factor_transfer.method.factor_transfer import Straight
 from factor_transfer.method.losses import FactorTransfer, Labels
@@ -82,6 +83,8 @@ class Job:
         self.chunks = batches_of(self.data, config, engine.processes)
         """Batches of one pass of the student: their sizes are those of every pass."""
         say_images(self.data, config)
+        self.class_weights = class_weights(config.class_weights, self.data.train.labels, self.data.classes)
+        """Of each class in the loss with labels; none: all count alike."""
         self.teacher_weights = ""
         """Fingerprint of the teacher that teaches."""
         self.code = ""
@@ -115,6 +118,8 @@ class Job:
             if begun and not pinned:
                 self.run.pin(UNLABELLED, NONE, "")  # it began without them
             self.hold(UNLABELLED, unlabelled, "--unlabelled", changed)
+        if self.class_weights:
+            self.hold("class weights", repr(self.class_weights), "--class-weights", "gives others than before")
 
     def recorded(self, stage: str) -> dict[str, Any] | None:
         """What a finished stage found, as the first process sees it; None if it is not finished."""
@@ -160,7 +165,7 @@ class Job:
         if self.given.factor_form == "auto" and self.config.beta and before is None:
             say(f"--factor-form auto: the {self.config.factor_form} form ({why})")
         kept = [paraphraser.factor_channels for paraphraser in fresh_paraphrasers(self.config, pair)]
-        self.objective = Objective(self.config, pair, kept, len(self.data.classes))
+        self.objective = Objective(self.config, pair, kept, len(self.data.classes), self.class_weights)
         if self.config.beta == "auto":
             factors = self.objective.factors
             for name, factor in zip(numbered("beta", len(factors)), factors, strict=True):
@@ -365,7 +370,7 @@ class Job:
 
     def labels(self, *, teacher: bool = False) -> Labels:
         """The supervised loss by itself: of the baseline, or of a teacher that is trained here."""
-        return self.task.labels(how=LabelLoss.of(self.config, teacher=teacher))
+        return self.task.labels(how=LabelLoss.of(self.config, self.class_weights, teacher=teacher))
 
     def load(self, role: Role) -> Side:
         """One of the two networks, as the settings name it, tapped."""
