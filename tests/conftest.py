@@ -1,4 +1,7 @@
-"""What tests share: the real material beside the project, a small folder of images, and the command itself."""
+"""What tests share: the real material beside the project, a small folder of images, and the command itself.
+
+What takes seconds to import is imported where it is used: the process that hands the tests out needs none of it.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
-from safetensors.torch import load_file
 
-from factor_transfer.networks.kernels import guard
 from processes import Command, Started, leave_out
 
 if TYPE_CHECKING:
+    import torch
+
     from browser import Page
 
 ROOT = Path(__file__).parent.parent
-guard()  # tests train without an `Engine`, too
-torch.set_num_threads(1)  # the networks here are so small that a second thread costs more than it gives
 
 
 LONGEST = [
@@ -36,6 +34,19 @@ LONGEST = [
     "test_features", "test_layers", "test_identity",
 ]  # fmt: skip
 """Modules that take long, the longest first: begun last, one would leave all processes but its own without work."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Prepare a process that runs tests."""
+    if config.getoption("numprocesses", None):
+        return  # its workers do
+    import torch
+
+    import digits  # noqa: F401 (which reads them once)
+    from factor_transfer.networks.kernels import guard
+
+    guard()  # tests train without an `Engine`, too
+    torch.set_num_threads(1)  # the networks here are so small that a second thread costs more than it gives
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -93,6 +104,8 @@ def cifar10_files(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session")
 def golden(shared: Path) -> dict[str, torch.Tensor]:
     """Numbers computed with the authors' own modules."""
+    from safetensors.torch import load_file
+
     return load_file(shared / "golden" / "reference.safetensors")
 
 
@@ -155,6 +168,9 @@ def image_folder() -> Callable[..., Path]:
 
 def make_images(folder: Path, *, classes: int = 3, train: int = 12, validation: int = 6, side: int = 16) -> Path:
     """Write noisy images whose class shows in their colour."""
+    import numpy as np
+    from PIL import Image
+
     random = np.random.default_rng(0)
     for split, count in (("train", train), ("validation", validation)):
         for place in range(classes):

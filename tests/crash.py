@@ -25,6 +25,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from processes import PRELOAD
+
 JOB = {
     "data": "digits", "teacher": "cifar_resnet20", "student": "cifar_resnet20_b",
     "teacher-args": '{"layers": [1, 1, 1], "channels": [8, 16, 32]}',
@@ -68,8 +70,7 @@ def work(arguments: list[str], log: str) -> None:
 def server() -> Any:
     """The server of forks, which imports what every run does, once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["factor_transfer.distillation", "factor_transfer.cli", "torch.export",
-                                     "sklearn.datasets", "torch._dynamo"])  # fmt: skip
+    context.set_forkserver_preload(PRELOAD)
     return context
 
 

@@ -21,11 +21,14 @@ from typing import Any
 import pytest
 
 CONTEXT = get_context("forkserver")
-PRELOAD = ["processes", "factor_transfer.distillation", "factor_transfer.export.shipping", "factor_transfer.doctor",
-           "factor_transfer.compare.run", "factor_transfer.export.predict", "factor_transfer.suggest",
-           # what those import once they are at work
-           "sklearn.datasets", "torch.utils.tensorboard", "torch.export._trace", "torch.export.pt2_archive._package",
-           "torch._functorch.aot_autograd", "torch._export.serde.serialize"]  # fmt: skip
+PRELOAD = [
+    "processes", "digits", "factor_transfer.cli", "factor_transfer.distillation", "factor_transfer.export.shipping",
+    "factor_transfer.doctor", "factor_transfer.compare.run", "factor_transfer.export.predict",
+    "factor_transfer.suggest",
+    # what those import once they are at work
+    "sklearn.datasets", "torch.utils.tensorboard", "torch.export._trace", "torch.export.pt2_archive._package",
+    "torch._functorch.aot_autograd", "torch._export.serde.serialize",
+]  # fmt: skip
 ALONE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 """Environment of every process: one thread, no network, wide lines."""
 
@@ -34,6 +37,15 @@ TORCHRUN = "from torch.distributed.run import main; main()"
 """`Started([*flags, "-m", "factor_transfer", ...], code=TORCHRUN, forks=True)`, as `torchrun` would."""
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def serve() -> None:
+    """Start the process that all others are forked from. Whatever else would start one forks from this one, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ALONE.items():
+            patch.setenv(name, value)
+        CONTEXT.set_forkserver_preload(PRELOAD)
+        forkserver.ensure_running()
 
 
 class Started:
@@ -56,11 +68,7 @@ class Started:
         self.arguments = [*map(str, arguments)]
         self._folder = tempfile.TemporaryDirectory()
         self._outputs = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
-        with pytest.MonkeyPatch.context() as patch:  # for the process that all others are forked from
-            for name, value in ALONE.items():
-                patch.setenv(name, value)
-            CONTEXT.set_forkserver_preload(PRELOAD)
-            forkserver.ensure_running()
+        serve()
         given = (code, self.arguments, str(cwd or Path.cwd()), {**os.environ, **ALONE, **(environment or {})})
         self._process = CONTEXT.Process(target=_work, args=(*given, [*map(str, self._outputs)], forks, exports))
         self._process.start()

@@ -22,6 +22,7 @@ from factor_transfer.distillation import run_distillation
 from factor_transfer.doctor import diagnose
 from factor_transfer.report.several import runs_in, write_comparison
 from factor_transfer.suggest import suggest
+from processes import serve
 
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 4, 8)}
 HEADLESS = {**SMALL, "num_classes": 0}
@@ -185,6 +186,7 @@ def test_compare__takes_a_teacher_without_a_head(place: Path, tmp_path: Path) ->
 
 
 def test_suggest__takes_images_without_labels(place: Path) -> None:
+    serve()
     found, size = suggest(
         SuggestConfig(data=str(place / "flat"), label_weight=0.0, teacher="a", max_params=6000, threads=1)
     )

@@ -17,11 +17,13 @@ from factor_transfer.config import Config, DataConfig, SuggestConfig
 from factor_transfer.networks.load import count_parameters, load_network
 from factor_transfer.suggest import _command, suggest
 from factor_transfer.util.errors import ConfigError
+from processes import serve
 
 
 @pytest.fixture(autouse=True)
 def _one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How often each network is timed is of no account here."""
+    """How often each network is timed is of no account here; it is timed in forks of one process."""
+    serve()
     monkeypatch.setattr(suggesting, "TURNS", 1)
 
 
