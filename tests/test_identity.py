@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import os
 import random
@@ -211,15 +212,32 @@ NET = """
 """
 
 
-def test_code_fingerprint__of_another_process_heeds_code_and_not_comments(tmp_path: Path) -> None:
-    """Each is a Python of its own, which has hashes of its own."""
+ELSEWHERE = """
+import sys
+from factor_transfer.util import identity
+for folder in sys.argv[1:]:
+    sys.path.insert(0, folder)
+    import nets
+    print(identity.code_fingerprint(nets.Net()))
+    del sys.modules["nets"], sys.path[0]
+"""
 
-    def of(text: str) -> str:
-        (tmp_path / "nets.py").write_text(textwrap.dedent(text))
-        code = "import nets; from factor_transfer.util import identity; print(identity.code_fingerprint(nets.Net()))"
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-        return done.stdout
 
-    plain = of(NET)
-    assert of(NET.replace("return", "# a word\n            return")) == plain
-    assert of(NET.replace("(x)", "(x) + 1")) != plain
+def test_code_fingerprint__of_another_process_heeds_code_and_not_comments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a Python of its own, which has hashes of its own."""
+    texts = [NET, NET.replace("return", "# a word\n            return"), NET.replace("(x)", "(x) + 1")]
+    folders = [tmp_path / str(place) for place in range(len(texts))]
+    for folder, text in zip(folders, texts, strict=True):
+        folder.mkdir()
+        (folder / "nets.py").write_text(textwrap.dedent(text))
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, *map(str, folders)], capture_output=True, text=True, check=True
+    )
+    plain, commented, changed = done.stdout.split()
+    monkeypatch.syspath_prepend(str(folders[0]))
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
+    assert code_fingerprint(importlib.import_module("nets").Net()) == plain
+    assert commented == plain
+    assert changed != plain

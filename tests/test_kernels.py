@@ -1,6 +1,7 @@
 """Convolutions whose kernels corrupt memory are computed in another way, whoever calls them.
 
-Each test that would be ended by a memory fault runs in a process of its own, with the kernels for AVX2.
+What would be ended by a memory fault runs in a process of its own, with the kernels for AVX2. Such processes are
+forked from one that looks at memory strictly and has imported the package.
 """
 
 from __future__ import annotations
@@ -108,32 +109,75 @@ factor_transfer.distill(
 """
 
 
-def survives(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """What the script printed, where no memory fault and no error has ended it."""
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    found = subprocess.run(command, env=os.environ | STRICT, capture_output=True, text=True, timeout=240, check=False)
-    assert found.returncode == 0, (found.returncode, found.stdout, found.stderr)
-    return found
+EACH = """
+import os, sys, traceback
+import factor_transfer.distillation
+import torch
+
+torch.set_num_threads(1)
+folder, *names = sys.argv[1:]
+for name in names:
+    if not os.fork():
+        sys.argv = [name, os.path.join(folder, name + "-run")]
+        for number, stream in enumerate(("stdout", "stderr"), start=1):
+            os.dup2(os.open(f"{folder}/{name}.{stream}", os.O_WRONLY | os.O_CREAT), number)
+        code = 1
+        try:
+            exec(open(f"{folder}/{name}.py").read(), {"__name__": "__main__"})
+            code = 0
+        except SystemExit as left:
+            code = left.code or 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(code))
+    with open(f"{folder}/{name}.code", "w") as file:
+        file.write(str(os.waitstatus_to_exitcode(os.wait()[1])))
+"""
+"""Scripts, one after another, each in a fork of its own."""
 
 
-def said(found: subprocess.CompletedProcess[str]) -> list[str]:
-    lines = [line for line in found.stderr.splitlines() if "1x1 convolution" in line]
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the scripts left."""
+    folder = tmp_path_factory.mktemp("strict")
+    scripts = {"ways": WAYS, "job": JOB}
+    for name, script in scripts.items():
+        (folder / f"{name}.py").write_text(script)
+    subprocess.run(
+        [sys.executable, "-c", EACH, str(folder), *scripts], env=os.environ | STRICT, timeout=240, check=True
+    )
+    return folder
+
+
+def survives(folder: Path, name: str) -> tuple[str, str]:
+    """What a script printed, where no memory fault and no error has ended it."""
+    code, stdout, stderr = ((folder / f"{name}.{what}").read_text() for what in ("code", "stdout", "stderr"))
+    assert code == "0", (code, stdout, stderr)
+    return stdout, stderr
+
+
+def said(stderr: str) -> list[str]:
+    lines = [line for line in stderr.splitlines() if "1x1 convolution" in line]
     assert all("corrupts memory" in line for line in lines)
     return [line.partition(":")[0] for line in lines]
 
 
-def test_guard__every_way_to_such_a_convolution_is_caught() -> None:
+def test_guard__every_way_to_such_a_convolution_is_caught(strict: Path) -> None:
     """A layer, functions, a network that turns its input, one that computes anew in backward, TorchScript."""
-    found = survives(WAYS)
-    assert said(found) == [f"a 1x1 convolution with stride 2 of {channels} channels" for channels in (*range(1, 8), 15)]
+    _, stderr = survives(strict, "ways")
+    assert said(stderr) == [
+        f"a 1x1 convolution with stride 2 of {channels} channels" for channels in (*range(1, 8), 15)
+    ]
 
 
-def test_distill__survives_such_shapes_in_every_network(tmp_path: Path) -> None:
+def test_distill__survives_such_shapes_in_every_network(strict: Path) -> None:
     """Teacher, student, its average and the baseline; as layers, and called by a network of the user's own."""
-    found = survives(JOB, tmp_path / "out")
-    assert found.stdout.split() == ["cifar_resnet20_b", "Own", "Own"]
+    stdout, stderr = survives(strict, "job")
+    assert stdout.split() == ["cifar_resnet20_b", "Own", "Own"]
     wanted = [f"a 1x1 convolution with stride 2 of {channels} channels" for channels in (3, 4, 6, 7)]
-    assert sorted(said(found)) == wanted
+    assert sorted(said(stderr)) == wanted
 
 
 @pytest.mark.parametrize(
@@ -195,6 +239,13 @@ print(student._run is not None)
 def test_guard__holds_in_compiled_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrapper in C++, if the environment asks for one, would call the kernel itself."""
     monkeypatch.setenv("TORCHINDUCTOR_CPP_WRAPPER", "1")
-    found = survives(COMPILED)
-    assert found.stdout == "True\n"
-    assert said(found) == ["a 1x1 convolution with stride 2 of 3 channels"]
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED],
+        env=os.environ | STRICT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+    )
+    assert done.stdout == "True\n"
+    assert said(done.stderr) == ["a 1x1 convolution with stride 2 of 3 channels"]

@@ -63,8 +63,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_export__writes_what_agrees_and_a_card(run: Path, tmp_path: Path) -> None:
+def test_export__writes_what_agrees_and_a_card(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file that must need nothing but torch is proved in a fresh process, and the folder in this one."""
+    asked: list[str] = []
+    fresh = shipping._fresh
+
+    def here(request: dict[str, Any]) -> dict[str, Any]:
+        asked.append(Path(request["path"]).name)
+        return fresh(request) if asked[-1] == "student.pt2" else runtimes.answer({**request, "without": []})
+
+    monkeypatch.setattr(shipping, "_fresh", here)
     found = export_run(run, Choices(formats=["pt2", "timm"], out=tmp_path, images=100, latency=False, license="mit"))
+    assert asked == ["student.pt2", "timm"]
     assert [row["format"] for row in found["formats"]] == ["pt2", "timm"]
     assert all(row["max_difference"] < 1e-4 and row["other_answers"] == 0 for row in found["formats"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "exports.json", "student.pt2", "timm"]
