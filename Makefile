@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo compare compare-at-weight compare-ablation compare-cifar10 compare-cifar10-50k compare-cifar10-why compare-cifar10-layers compare-cifar10-two test test-slow test-all test-avx2 fuzz lint types contracts docs check clean
+.PHONY: demo compare compare-at-weight compare-ablation compare-cifar10 compare-cifar10-50k compare-cifar10-why compare-cifar10-layers compare-cifar10-two test test-slow test-all test-avx2 fuzz lint types contracts settings docs check clean
 
 demo: .venv/installed  ## the whole job on the built-in digits, in about half a minute with AVX-512
 	$(BIN)/factor-transfer demo
@@ -88,6 +88,9 @@ types: .venv/installed-dev
 
 contracts: .venv/installed-dev
 	$(BIN)/lint-imports
+
+settings: .venv/installed-dev  ## docs/settings.md anew, after a setting has changed
+	$(BIN)/python docs/settings.py
 
 docs: .venv/installed-dev  ## the pages of docs/ as a site in docs/_build; a warning is an error
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env docs docs/_build

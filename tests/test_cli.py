@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from factor_transfer.cli import main
-from factor_transfer.config import FIELDS
+from factor_transfer.cli import app, main
+from factor_transfer.config import COMMON, FIELDS
 from factor_transfer.export.predict import find_images
+from factor_transfer.util.checks import flag
 from factor_transfer.util.console import table
 from factor_transfer.util.errors import DataError
 from processes import Command
@@ -251,7 +252,7 @@ def test_evaluate__says_that_there_is_no_finished_run(told: Told, tmp_path: Path
 
 def test_help__answers_at_once_and_names_every_setting(factor_transfer: Command) -> None:
     start = time.perf_counter()
-    done = factor_transfer("distill", "--help")
+    done = factor_transfer("distill", "--help-all")
     seconds = time.perf_counter() - start
     assert done.returncode == 0
     for name in FIELDS:
@@ -265,6 +266,24 @@ def test_help__answers_at_once_and_names_every_setting(factor_transfer: Command)
     assert not re.search(r"\| +(torch|timm|accelerate|numpy)$", imported, re.MULTILINE), (
         f"heavy imports: {seconds:.1f} s"
     )
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help__shows_common_settings_and_says_how_to_see_all(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert set(COMMON) < set(FIELDS)
+    app(["distill", "--help"], result_action="return_value")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert len(lines) < 100
+    shown = set(re.findall(r"(--[\w-]+)", "\n".join(lines)))
+    assert {flag(name) for name in COMMON} | {"--config", "--help-all"} <= shown
+    assert not {flag(name) for name in ("decay_rate", "sync_bn", "crop_pct")} & shown
+    assert [line.split("─")[1].strip() for line in lines if line.startswith("╭")] == [
+        "Data", "Teacher", "Student", "Factor transfer", "Other terms", "Training", "Machine", "Run"
+    ]  # fmt: skip
 
 
 def test_predict__takes_a_dash_for_standard_input(told: Told) -> None:

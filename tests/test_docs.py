@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 import shlex
 import tomllib
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ import factor_transfer.method.factor_transfer
 from factor_transfer.cli import app
 from factor_transfer.config import FIELDS
 from factor_transfer.settings import RECIPES, recipes
+from factor_transfer.util.checks import flag
 from processes import Command
 
 ROOT = Path(__file__).parent.parent
@@ -104,7 +106,7 @@ def flags_of(command: str) -> set[str]:
 
 @cache
 def every_flag() -> set[str]:
-    return {flag for command in app if not command.startswith("-") for flag in flags_of(command)} | {"--version"}
+    return {flag for command in app if not command.startswith("-") for flag in flags_of(command)} | {*app}
 
 
 def check_command(words: list[str]) -> None:
@@ -203,6 +205,12 @@ def test_docs__the_reference_has_every_public_name() -> None:
     apart = set(dir(factor_transfer)) - {"__version__", *vars(factor_transfer.method.factor_transfer)}
     assert apart >= {"distill", "FactorTransferError"}
     assert [name for name in sorted(apart) if f":: factor_transfer.{name}\n" not in page] == []
+
+
+def test_docs__the_page_of_settings_is_what_the_code_says() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "settings.py"))["page"]()
+    assert (ROOT / "docs" / "settings.md").read_text() == made, "run `make settings`"
+    assert [name for name in FIELDS if f"\n### {flag(name)}\n" not in made] == []
 
 
 def cheap(words: list[str], folder: Path) -> bool:

@@ -14,11 +14,12 @@ from cyclopts.config import Dict
 
 from factor_transfer import __version__
 from factor_transfer.compare.plan import CompareConfig
-from factor_transfer.config import Config, SuggestConfig
+from factor_transfer.config import COMMON, FIELDS, Config, SuggestConfig
 from factor_transfer.settings import RECIPE, read_settings, recipe, recipes
 from factor_transfer.util.arguments import check_trust
 from factor_transfer.util.checks import flag
 from factor_transfer.util.errors import ConfigError, FactorTransferError, Interrupted
+from factor_transfer.util.help import WHOLE, Help
 from factor_transfer.util.machine import check_supported, keep_memory
 
 Flattened = Parameter(name="*")
@@ -70,11 +71,13 @@ app = App(
     help="Compress a trained vision network into a smaller one by Factor Transfer (Kim, Park, Kwak, NeurIPS 2018).",
     version=__version__,
     config=settings_file,
-    help_flags=["--help", "-h"],
+    help_flags=["--help", "-h", WHOLE],
 )
+short = Help(FIELDS, COMMON)
+app.register_install_completion_command(help="Complete commands and flags with the tab key, in bash, zsh and fish.")
 
 
-@app.command
+@app.command(help_formatter=short)
 def distill(
     settings: Annotated[Config, Flattened],
     *,
@@ -89,7 +92,7 @@ def distill(
     show(result.folder)
 
 
-@app.command
+@app.command(help_formatter=short)
 def compare(
     settings: Annotated[CompareConfig, Flattened],
     *,
@@ -103,7 +106,7 @@ def compare(
     show_outcome(*run_all(settings))
 
 
-@app.command
+@app.command(help_formatter=short)
 def doctor(
     settings: Annotated[Config, Flattened],
     *,
@@ -119,7 +122,7 @@ def doctor(
     sys.exit(found.code)
 
 
-@app.command
+@app.command(help_formatter=short)
 def suggest(
     settings: Annotated[SuggestConfig, Flattened],
     *,
@@ -330,6 +333,7 @@ def main() -> None:
     try:
         check_supported()
         keep_memory()
+        short.whole = WHOLE in sys.argv
         app(exit_on_error=False)
     except CycloptsError:
         sys.exit(2)  # cyclopts has printed it

@@ -432,6 +432,13 @@ def plain(values: Any) -> Any:
 
 FIELDS = tuple(f.name for f in fields(Config))
 
+COMMON = (
+    "data", "img_size", "train_images", "teacher", "teacher_weights", "teacher_epochs", "student", "student_weights",
+    "student_args", "beta", "kd_weight", "views", "epochs", "batch_size", "lr", "opt", "baseline", "device", "threads",
+    "seed", "out", "overwrite",
+)  # fmt: skip
+"""The settings that a short help shows."""
+
 
 def part_of(config: DataConfig, kind: type[DataConfig]) -> dict[str, Any]:
     """The settings of `config` that `kind` has too."""

@@ -118,10 +118,29 @@ def weights(kind: type) -> dict[str, Weight]:
     return {name: acts for name, acts in _acts(kind) if isinstance(acts, Weight)}
 
 
+def said_of(kind: type, name: str) -> ActsOn | None:
+    """What is said of a field: which parts it changes; None where it changes every part."""
+    return dict(_acts(kind))[name]
+
+
+def taken(kind: type, name: str) -> str:
+    """What a field takes, in words.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class Settings:
+    ...     epochs: Annotated[int | Literal["auto"], Number(gt=0)] = 1
+    >>> taken(Settings, "epochs")
+    'a whole number above 0, or auto'
+    """
+    hint = _hints(kind)[name]
+    return _described(hint, " and ".join(map(_limits, _numbers(hint))))
+
+
 def read_by(kind: type, name: str) -> tuple[str, ...]:
     """The weights of the terms that read a field; of a weight, itself; none where the field is no term's."""
-    acts = dict(_acts(kind))[name]
-    return (name,) if isinstance(acts, Weight) else acts.read_by if acts is not None else ()
+    found = said_of(kind, name)
+    return (name,) if isinstance(found, Weight) else found.read_by if found is not None else ()
 
 
 def refused(kind: type) -> dict[str, tuple[str, ...]]:
@@ -150,7 +169,7 @@ def _check(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
         hint = hints[name]
         if isinstance(value, Mapping) and _takes_pairs(hint):
             _check_pairs(flag(name), value)
-        limits = [each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Number)]
+        limits = _numbers(hint)
         if not (_fits(value, hint) and all(_within(value, each) for each in limits)):
             plain = isinstance(value, (int, float)) or (isinstance(value, str) and value and _takes_words(hint))
             shown = value if plain else repr(value)
@@ -192,6 +211,10 @@ def _unkept(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return next((each for each in map(_unkept, value) if each is not None), None)
     return None if isinstance(value, (str, int, float)) else value
+
+
+def _numbers(hint: Any) -> list[Number]:
+    return [each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Number)]
 
 
 def _takes_words(hint: Any) -> bool:
