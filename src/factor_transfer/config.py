@@ -57,6 +57,8 @@ class DataConfig:
     """Column of an hfds/ dataset that holds the classes. Default: the only one that can."""
     image_column: Annotated[str | None, _PLACE] = None
     """Column of an hfds/ dataset that holds the images. Default: the only one that does."""
+    ignore_index: Annotated[int | None, Number(gte=0, lte=255)] = None
+    """Value of mask pixels that are neither trained nor measured (--task segmentation). Default: 255."""
     class_map: str | None = None
     """Text file with one class name a line, in index order. Default: the training folder's classes, sorted."""
     img_size: Annotated[int | Size | None, _POSITIVE, Parameter(**SIZE)] = None
@@ -139,8 +141,8 @@ class Config(Regime, DataConfig):
     """All of `factor-transfer distill`, and the arguments of `factor_transfer.distill`."""
 
     task: Annotated[str, _in("Data")] = "classification"
-    """What the student is for: classification, or your own: package.module:callable, which returns a
-    `factor_transfer.tasks.base.Task`."""
+    """What the student is for: classification; segmentation (the class of each pixel, from masks beside the images); or
+    your own: package.module:callable, which returns a `factor_transfer.tasks.base.Task`."""
 
     unlabelled: Annotated[
         str | None, _in("Data"), ActsOn(named=True, machine=True, read_by=_LABEL_FREE, refused=True)
@@ -157,7 +159,7 @@ class Config(Regime, DataConfig):
     # -- teacher
     teacher: Annotated[str, _in("Teacher")]
     """The trained network: a timm name, local-dir:FOLDER, hf-hub:NAME, torchvision/NAME or
-    package.module:callable."""
+    package.module:callable. For segmentation also lraspp/NAME or deeplab/NAME: a head on a timm encoder."""
     teacher_weights: Annotated[str | None, _in("Teacher")] = None
     """Its weights: a safetensors or torch file, or `pretrained` for timm's or torchvision's own. Where a
     file holds several sets, FILE:KEY says which: checkpoint.pth:state_dict_ema."""
@@ -185,7 +187,7 @@ class Config(Regime, DataConfig):
     # -- student
     student: Annotated[str, _in("Student")]
     """The network to train: a timm name, local-dir:FOLDER, hf-hub:NAME, torchvision/NAME or
-    package.module:callable."""
+    package.module:callable. For segmentation also lraspp/NAME or deeplab/NAME: a head on a timm encoder."""
     student_weights: Annotated[str | None, _in("Student"), _AFTER_TEACHER] = None
     """Weights to start from: FILE, or FILE:KEY as for the teacher. Default: fresh ones, drawn from --seed."""
     student_args: Annotated[ModelArgs | None, _in("Student", **MODEL_ARGS)] = None

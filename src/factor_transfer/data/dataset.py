@@ -6,7 +6,6 @@ Shapes: N images, H x W pixels.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -19,13 +18,13 @@ from factor_transfer.config import DataConfig
 from factor_transfer.data.content import HINTS, Content, Lost, aspects, look
 from factor_transfer.data.frames import SMALL, Frame
 from factor_transfer.data.images import UNLABELLED, Images, Source, Unreadable, natural
-from factor_transfer.data.layouts import missing
+from factor_transfer.data.masks import holds_masks, masked_source, named_masks, read_names
 from factor_transfer.data.parts import Part, are_kept, load
 from factor_transfer.data.sources import WRITTEN, open_source
 from factor_transfer.data.splits import NO_LABEL, FileSplit, Shown, Split
 from factor_transfer.data.unlabelled import Mixed, beside, open_unlabelled
 from factor_transfer.data.views import VERSION, Transform, evenly, held_out
-from factor_transfer.util.arguments import AnySize, Size, brief, imported, is_callable_name, written
+from factor_transfer.util.arguments import AnySize, Size, as_size, brief, imported, is_callable_name, written
 from factor_transfer.util.errors import ConfigError, DataError, listed
 from factor_transfer.util.files import cache_folder, fingerprint
 from factor_transfer.util.identity import code_fingerprint
@@ -61,6 +60,8 @@ class Dataset:
     """Bits in use in grey images of more than 8 that do not say; None: nothing was said of them."""
     transform: Transform | None = None
     """The user's own augmentation."""
+    pixels: tuple[int, ...] | None = None
+    """Training pixels of each class, of all masks; None where the images have no masks."""
     mixed: Mixed | None = None
     """Training images and unlabelled ones beside them, as passes show both."""
     described_unlabelled: Callable[[], str] | None = field(default=None, repr=False)
@@ -102,6 +103,7 @@ def open_data(
     transform: Transform | None = None,
     known: Sequence[str] | None = None,
     unlabelled: tuple[str, float | None] | None = None,
+    masked: bool = False,
 ) -> Dataset:
     """Find, check, number and split the images that `config` names; small ones are decoded here.
 
@@ -112,6 +114,7 @@ def open_data(
         known: class names of a finished run, in index order. All images are then there to be measured: those of the
             validation set, or of the whole where there is none; some classes may be absent.
         unlabelled: where images without labels lie (--unlabelled), and their share (--unlabelled-share).
+        masked: each image has a mask, whose pixels have the classes.
 
     Raises:
         ConfigError: the user's augmentation cannot be loaded, or does not give images of the right size; or there are
@@ -122,13 +125,18 @@ def open_data(
     >>> len(found.train), len(found.validation), found.classes[:3], found.img_size
     (1258, 539, ('0', '1', '2'), 8)
     """
-    source = open_source(config)
+    _check_masked(config, transform, unlabelled, masked=masked)
+    source = masked_source(config) if masked else open_source(config)
     notes = list(source.notes)
     if known is not None:
         source = replace(source, train=source.validation or source.train, validation=None)
-    classes = number_classes(source, config, notes, known)
+    pixels = None
+    if masked:
+        source, classes, pixels = named_masks(source, config, notes, known)
+    else:
+        classes = number_classes(source, config, notes, known)
     sizes, met = look(source.train, config.bit_depth)
-    frame = Frame.of(config.img_size or _own_size(sizes) or default_size(), config.crop_mode, config.crop_pct)
+    frame = _frame(config, sizes, default_size, masked=masked)
     shown = _shown(frame, config)
     # Validation images are either a part of the training images, or a part of their own.
     apart = source.validation is None or config.validate_on == "train-holdout"
@@ -162,9 +170,45 @@ def open_data(
         bit_depth=config.bit_depth,
         lost=(*lost, *aspects(sizes, frame)),
         transform=transform,
+        pixels=pixels,
         mixed=mixed,
         described_unlabelled=(lambda: others[0].digest(cache_folder(config.cache_dir))) if others else None,
     )
+
+
+def _check_masked(
+    config: DataConfig, transform: Transform | None, unlabelled: tuple[str, float | None] | None, *, masked: bool
+) -> None:
+    """What images with masks cannot have, and what others cannot.
+
+    Raises:
+        ConfigError: one of it is given.
+        DataError: there are masks, and none are asked for.
+    """
+    if not masked and config.ignore_index is not None:
+        found = "images of one class each, which have no masks"
+        raise ConfigError(f"--ignore-index {config.ignore_index}", found=found, hint="leave it out")
+    if not masked and holds_masks(Path(config.data).expanduser()):
+        hint = "--task segmentation, of distill, compare and doctor"
+        raise DataError(f"--data {config.data}", found="images with masks", valid="images of one class each", hint=hint)
+    if masked and (transform is not None or config.transform is not None):
+        found = "an augmentation of images alone, which would leave their masks behind"
+        raise ConfigError(f"--transform {config.transform or transform}", found=found, hint="leave it out")
+    if masked and not config.label_weight:
+        found = "images with masks, which are the labels"
+        raise ConfigError("--label-weight 0", found=found, valid="a weight above 0: masks are read in any case")
+    if masked and unlabelled:
+        found = "images beside others that have masks: both kinds in one batch are not built yet"
+        raise ConfigError(f"--unlabelled {unlabelled[0]}", found=found, hint="leave it out")
+
+
+def _frame(config: DataConfig, sizes: Sequence[Size], default_size: Callable[[], AnySize], *, masked: bool) -> Frame:
+    """The size of the images; with masks that of the files where they have one, and the whole image."""
+    if not masked:
+        return Frame.of(config.img_size or _own_size(sizes) or default_size(), config.crop_mode, config.crop_pct)
+    own = sizes[0] if len(set(sizes)) == 1 else _own_size(sizes)
+    size, pct = config.img_size or own or default_size(), config.crop_pct
+    return Frame.of(as_size(size), config.crop_mode or "squash", 1.0 if pct is None else pct)
 
 
 def _loaded(
@@ -352,20 +396,7 @@ def _known(images: Images, config: DataConfig, notes: list[str], known: Sequence
 
 
 def _read_class_map(name: str) -> tuple[str, ...]:
-    given, path = f"--class-map {name}", Path(name).expanduser()
-    valid = "a text file with one class name a line, in index order"
-    if not path.exists():
-        raise missing(given, path, valid)
-    try:
-        classes = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(given, found=str(error), valid=valid) from error
-    if not classes or "" in classes:
-        raise DataError(given, found=f"line {classes.index('') + 1} is empty" if classes else "no lines", valid=valid)
-    doubles = [name for name, count in Counter(classes).items() if count > 1]
-    if doubles:
-        raise DataError(given, found=f"named twice: {listed(doubles)}", valid=valid)
-    return classes
+    return read_names(Path(name).expanduser(), f"--class-map {name}")
 
 
 # -- the user's own augmentation

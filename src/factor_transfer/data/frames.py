@@ -128,6 +128,10 @@ class Frame:
             given = f"{image.height}x{image.width} pixels"
             raise ValueError(f"{given}, of which nothing would be left at {written(self.size)}: {error}") from error
 
+    def for_masks(self, fill: int) -> Frame:
+        """The same geometry for class indices: the nearest pixel, and borders of the value `fill`."""
+        return replace(self, interpolation="nearest", fill=(fill,) * 3)
+
     def bordered(self, image: Image.Image) -> Image.Image:
         """An image with borders that give it the frame's aspect.
 

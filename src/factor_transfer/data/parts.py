@@ -17,6 +17,7 @@ from factor_transfer.config import DataConfig
 from factor_transfer.data.content import Content
 from factor_transfer.data.frames import Frame
 from factor_transfer.data.images import Images, Unreadable, corrupted, named, natural
+from factor_transfer.data.masks import Masked
 from factor_transfer.data.pixels import Pixels, decode_once, digests, read_all
 from factor_transfer.data.splits import FileSplit, PixelSplit, Shown, Split
 from factor_transfer.data.views import Transform
@@ -39,6 +40,8 @@ class Part:
         known = self.pixels.digests if self.pixels else None
         found = hashlib.sha256(self.labels.tobytes() + self.rows.tobytes())
         found.update(b"".join(digests(self.images, cache) if known is None else known))
+        if isinstance(self.images, Masked):
+            found.update(b"".join(digests(self.images.masks, cache)) + str(self.images.ignore).encode())
         return found.hexdigest()
 
     def contents(self, cache: Path) -> list[bytes]:
@@ -65,6 +68,8 @@ class Part:
 
 def are_kept(parts: Sequence[Images], frame: Frame, config: DataConfig) -> bool:
     """Whether all images are decoded once: they are small, and not too many."""
+    if any(isinstance(part, Masked) for part in parts):  # these are decoded when they are shown, as their masks are
+        return False
     return frame.small and sum(map(len, parts)) * math.prod(frame.size) * 3 <= config.pixel_cache_gb * 1e9
 
 

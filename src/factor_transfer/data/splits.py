@@ -22,7 +22,16 @@ from torch.utils.data import DataLoader
 from factor_transfer.config import DataConfig
 from factor_transfer.data.frames import Frame
 from factor_transfer.data.images import Images, Unreadable, corrupted
-from factor_transfer.data.views import Transform, crop_and_flip, own_view, permutation, random_resized_crop, spaced
+from factor_transfer.data.masks import IGNORED, Masked
+from factor_transfer.data.views import (
+    Transform,
+    crop_and_flip,
+    masked_crop,
+    own_view,
+    permutation,
+    random_resized_crop,
+    spaced,
+)
 from factor_transfer.util.errors import DataError
 from factor_transfer.util.machine import cores
 
@@ -39,6 +48,7 @@ class Batch(NamedTuple):
     image: Tensor  # (B, 3, H, W) uint8, channels-last
     label: Tensor  # (B,) int64; `NO_LABEL` of an image without one
     index: Tensor  # type: ignore[assignment]  # (B,) int64, sample index within its split; hides tuple.index
+    mask: Tensor | None = None  # (B, H, W) uint8, the class of each pixel, or `masks.IGNORED`; None without masks
 
 
 @dataclass(frozen=True)
@@ -99,16 +109,21 @@ class Split(ABC):
             DataError: an image cannot be read; the message names it.
         """
 
-    def _batch(self, images: np.ndarray, chunk: np.ndarray, view: View | None) -> Batch:
-        """A batch of `images`, uint8 (B, H, W, 3), cropped and flipped as small ones are in `view`."""
+    def _batch(
+        self, images: np.ndarray, chunk: np.ndarray, view: View | None, masks: np.ndarray | None = None
+    ) -> Batch:
+        """A batch of `images`, uint8 (B, H, W, 3), and `masks` (B, H, W), as small ones are cropped in `view`."""
         image, shown = torch.from_numpy(images).permute(0, 3, 1, 2), self._shown  # (B, 3, H, W)
+        mask = None if masks is None else torch.from_numpy(masks)
         if isinstance(view, tuple):
             labelled = self.labels[chunk] != NO_LABEL
             for rows, each in zip((labelled, ~labelled), view, strict=True):
                 image[rows] = crop_and_flip(image[rows], chunk[rows], each, shown.seed, shown.padding, shown.hflip)
         elif view is not None:
-            image = crop_and_flip(image, chunk, view, shown.seed, shown.padding, shown.hflip)
-        return Batch(image, torch.from_numpy(self.labels[chunk]), torch.from_numpy(chunk))
+            how = chunk, view, shown.seed, shown.padding, shown.hflip
+            image = crop_and_flip(image, *how)
+            mask = None if mask is None else crop_and_flip(mask[:, None], *how, fill=IGNORED)[:, 0]
+        return Batch(image, torch.from_numpy(self.labels[chunk]), torch.from_numpy(chunk), mask)
 
     def _view_of(self, index: int, view: View | None) -> int | None:
         """Which view of one sample."""
@@ -184,10 +199,26 @@ class FileSplit(Split):
             Unreadable: an image cannot be decoded.
         """
         pixels = np.empty((len(chunk), *self._shown.frame.size, 3), np.uint8)
+        masks = np.empty(pixels.shape[:3], np.uint8) if isinstance(self._images, Masked) else None
         for place, index in enumerate(chunk.tolist()):
-            pixels[place] = self._pixel(self._rows[index], index, self._view_of(index, view)).permute(1, 2, 0).numpy()
+            row, own = self._rows[index], self._view_of(index, view)
+            if masks is None:
+                image = self._pixel(row, index, own)
+            else:
+                image, masks[place] = self._with_mask(row, index, own)
+            pixels[place] = image.permute(1, 2, 0).numpy()
         whole = self._transform is None and self._shown.frame.small
-        return self._batch(pixels, chunk, view if whole else None)
+        return self._batch(pixels, chunk, view if whole else None, masks)
+
+    def _with_mask(self, row: int, index: int, view: int | None) -> tuple[Tensor, Tensor]:
+        """Image `index` as `_pixel` gives it, and its mask (H, W), which moves with it."""
+        images, shown, frame = self._images, self._shown, self._shown.frame
+        assert isinstance(images, Masked)
+        image, mask = images.decoded(row, shown.bits).image, images.mask(row)
+        if view is None or frame.small:
+            return images.shown(row, image, frame), frame.for_masks(IGNORED).show(mask.convert("RGB"))[0]
+        how = shown.scale, shown.hflip, shown.color_jitter, shown.seed
+        return masked_crop(image, mask, frame, *how, index, view, IGNORED)
 
     def _pixel(self, row: int, index: int, view: int | None) -> Tensor:
         """Image `index`, uint8 (3, H, W); small ones are cropped later, as a batch."""

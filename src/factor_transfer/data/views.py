@@ -106,16 +106,19 @@ def _ranked(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.n
     return bits, ranks, sizes
 
 
-def crop_and_flip(pixels: Tensor, index: np.ndarray, view: int, seed: int, padding: int, hflip: float) -> Tensor:
-    """Zero-pad, crop at random to the old size, flip at random: small images, a whole batch at once.
+def crop_and_flip(
+    pixels: Tensor, index: np.ndarray, view: int, seed: int, padding: int, hflip: float, fill: int = 0
+) -> Tensor:
+    """Pad, crop at random to the old size, flip at random: small images or masks, a whole batch at once.
 
     Args:
-        pixels: uint8 (B, 3, H, W), on the CPU; channels-last is fastest. The result is such pixels, channels-last.
+        pixels: uint8 (B, C, H, W), on the CPU; channels-last is fastest. The result is such pixels, channels-last.
         index: of the samples, (B,).
         view: see the top of this file, as for `seed`.
         seed: owns the choice.
         padding: pixels on each side.
         hflip: probability of a horizontal flip.
+        fill: value of the padding.
 
     >>> batch = torch.arange(12, dtype=torch.uint8).reshape(1, 3, 2, 2)
     >>> crop_and_flip(batch, np.array([7]), view=0, seed=0, padding=0, hflip=1.0)[0, 0].tolist()
@@ -126,7 +129,7 @@ def crop_and_flip(pixels: Tensor, index: np.ndarray, view: int, seed: int, paddi
     shifts, flips = 2 * padding + 1, _uniform(seed, view, "flip", index) < hflip
     top = (_uniform(seed, view, "top", index) * shifts).astype(np.int64)
     left = (_uniform(seed, view, "left", index) * shifts).astype(np.int64)
-    padded = np.zeros((batch, height + 2 * padding, width + 2 * padding, channels), np.uint8)
+    padded = np.full((batch, height + 2 * padding, width + 2 * padding, channels), fill, np.uint8)
     padded[:, padding : padding + height, padding : padding + width] = images
     # Rows are flattened to W*C bytes, so that each crop is H copies of one contiguous run.
     rows = padded.reshape(batch, height + 2 * padding, (width + 2 * padding) * channels)
@@ -165,17 +168,65 @@ def random_resized_crop(
     >>> random_resized_crop(photo, frame, (0.35, 1.0), 0.5, 0.4, seed=0, index=0, view=0).shape
     torch.Size([3, 224, 112])
     """
+    return _cropped(image, None, frame, scale, hflip, color_jitter, seed, index, view)[0]
+
+
+def masked_crop(
+    image: Image.Image,
+    mask: Image.Image,
+    frame: Frame,
+    scale: Sequence[float],
+    hflip: float,
+    color_jitter: float,
+    seed: int,
+    index: int,
+    view: int,
+    fill: int,
+) -> tuple[Tensor, Tensor]:
+    """`random_resized_crop` of an image, and the same crop and flip of its mask: uint8 (3, H, W) and (H, W).
+
+    The mask has the nearest pixel, so that no index is made of two, and `fill` where the image has borders.
+
+    >>> halves = Image.fromarray(np.repeat(np.array([[0, 9]], np.uint8), 40, 0).repeat(40, 1))
+    >>> frame, place = Frame.of((100, 100)), {"seed": 0, "index": 0, "view": 3}
+    >>> image, mask = masked_crop(halves.convert("RGB"), halves, frame, (0.5, 0.5), 0.5, 0.0, **place, fill=255)
+    >>> image.shape, mask.unique().tolist(), bool(((image[0] > 4) == (mask == 9)).float().mean() > 0.97)
+    (torch.Size([3, 100, 100]), [0, 9], True)
+    """
+    shown, flat = _cropped(image, mask, frame, scale, hflip, color_jitter, seed, index, view, fill)
+    return shown, flat[0]
+
+
+def _cropped(
+    image: Image.Image,
+    mask: Image.Image | None,
+    frame: Frame,
+    scale: Sequence[float],
+    hflip: float,
+    color_jitter: float,
+    seed: int,
+    index: int,
+    view: int,
+    fill: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The crop of an image, and of its mask, or of none: the image's own."""
+    flat = image if mask is None else mask.convert("RGB")
     if frame.mode == "border":
-        image = frame.bordered(image)
+        image, flat = frame.bordered(image), frame.for_masks(fill).bordered(flat)
     aspect = image.width / image.height if frame.mode == "squash" else frame.size[1] / frame.size[0]
     with seeded(part_seed(seed, "view", view, "large", index)):
         box = RandomResizedCrop.get_params(image, list(scale), [aspect * 3 / 4, aspect * 4 / 3])
         shown = F.resized_crop(image, *box, size=list(frame.size), interpolation=InterpolationMode.BICUBIC)
-        if float(torch.rand(())) < hflip:
+        flips = float(torch.rand(())) < hflip
+        if flips:
             shown = F.hflip(shown)
         if color_jitter:
             shown = ColorJitter(color_jitter, color_jitter, color_jitter)(shown)
-    return as_pixels(shown)
+    pixels = as_pixels(shown)
+    if mask is None:
+        return pixels, pixels
+    flat = F.resized_crop(flat, *box, size=list(frame.size), interpolation=InterpolationMode.NEAREST)
+    return pixels, as_pixels(F.hflip(flat) if flips else flat)
 
 
 def own_view(transform: Transform, image: Image.Image, size: AnySize, seed: int, index: int, view: int) -> Tensor:
