@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from factor_transfer.config import Config
+from factor_transfer.data.masks import IGNORED
 from factor_transfer.method.factor_transfer import (
     Straight,
     Translator,
@@ -89,10 +90,28 @@ class SoftTargets(Term):
         return [cls(given.config.kd_weight, given.config.kd_temperature)]
 
     def forward(self, student: StudentOutputs, teacher: dict[str, Tensor], labels: Tensor) -> Tensor:
-        """Compares logits (B, N); `labels` are not read."""
-        ours, theirs = (F.log_softmax(x.float() / self.temperature, 1) for x in (student.logits, teacher["logits"]))
-        divergence = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+        """Compares logits (B, N), and reads no `labels`; or maps of them, the teacher's at the student's size."""
+        logits, told = student.logits, teacher["logits"]
+        if logits.ndim == 4 and told.shape[-2:] != logits.shape[-2:]:
+            told = F.interpolate(told.float(), size=logits.shape[-2:], mode="bilinear", align_corners=False)
+        ours, theirs = (F.log_softmax(x.float() / self.temperature, 1) for x in (logits, told))
+        if logits.ndim == 4:
+            divergence = mean_over_pixels(F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1), labels)
+        else:
+            divergence = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
         return self.weight * self.temperature**2 * divergence
+
+
+def mean_over_pixels(values: Tensor, masks: Tensor) -> Tensor:
+    """Of a map (B, h, w), without the pixels that masks (B, H, W) ignore: the mean of each image, over images.
+
+    >>> mean_over_pixels(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[0, IGNORED]]]))
+    tensor(1.)
+    """
+    if masks.shape[-2:] != values.shape[-2:]:
+        masks = F.interpolate(masks[:, None].float(), size=values.shape[-2:], mode="nearest")[:, 0]
+    kept = (masks != IGNORED).to(values.dtype)
+    return ((values * kept).flatten(1).sum(1) / kept.flatten(1).sum(1).clamp_min(1)).mean()
 
 
 class FactorTransfer(Term):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
@@ -37,8 +38,12 @@ _APPLIED = frozenset((
 """Functions that still belong to the group that they are applied to."""
 
 
+ENCODERS = ("encoder", "backbone")
+"""What the part of a network for segmentation is called whose maps its head reads."""
+
+
 @torch.no_grad()
-def find_layer(module: nn.Module, images: Tensor) -> str:
+def find_layer(module: nn.Module, images: Tensor, *, dense: bool = False) -> str:
     """The submodule whose output is the last feature map before pooling: the last group after its last activation.
 
     The network runs once, and the output of every submodule is looked at. With timm's `forward_features`, the layer
@@ -50,6 +55,8 @@ def find_layer(module: nn.Module, images: Tensor) -> str:
     Args:
         module: the network.
         images: normalised images (B, 3, H, W) of the size it will see.
+        dense: its output is a map. The layer is then the encoder's last one: the last of the smallest maps, in the part
+            that is called as `ENCODERS` says where there is one, else before a head of 1x1 convolution.
 
     Raises:
         ModelError: it makes no feature map.
@@ -58,6 +65,9 @@ def find_layer(module: nn.Module, images: Tensor) -> str:
     '1'
     """
     side, known = min(images.shape[-2:]), hasattr(module, "forward_features")
+    if dense:
+        flow = _encoded(module, images)
+        return _named(_smallest(flow, module, images), module)
     layer, pooled = (None, True) if side <= SMALL and not known else _last_layer(module, images)
     if pooled and not known:
         # With small images the last map may have one place, as if it were pooled. Larger images tell the two apart.
@@ -66,6 +76,10 @@ def find_layer(module: nn.Module, images: Tensor) -> str:
             layer, _ = _last_layer(module, F.interpolate(images, [each * larger // side for each in images.shape[-2:]]))
     if layer is None and side <= SMALL and not known:
         layer, _ = _last_layer(module, images)
+    return _named(layer, module)
+
+
+def _named(layer: str | None, module: nn.Module) -> str:
     if layer is None:
         raise ModelError(
             type(module).__name__,
@@ -73,6 +87,24 @@ def find_layer(module: nn.Module, images: Tensor) -> str:
             hint="name a layer with --teacher-layer or --student-layer, or give the network one as a submodule",
         )
     return layer
+
+
+def _encoded(module: nn.Module, images: Tensor) -> Flow:
+    """The maps of more than one place of a network's encoder; where it names none, of all before a head."""
+    flow, _ = flow_of(module, images)
+    flow = [each for each in flow if shape_of(each[1], module, images.shape[-2:])[1:] != (1, 1)]
+    own = next((name for name in ENCODERS if isinstance(getattr(module, name, None), nn.Module)), None)
+    if own is not None:
+        return [each for each in flow if each[0] == own or each[0].startswith(f"{own}.")]
+    head = conv_head(module)
+    return flow[: next((place for place, (name, _) in enumerate(flow) if name == head), None)] or flow
+
+
+def _smallest(flow: Flow, module: nn.Module, images: Tensor) -> str | None:
+    """The layer of the last of the smallest maps."""
+    areas = [math.prod(shape_of(tensor, module, images.shape[-2:])[1:]) for _, tensor in flow]
+    last = [tensor for (_, tensor), area in zip(flow, areas, strict=True) if area == min(areas)]
+    return layer_of(flow, last[-1]) if last else None
 
 
 def _last_layer(module: nn.Module, images: Tensor) -> tuple[str | None, bool]:
@@ -101,19 +133,20 @@ def _of_the_trunk(module: nn.Module, flow: Flow, output: Any, images: Tensor) ->
 
 
 @torch.no_grad()
-def find_groups(module: nn.Module, images: Tensor) -> list[tuple[str, tuple[int, int, int]]]:
+def find_groups(module: nn.Module, images: Tensor, *, dense: bool = False) -> list[tuple[str, tuple[int, int, int]]]:
     """The ends of a network's groups (stages): (layer, (C, H, W)), for each height and width the last, in order.
 
     A group is a submodule that holds two or more layers with weights whose maps have the size of its own map. So the
     first convolution of the next group, which may still have that size, is no group. Where no submodule is one (a flat
     network), the last layer of that size ends the group. The last group ends where `find_layer` says. A stem before the
-    first group is no group, and neither is a map of one place.
+    first group is no group, and neither is a map of one place. Of a network whose output is a map (`dense`), the groups
+    are those of its encoder.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU())
     >>> find_groups(net, torch.zeros(2, 3, 8, 8))
     [('2', (8, 6, 6)), ('4', (16, 2, 2))]
     """
-    flow, _ = flow_of(module, images)
+    flow = _encoded(module, images) if dense else flow_of(module, images)[0]
     shape = partial(shape_of, module=module, size=images.shape[-2:])
     by_size: dict[tuple[int, int], list[tuple[str, Tensor]]] = {}
     for name, output in flow:
@@ -129,7 +162,7 @@ def find_groups(module: nn.Module, images: Tensor) -> list[tuple[str, tuple[int,
     found.sort(key=lambda each: each[1][1:], reverse=True)
     if not found:
         return []
-    last = find_layer(module, images)
+    last = find_layer(module, images, dense=dense)
     whole = feature_shape(Tapped(module, last), images)
     if found[-1][1][1:] == whole[1:]:
         found[-1] = last, whole, True

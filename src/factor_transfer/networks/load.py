@@ -1,7 +1,8 @@
 """Load a network from its name (or take a module), with its weights and its input normalisation.
 
 Names are timm's (its registry, `local-dir:FOLDER`, `hf-hub:NAME`; the paper's CIFAR families are in `zoo`), or
-`torchvision/NAME`, or `package.module:callable` for a network of the user's own.
+`torchvision/NAME`, or `lraspp/NAME` and `deeplab/NAME` (a head for segmentation on a timm encoder, see `segmenter.py`),
+or `package.module:callable` for a network of the user's own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision.models
+import torchvision.models.segmentation
 from accelerate.utils import extract_model_from_parallel
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import parse_model_name, resolve_model_input_args
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 import factor_transfer.zoo  # noqa: F401 (registers the paper's families with timm)
 from factor_transfer.config import Rgb
 from factor_transfer.networks.outputs import choose, given_by, tensors, unwrap
+from factor_transfer.networks.segmenter import Segmenter, build_segmenter, kind_of, load_segmenter, sized
 from factor_transfer.networks.weightfiles import check_config, check_folder, identify
 from factor_transfer.networks.weights import check_finite, head_places, load_all, load_but_head
 from factor_transfer.util.arguments import AnySize, Size, as_size, brief, imported, is_callable_name, written
@@ -39,6 +42,9 @@ LOCAL = "local-dir:"
 
 TORCHVISION, TORCHVISION_CLASSES = "torchvision/", 1000
 """How names of torchvision's begin, and the classes of its weights."""
+
+SEGMENTERS = tuple(torchvision.models.list_models(torchvision.models.segmentation))
+"""Those of torchvision's that give a map of logits."""
 
 DEFAULT_SIZE = 224
 """Side of the images of a network that does not say, in pixels."""
@@ -123,6 +129,7 @@ def load_network(
     seed: int = 0,
     mean: Rgb | None = None,
     std: Rgb | None = None,
+    dense: bool = False,
 ) -> Network:
     """A network that takes (B, 3, *img_size) and gives logits (B, num_classes), or a teacher of features.
 
@@ -140,6 +147,7 @@ def load_network(
         seed: of the weights that are initialised here.
         mean: channel means of its input; default: the model's own.
         std: channel deviations likewise.
+        dense: its logits are a map (B, num_classes, h, w).
 
     Raises:
         ModelError: no such network, arguments or weights that do not fit it, or an output that is not logits, or that
@@ -169,7 +177,7 @@ def load_network(
         origin=origin,
     )
     foreign = isinstance(given, nn.Module) or built.source in {"torchvision", "callable"}
-    return _unwrapped(network, role, num_classes, output, foreign=foreign)
+    return _unwrapped(network, role, num_classes, output, foreign=foreign, dense=dense)
 
 
 @dataclass(frozen=True)
@@ -218,8 +226,11 @@ def _filled(
         classes = {"num_classes": TORCHVISION_CLASSES} if built.source == "torchvision" else {}
         own_classes = (getattr(built.module, "pretrained_cfg", None) or classes).get("num_classes")
         new_head = own_classes not in {None, num_classes} and num_classes > 0
+    if isinstance(built.module, Segmenter) and pretrained and built.from_name:
+        new_head = True  # timm's weights are the encoder's
     if weights is not None and weights != "pretrained":
-        (new_head, origin), pretrained = load_but_head(built.module, weights, f"--{role}-weights {weights}"), True
+        load: Callable[..., tuple[bool, str]] = load_segmenter if isinstance(built.module, Segmenter) else load_but_head
+        (new_head, origin), pretrained = load(built.module, weights, f"--{role}-weights {weights}"), True
         notes += [origin] if origin else []
     elif pretrained:
         check_finite(built.module, given)
@@ -229,19 +240,23 @@ def _filled(
 
 
 def parse_name(name: str, role: Role) -> tuple[str | None, str]:
-    """(source, name): `callable`, `torchvision` and a name of its, or timm's: `local-dir`, `hf-hub` or None.
+    """(source, name): `callable`, `torchvision` and a name of its, `segmenter` and its encoder's, or timm's:
+    `local-dir`, `hf-hub` or None.
 
     Raises:
         ModelError: there is no such network; the message has near names.
     """
     if name.startswith(TORCHVISION):
-        plain, known = name.removeprefix(TORCHVISION), torchvision.models.list_models(torchvision.models)
+        plain = name.removeprefix(TORCHVISION)
+        known = [*torchvision.models.list_models(torchvision.models), *SEGMENTERS]
         if plain not in known:
             valid = f"a name such as {listed([TORCHVISION + other for other in near(plain, known) or known])}"
             raise ModelError(f"--{role} {name}", found="torchvision has no such network", valid=valid)
         return "torchvision", plain
     if is_callable_name(name):
         return "callable", name
+    if kind_of(name) is not None:
+        return "segmenter", parse_name(name.partition("/")[2], role)[1]
     path, known_to_timm = Path(name), timm.is_model(name)
     if (path.is_dir() and not known_to_timm) or (path.is_file() and not (known_to_timm and not path.suffix)):
         hint = f"name the network, and give the file as --{role}-weights"
@@ -275,7 +290,8 @@ def own_size(given: str | nn.Module, role: Role = "student") -> int | Size:
     elif parse_name(given, role)[0] in {"torchvision", "callable"}:
         own = {}
     else:
-        own = _resolved(given, role, {})["pretrained_cfg"]
+        name = given.partition("/")[2] if kind_of(given) else given
+        own = _resolved(name, role, {})["pretrained_cfg"]
     return brief(tuple(map(int, (own.get("input_size") or (3, DEFAULT_SIZE, DEFAULT_SIZE))[-2:])))
 
 
@@ -302,12 +318,17 @@ def _create(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network, and the arguments that rebuild it with `timm.create_model` (or torchvision's `get_model`)."""
     made = {"model_name": name, **args}
-    if not (name.startswith(TORCHVISION) or is_callable_name(name)):
+    if not (name.startswith(TORCHVISION) or is_callable_name(name) or kind_of(name)):
         made = _resolved(name, role, {"num_classes": num_classes, "img_size": img_size, **args})
     try:
         if name.startswith(TORCHVISION):
             module, more = _torchvision(name, num_classes, args, pretrained=pretrained)
             made |= more
+        elif kind_of(name):
+            made |= {"num_classes": num_classes, **sized(name.partition("/")[2], img_size, args)}
+            module = build_segmenter(
+                name, pretrained=pretrained, **{k: v for k, v in made.items() if k != "model_name"}
+            )
         else:
             create: Callable[..., nn.Module] = _call if is_callable_name(name) else timm.create_model
             module = create(**made, pretrained=pretrained)
@@ -345,6 +366,10 @@ def _torchvision(
         pretrained: load torchvision's weights.
     """
     plain, more = name.removeprefix(TORCHVISION), dict(args)
+    if plain in SEGMENTERS:
+        if pretrained:
+            raise ValueError("weights of torchvision's networks for segmentation are not fetched")
+        more = {"weights_backbone": None, **more}
     if not pretrained:
         return _bare(plain, num_classes, more), {"num_classes": num_classes, **more}
     # With weights, torchvision adds auxiliary heads even if none were asked for.
@@ -376,7 +401,9 @@ def _set_by_weights(whole: nn.Module, plain: str, args: Mapping[str, Any]) -> di
     return {name: vars(whole)[name] for name in sorted(names) if vars(whole)[name] != vars(bare)[name]}
 
 
-def _unwrapped(network: Network, role: Role, num_classes: int, wanted: str | None, *, foreign: bool) -> Network:
+def _unwrapped(
+    network: Network, role: Role, num_classes: int, wanted: str | None, *, foreign: bool, dense: bool
+) -> Network:
     """The network, with a hook that makes one tensor of its outputs where they are several or another kind."""
     given, count = f"--{role}-output", 3 if num_classes == 2 else 2  # a matrix between images is no logits
     try:
@@ -390,22 +417,25 @@ def _unwrapped(network: Network, role: Role, num_classes: int, wanted: str | Non
     plain = all(each is None or isinstance(each, Tensor) for each in (output, training))
     if plain and wanted is not None:
         raise ModelError(f"{given} {wanted}", found="a network that gives one tensor", hint=f"leave {given} out")
-    chosen = choose(output, num_classes, wanted, given) if num_classes or wanted is not None else None
+    asked = num_classes or wanted is not None
+    chosen = choose(output, num_classes, wanted, given, dense=dense) if asked else None
     first = chosen.output if chosen else next((each for _, each in tensors(output)), None)
     if not plain and first is not None:
-        hook, name, note = unwrap(output, training, chosen, num_classes, wanted, given)
+        hook, name, note = unwrap(output, training, chosen, num_classes, wanted, given, dense=dense)
         network.module.register_forward_hook(hook)
         network = replace(network, output=name, notes=(*network.notes, note))
     shape = tuple(first.shape) if first is not None else type(output).__name__
-    if shape == (count, num_classes) or num_classes == 0:
+    fits = shape[:2] == (count, num_classes) and len(shape) == (4 if dense else 2)
+    if fits or num_classes == 0:
         return replace(network, headless=num_classes == 0)
-    if role == "teacher" and network.pretrained:
+    if role == "teacher" and network.pretrained and not dense:
         note = f"it gives {shape} for {count} images, no logits for {num_classes} classes"
         return replace(network, headless=True, notes=(*network.notes, note))
     raise ModelError(
         f"--{role} {network.name}",
         found=f"an output of {shape} for {count} images",
-        valid=f"logits ({count}, {num_classes}): the data has {num_classes} classes, and every label needs its place",
+        valid=f"logits ({count}, {num_classes}{', height, width' if dense else ''}): the data has {num_classes} "
+        "classes, and every label needs its place",
         hint=f"give a network with {num_classes} outputs, or data with the network's classes",
     )
 

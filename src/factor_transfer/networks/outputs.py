@@ -24,6 +24,9 @@ from factor_transfer.util.seeds import seeded
 LOGITS = "logits"
 """Name of the output that is taken as the logits, if there is one."""
 
+DENSE = "out"
+"""The same of networks that give a map of logits: torchvision's name."""
+
 
 def tensors(output: Any, at: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors in an output, in order, by name: keys, fields and indices, with dots between them.
@@ -84,7 +87,7 @@ class Choice:
     """The other tensors' names and shapes."""
 
 
-def choose(output: Any, classes: int, wanted: str | None, given: str) -> Choice | None:
+def choose(output: Any, classes: int, wanted: str | None, given: str, *, dense: bool = False) -> Choice | None:
     """The logits (B, N) in an output: the tensor `wanted`, the one that is called logits, or the only one of the shape.
 
     Args:
@@ -92,6 +95,7 @@ def choose(output: Any, classes: int, wanted: str | None, given: str) -> Choice 
         classes: N.
         wanted: name of the tensor, where it is given.
         given: the setting that names it, for messages.
+        dense: the logits are a map (B, N, h, w).
 
     Returns:
         None where nothing has the shape of logits.
@@ -101,7 +105,7 @@ def choose(output: Any, classes: int, wanted: str | None, given: str) -> Choice 
     """
     there = dict(tensors(output))
     shapes = {name: "x".join(map(str, each.shape[1:])) for name, each in there.items()}
-    fitting = {name: each for name, each in there.items() if _matrix(each) and each.shape[1] == classes}
+    fitting = {name: each for name, each in there.items() if _fits(each, classes, dense=dense)}
     if wanted is not None and not isinstance(output, Tensor):
         try:
             chosen = tensor_at(output, wanted)
@@ -111,7 +115,8 @@ def choose(output: Any, classes: int, wanted: str | None, given: str) -> Choice 
     elif not fitting and isinstance(output, Tensor):
         return None
     else:
-        named = [name for name in there if name.rpartition(".")[2] == LOGITS]
+        usual = {LOGITS, DENSE} if dense else {LOGITS}
+        named = [name for name in (fitting if dense else there) if name.rpartition(".")[2] in usual]
         found = named if len(named) == 1 else list(fitting)
         if len(found) > 1:
             raise ModelError(
@@ -126,8 +131,8 @@ def choose(output: Any, classes: int, wanted: str | None, given: str) -> Choice 
     return Choice(name, there[name], tuple(f"{other} ({shapes[other]})" for other in there if other != name))
 
 
-def _matrix(tensor: Tensor) -> bool:
-    return tensor.ndim == 2 and tensor.is_floating_point()
+def _fits(tensor: Tensor, classes: int, *, dense: bool) -> bool:
+    return tensor.ndim == (4 if dense else 2) and tensor.is_floating_point() and tensor.shape[1] == classes
 
 
 def _listed(shapes: Mapping[str, str]) -> str:
@@ -175,7 +180,14 @@ def given_by(module: nn.Module, size: Size, count: int, *, foreign: bool) -> tup
 
 
 def unwrap(
-    output: Any, training: Any, chosen: Choice | None, classes: int, wanted: str | None, given: str
+    output: Any,
+    training: Any,
+    chosen: Choice | None,
+    classes: int,
+    wanted: str | None,
+    given: str,
+    *,
+    dense: bool = False,
 ) -> tuple[Unwrap, str, str]:
     """The hook for a network that gives `output` in eval mode and `training` in training mode.
 
@@ -186,6 +198,7 @@ def unwrap(
         classes: N.
         wanted: name of the tensor, where it is given.
         given: the setting that names it, for messages.
+        dense: the logits are a map.
 
     Returns:
         The hook, the name of the output that is read, and what a user is told.
@@ -198,7 +211,8 @@ def unwrap(
         same = wanted if wanted is not None else evaluation
         there = {name for name, _ in tensors(training)}
         try:
-            found = choose(training, classes, same if wanted is not None or same in there else None, given)
+            name = same if wanted is not None or same in there else None
+            found = choose(training, classes, name, given, dense=dense)
         except ModelError as error:
             trained = error
         else:

@@ -130,7 +130,15 @@ def teacher_size(config: Config, img_size: AnySize, module: nn.Module | None = N
     return as_size(own_size(config.teacher if module is None else module, "teacher"))
 
 
-def load_side(role: Role, config: Config, num_classes: int, img_size: AnySize, module: nn.Module | None = None) -> Side:
+def load_side(
+    role: Role,
+    config: Config,
+    num_classes: int,
+    img_size: AnySize,
+    module: nn.Module | None = None,
+    *,
+    dense: bool = False,
+) -> Side:
     """A network as the settings name it, tapped. --data-seed owns the teacher's fresh weights, --seed the student's.
 
     Args:
@@ -139,12 +147,15 @@ def load_side(role: Role, config: Config, num_classes: int, img_size: AnySize, m
         num_classes: classes of the data.
         img_size: height and width of the images, in pixels.
         module: the network itself, where it is given as a module.
+        dense: its logits are a map; a teacher then sees the images at the student's size, if no other is given.
 
     Raises:
         ModelError: an unknown network or layer, or weights that do not fit it.
     """
     own, teacher = vars(config), role == "teacher"
-    size = teacher_size(config, img_size, module) if teacher else as_size(img_size)
+    size = as_size(img_size)
+    if teacher:
+        size = as_size(config.teacher_size or img_size) if dense else teacher_size(config, img_size, module)
     network = load_network(
         own[role] if module is None else module,
         role=role,
@@ -156,6 +167,7 @@ def load_side(role: Role, config: Config, num_classes: int, img_size: AnySize, m
         seed=config.data_seed if teacher else config.seed,
         mean=config.teacher_mean if teacher else None,
         std=config.teacher_std if teacher else None,
+        dense=dense,
     )
     for note in network.notes:
         say(f"{role}: {note}")
@@ -167,6 +179,6 @@ def load_side(role: Role, config: Config, num_classes: int, img_size: AnySize, m
     example = torch.zeros(2, 3, *size)
     shapes = [
         (layer, feature_shape(Tapped(network.module, layer, flag=flag(f"{role}_layer")), example))
-        for layer in names_in(own[f"{role}_layer"]) or [find_layer(network.module, example)]
+        for layer in names_in(own[f"{role}_layer"]) or [find_layer(network.module, example, dense=dense)]
     ]
     return Side(role, network, *shapes[0], more=tuple(shapes[1:]))

@@ -1,8 +1,9 @@
 """What a student is for. Everything that is particular to a kind of task is behind the class `Task`.
 
 The other wings ask the task for targets, loss, metrics and answers, and name none of them. Data and heads are those of
-classes for now: each image has one class index, and a network is called with images and gives N outputs, one for each
-class. Which of several outputs of a network these are is found by `networks/outputs.py` (or --student-output says so).
+classes. Each image has one class index, and a network is called with images and gives N outputs, one for each class; or
+each pixel has one (`Task.dense`), and a network gives a map of N outputs. Which of several outputs of a network these
+are is found by `networks/outputs.py` (or --student-output says so).
 
 Shapes: B images, N classes.
 """
@@ -17,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from factor_transfer.config import Config
 from factor_transfer.data.splits import Batch
 from factor_transfer.method.losses import Labels
 from factor_transfer.tasks.metric import Metric
-from factor_transfer.util.arguments import imported, is_callable_name
+from factor_transfer.util.arguments import Size, imported, is_callable_name
 from factor_transfer.util.errors import ConfigError, TrainingError
 
 NEAR_CHANCE = 0.1
@@ -101,6 +103,10 @@ class Task(ABC):
     """What the Hugging Face hub calls the task, for the model card."""
     gives = "logits"
     """What an exported student gives for an image, in a word."""
+    dense = False
+    """Whether each pixel has a class: images come with masks, and networks give a map (B, N, h, w)."""
+    other_answers = 0.0
+    """Largest share of answers in which a floating-point export may differ: of many pixels some are undecided."""
 
     @property
     def headline(self) -> Metric:
@@ -112,6 +118,10 @@ class Task(ABC):
     def targets(self, batch: Batch) -> Tensor:
         """What the images of a batch should be answered with, (B,) or (B, ...)."""
         return batch.label
+
+    def example(self, images: Tensor) -> Tensor:
+        """Targets of the right shape and type for images (B, 3, H, W), to count with. Here: the first class, (B,)."""
+        return torch.zeros(len(images), dtype=torch.long, device=images.device)
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -148,6 +158,10 @@ class Task(ABC):
         """The metrics by key, from sums over so many images. Here: each sum's mean over images."""
         return {name: total / images for name, total in sums.items()}
 
+    def by_class(self, sums: Mapping[str, Any]) -> list[float | None] | None:
+        """The headline metric of each class, from sums; None where it has no parts for classes."""
+        return None
+
     def per_image(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
         """The headline metric of each image, (B,), for paired intervals; None where it is no mean over images."""
         return None
@@ -172,6 +186,10 @@ class Task(ABC):
             top: as --top says.
         """
         return {"top": likeliest(outputs, classes, top)}
+
+    def picture(self, outputs: Sequence[float], classes: Sequence[str], size: Size) -> np.ndarray | None:
+        """The class of each pixel, (h, w), for images of `size`; None where an answer is no picture."""
+        return None
 
     def in_words(self, answer: Mapping[str, Any]) -> str:
         """That answer on one line of a terminal."""

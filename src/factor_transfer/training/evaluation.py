@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,23 @@ def evaluate(
 ) -> dict[str, float]:
     """The task's metrics of `model`, by key, each image counted once.
 
+    Args: as for `summed`.
+    """
+    found = task.values(summed(model, images, engine, task, batch_size=batch_size, precise=precise), _count(images))
+    return {name: float(value) for name, value in found.items()}
+
+
+def summed(
+    model: nn.Module,
+    images: Split | Sequence[Split],
+    engine: Engine,
+    task: Task,
+    *,
+    batch_size: int = 128,
+    precise: bool = False,
+) -> dict[str, Any]:
+    """The task's sums over images that the metrics of `model` are made from, each image counted once.
+
     Args:
         model: uint8 images (B, 3, H, W) -> logits (B, N); evaluated in eval mode, and left in the mode it was in.
         images: a split or several, shown without augmentation.
@@ -57,9 +75,11 @@ def evaluate(
     totals: dict[str, Tensor] = {}
     for part in engine.all_of({name: value.cpu() for name, value in sums.items()}):  # one can be without images
         _add(totals, part)
-    plain = {name: total.item() if total.ndim == 0 else total for name, total in totals.items()}
-    found = task.values(plain, sum(map(len, splits)))
-    return {name: float(value) for name, value in found.items()}
+    return {name: total.item() if total.ndim == 0 else total for name, total in totals.items()}
+
+
+def _count(images: Split | Sequence[Split]) -> int:
+    return len(images) if isinstance(images, Split) else sum(map(len, images))
 
 
 def _add(totals: dict[str, Tensor], sums: Mapping[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ from factor_transfer.config import Config, DataConfig, part_of
 from factor_transfer.data.dataset import Dataset, open_data
 from factor_transfer.networks.load import TORCHVISION, Network, Role, load_network
 from factor_transfer.networks.weights import load_weights
+from factor_transfer.tasks.base import task_of
 from factor_transfer.training.run_folder import saved_config
 from factor_transfer.training.summary import Summary, read_summary
 from factor_transfer.util.arguments import as_size
@@ -98,6 +99,7 @@ def build_again(
         output=own[f"{side}_output"],
         mean=tuple(there["mean"]),
         std=tuple(there["std"]),
+        dense=task_of(config.task).dense,
     )
 
 
@@ -117,7 +119,8 @@ def open_images(shown: DataConfig, summary: Summary, others: bool = False) -> Da
     if others:  # numbered as the run numbers them
         settings |= {"class_map": None, "train_images": None, "validate_on": "validation"}
     known = summary.data.classes if others else None
-    images = open_data(DataConfig(**settings), lambda: as_size(summary.data.img_size), known=known)
+    dense = task_of(summary.settings.get("task", "classification")).dense
+    images = open_data(DataConfig(**settings), lambda: as_size(summary.data.img_size), known=known, masked=dense)
     if list(images.classes) != summary.data.classes:
         raise ConfigError(
             f"--data {images.name}",

@@ -12,6 +12,7 @@ from factor_transfer.data.splits import Split
 from factor_transfer.data.unlabelled import least_labelled
 from factor_transfer.data.views import Transform
 from factor_transfer.method.term import Term
+from factor_transfer.tasks.base import task_of
 from factor_transfer.training.trainer import training_chunks
 from factor_transfer.util.arguments import AnySize, written
 from factor_transfer.util.console import say, warn
@@ -24,7 +25,7 @@ UNLABELLED, NONE = "unlabelled", "none"
 def images_of(config: Config, default_size: Callable[[], AnySize], transform: Transform | None) -> Dataset:
     """All images that a run's settings name; arguments as for `open_data`."""
     beside = None if config.unlabelled is None else (config.unlabelled, config.unlabelled_share)
-    return open_data(config, default_size, transform, unlabelled=beside)
+    return open_data(config, default_size, transform, unlabelled=beside, masked=task_of(config.task).dense)
 
 
 def shown_for(data: Dataset, terms: Sequence[Term]) -> Split:

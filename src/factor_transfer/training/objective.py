@@ -92,7 +92,7 @@ class Objective:
         classes: int,
         class_weights: tuple[float, ...] = (),
     ) -> None:
-        self.config, self.classes = config, classes
+        self.config, self.classes, self.dense = config, classes, task_of(config.task).dense
         guided = any(getattr(config, weight) for weight in refused(type(config))["teacher_groups"])
         self.groups = groups_of(config, pair) if guided else ()
         layers = [
@@ -170,7 +170,7 @@ class Objective:
         shapes: dict[str, tuple[int, ...] | None] = {
             name: factor.shape for name, factor in zip(names, self.factors, strict=True)
         }
-        shapes["logits"] = (self.classes,)
+        shapes["logits"] = None if self.dense else (self.classes,)
         shapes |= {name: reader.shape for term in self.terms for name, reader in term.readers().items()}
         needs = {name for term in self.terms for name in term.needs}
         return {name: shape for name, shape in shapes.items() if name in needs}
@@ -190,7 +190,8 @@ def groups_of(config: Config, pair: Pair) -> tuple[Group, ...]:
         ModelError: an unknown layer.
     """
     named = [_named(config, side) for side in (pair.teacher, pair.student)]
-    both = [found or _found(side) for found, side in zip(named, (pair.teacher, pair.student), strict=True)]
+    dense = task_of(config.task).dense
+    both = [found or _found(side, dense=dense) for found, side in zip(named, (pair.teacher, pair.student), strict=True)]
     count = min(len(found) for found in both)
     if not count or (len(both[0]) != len(both[1]) and any(named)):
         found = f"{len(both[0])} of the teacher, {len(both[1])} of the student"
@@ -219,8 +220,8 @@ def _example(side: Side) -> Tensor:
     return torch.zeros(2, 3, *side.network.size)
 
 
-def _found(side: Side) -> Found:
-    return find_groups(side.network.module, _example(side))
+def _found(side: Side, *, dense: bool) -> Found:
+    return find_groups(side.network.module, _example(side), dense=dense)
 
 
 def _named(config: Config, side: Side) -> Found:

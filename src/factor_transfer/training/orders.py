@@ -90,8 +90,8 @@ def misordered(side: Side, data: Dataset, config: Config, run: Run, engine: Engi
         run: beside its folder the order is written, as a --class-map.
         engine: where to compute.
     """
-    if not (side.network.knows_classes and data.classes):
-        return None
+    if not (side.network.knows_classes and data.classes) or task_of(config.task).dense:
+        return None  # (a label for each image is what the orders are compared by)
     named = _named_orders(side, data)
     if data.labelled:
         count = min(max(SAMPLE, A_CLASS * len(data.classes)), MOST)

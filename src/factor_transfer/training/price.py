@@ -20,6 +20,7 @@ from factor_transfer.method.factor_transfer import Straight
 from factor_transfer.method.slim import AnyParaphraser, SlimParaphraser
 from factor_transfer.networks.load import count_parameters
 from factor_transfer.networks.pair import Pair
+from factor_transfer.tasks.base import task_of
 from factor_transfer.training.form import DEAREST_STEP, is_wide, metered
 from factor_transfer.training.objective import Objective, fresh_paraphrasers
 from factor_transfer.training.paraphraser import BATCH, MOST_MAPS, MOST_STEPS
@@ -168,7 +169,7 @@ def price_of(config: Config, pair: Pair, objective: Objective, images: Tensor) -
     taps = [layer for term in objective.terms for layer in term.taps]
     task = DistillationTask(pair.student.tapped(taps), pair.student.network.norm, objective.terms, teacher)
     side, trainee = deepcopy(teacher).cpu().eval(), deepcopy(task.trainable_module).cpu().eval()
-    labels = torch.zeros(len(images), dtype=torch.long)
+    labels = task_of(config.task).example(images)
     _, alone = metered(lambda: side.network.maps(side.norm(images)), images)
     outputs, frozen = metered(lambda: side(images), images)
     _, student = metered(lambda: trainee.student.maps(trainee.norm(images)), images)

@@ -375,7 +375,8 @@ class Job:
     def load(self, role: Role) -> Side:
         """One of the two networks, as the settings name it, tapped."""
         data = self.data
-        return load_side(role, self.config, len(data.classes), data.img_size, self.modules.get(role))
+        own, dense = self.modules.get(role), self.task.dense
+        return load_side(role, self.config, len(data.classes), data.img_size, own, dense=dense)
 
     @staticmethod
     def student_task(
