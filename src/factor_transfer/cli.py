@@ -281,6 +281,7 @@ def predict(
     top: int = 5,
     threads: int | None = None,
     as_json: AsJson = False,
+    save_pictures: Path | None = None,
     trust_config: TrustRun = False,
 ) -> None:
     """Name what is on images, with an exported student, through onnxruntime or torch.
@@ -295,10 +296,13 @@ def predict(
         Classes to print for each image.
     threads
         CPU threads. Default: the runtime's choice.
+    save_pictures
+        Folder for a picture of each image, of a student for segmentation: a PNG whose values are class indices.
     """
     from factor_transfer.export.predict import predict_images
 
-    sys.exit(predict_images(student, images, top=top, threads=threads, as_json=as_json, trust_config=trust_config))
+    how = {"top": top, "threads": threads, "as_json": as_json, "save_pictures": save_pictures}
+    sys.exit(predict_images(student, images, trust_config=trust_config, **cast(dict[str, Any], how)))
 
 
 @app.command

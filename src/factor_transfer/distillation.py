@@ -24,7 +24,7 @@ from factor_transfer.report.trackers import watched
 from factor_transfer.tasks.base import task_of
 from factor_transfer.training.compute import COUNTED, compute_of
 from factor_transfer.training.engine import Engine
-from factor_transfer.training.evaluation import evaluate
+from factor_transfer.training.evaluation import summed
 from factor_transfer.training.finished import answers, open_images, rebuild
 from factor_transfer.training.orders import check_orders
 from factor_transfer.training.processes import first_difference
@@ -239,8 +239,10 @@ def _report(folder: Path, modules: Modules, engine: Engine) -> None:
         warn(f"no report.html ({error}); make it with: factor-transfer report {folder}")
 
 
-def evaluate_run(folder: Path, data: DataConfig | None = None, device: str = "auto") -> dict[str, dict[str, float]]:
+def evaluate_run(folder: Path, data: DataConfig | None = None, device: str = "auto") -> dict[str, dict[str, Any]]:
     """The task's metrics of every network of a finished run, in float32, by role.
+
+    `classes` has the headline metric of each class by name, where the task has such a one (segmentation).
 
     Args:
         folder: the run.
@@ -253,10 +255,10 @@ def evaluate_run(folder: Path, data: DataConfig | None = None, device: str = "au
         ConfigError: there are classes that the run does not know.
     """
     config, summary = saved_config(folder), read_summary(folder)
-    shown, task = data or config, task_of(config.task)
+    task = task_of(config.task)
     if not summary.data.classes:
         raise _headless(folder)
-    images = open_images(shown, summary, others=data is not None)
+    images = open_images(data or config, summary, others=data is not None)
     if not images.labelled:
         raise ConfigError(
             f"--data {images.name}",
@@ -267,12 +269,15 @@ def evaluate_run(folder: Path, data: DataConfig | None = None, device: str = "au
         say(f"data: {note}")
     say(f"data: {images.name}, {len(images.validation):,} images")
     engine = Engine(device, config.precision, config.threads)
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for role in summary.networks:
         if answers(config, role, network := rebuild(folder, role)):
-            found[role] = evaluate(
-                network.classifier, images.validation, engine, task, batch_size=config.batch_size, precise=True
-            )
+            shown, size = images.validation, config.batch_size
+            sums = summed(network.classifier, shown, engine, task, batch_size=size, precise=True)
+            found[role] = {name: float(value) for name, value in task.values(sums, len(shown)).items()}
+            parts = task.by_class(sums)
+            if parts is not None:
+                found[role]["classes"] = dict(zip(images.classes, parts, strict=True))
     if not found:
         raise _headless(folder)
     return found

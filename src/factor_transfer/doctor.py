@@ -57,8 +57,8 @@ from factor_transfer.util.errors import FactorTransferError
 from factor_transfer.util.files import state_fingerprint
 from factor_transfer.util.seeds import seeded
 
-SAMPLE = 512
-"""Images of each split that are looked at."""
+SAMPLE, DENSE_SAMPLE = 512, 64
+"""Images of each split that are looked at; fewer where each has a mask."""
 
 NEGLIGIBLE, DROWNING = 0.1, 100.0
 """Sizes of the factor term, as multiples of the cross-entropy, below and above which one of the two hardly counts."""
@@ -153,8 +153,10 @@ def _look(config: Config, modules: Modules, found: Diagnosis, nowhere: Run) -> N
     engine = Engine(config.device, config.precision, config.threads)
     job = Job(config, engine, nowhere, modules)
     found.findings += _data(job.data, config, job.task.headline)
+    if job.data.pixels is not None:
+        found.tables.append(("training masks", ("class", "of the pixels"), _pixels(job.data, job.data.pixels)))
     pair = job.pair()
-    validation = Sample(job.data.validation, SAMPLE)
+    validation = Sample(job.data.validation, DENSE_SAMPLE if job.task.dense else SAMPLE)
     images = job.sample(min(config.batch_size, 64))
     found.tables.append(("networks", ("", "teacher", "student"), _networks(pair)))
     found.tables.append(("layers that give a map", ("", "layer", "map"), _layers(pair)))
@@ -180,7 +182,7 @@ def _look(config: Config, modules: Modules, found: Diagnosis, nowhere: Run) -> N
 
 def _data(data: Dataset, config: Config, metric: Metric) -> Iterator[Finding]:
     for note in data.notes:
-        if "no training images" in note:
+        if "no training images" in note or "no training pixels" in note:
             yield Finding("warning", f"--data: {note}", "add images, or take the class out of --class-map")
     for what, hint in data.lost:
         yield Finding("warning", f"--data: {what}", hint)
@@ -190,11 +192,11 @@ def _data(data: Dataset, config: Config, metric: Metric) -> Iterator[Finding]:
         what = f"--batch-size {config.batch_size} for {len(data.train)} training images: one step a pass"
         yield Finding("warning", what, f"--batch-size {max(2, len(data.train) // 10)}")
     counts = np.bincount(data.train.labels, minlength=len(data.classes))
-    if counts.max() > 20 * max(counts.min(), 1):
+    if data.pixels is None and counts.max() > 20 * max(counts.min(), 1):
         few = data.classes[int(counts.argmin())]
         what = f"--data: {counts.max():,} images of {data.classes[int(counts.argmax())]}, {counts.min():,} of {few}"
         yield Finding("warning", what, f"more images of {few}: {metric.label} will say little of it")
-    pixels = Sample(data.train, SAMPLE).whole().image.int()
+    pixels = Sample(data.train, SAMPLE if data.pixels is None else DENSE_SAMPLE).whole().image.int()
     grey = float(((pixels[:, 0] == pixels[:, 1]) & (pixels[:, 1] == pixels[:, 2])).flatten(1).all(1).float().mean())
     if 0 < grey < 1:
         what = f"--data: {grey:.0%} of the training images are grey, the others in colour"
@@ -204,6 +206,12 @@ def _data(data: Dataset, config: Config, metric: Metric) -> Iterator[Finding]:
         if same:
             what = f"--data: {len(same):,} images are in training and in validation: {metric.label} will look too good"
             yield Finding("warning", what, "remove them from one of the two")
+
+
+def _pixels(data: Dataset, counts: Sequence[int]) -> list[Sequence[str]]:
+    """The share of each class."""
+    whole = max(sum(counts), 1)
+    return [(name, f"{100 * count / whole:.2f} %") for name, count in zip(data.classes, counts, strict=True)]
 
 
 def _hashes(split: Split) -> set[bytes]:
@@ -240,6 +248,8 @@ def _teacher(side: Side, images: Tensor, sample: Sample | None, found: Diagnosis
         other = _right(_model(side, InputNorm(mean, std, side.network.size)), sample, job)
         if other > right + max(3, 3 * 100 / len(sample) ** 0.5 * 0.5):
             what = f"--teacher: right on {right:.1f} % of a sample, on {other:.1f} % with another normalisation, {name}"
+            if task.dense:
+                what = f"--teacher: {metric.label} {right:.1f} % on a sample, {other:.1f} % with another norm, {name}"
             yield Finding("warning", what, f"--teacher-mean {_plain(mean)} --teacher-std {_plain(std)}")
             break
     if less := check_knows(task, value, sample.labels, job.data.classes, job.config.teacher):
@@ -252,7 +262,9 @@ def _model(side: Side, norm: nn.Module) -> nn.Module:
 
 
 def _right(model: nn.Module, sample: Sample, job: Job) -> float:
-    """Share of the images whose answer is their class, in percent."""
+    """Share of the images whose answer is their class, in percent; of a dense task the headline metric."""
+    if job.task.dense:
+        return evaluate(model, sample, job.engine, job.task, batch_size=8, precise=True)[job.task.headline.key]
     said, labels = answers(model, sample, job.engine, job.task, batch_size=64)
     return 100 * float((said == labels).mean())
 

@@ -69,7 +69,7 @@ def export_pt2(module: nn.Module, images: Tensor, path: Path, metadata: Metadata
     """Write `module` as a `torch.export` program with a dynamic batch; read it back and compare.
 
     Args:
-        module: normalised float images (B, 3, H, W) -> logits (B, N).
+        module: normalised float images (B, 3, H, W) -> logits (B, N), or a map of them.
         images: normalised images to compare on, at least two.
         path: the `.pt2` file; written only if the comparison passes.
         metadata: kept in the file as `metadata.json`.
@@ -98,7 +98,7 @@ def export_pt2(module: nn.Module, images: Tensor, path: Path, metadata: Metadata
 
 
 def export_onnx(module: nn.Module, images: Tensor, path: Path, metadata: Metadata) -> None:
-    """Write `module` as ONNX: `images` (B, 3, H, W), normalised -> `logits` (B, N), any B; metadata as properties."""
+    """Write `module` as ONNX: `images` (B, 3, H, W), normalised -> `logits` (B, N, ...); metadata as properties."""
     import onnx
 
     with warnings.catch_warnings():

@@ -8,6 +8,7 @@ import sys
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,13 +21,14 @@ from factor_transfer.data.images import decoded, image_formats, natural
 from factor_transfer.data.trees import counted, folder_tree
 from factor_transfer.export.runtimes import Runtime, kind_of, load
 from factor_transfer.tasks.base import Task, task_of
-from factor_transfer.util.arguments import check_trust
+from factor_transfer.util.arguments import Size, check_trust
 from factor_transfer.util.checks import check_arguments
 from factor_transfer.util.console import say, warn
 from factor_transfer.util.errors import DataError, RunError, first_line
 from factor_transfer.util.limits import MOST_THREADS
 
-BATCH = 32
+BATCH, DENSE_BATCH = 32, 4
+"""Images at a time; fewer where each pixel has an answer."""
 
 ORDER = ("student.onnx", "student.pt2", "student.int8.onnx")
 """Which export of a folder is used: the first that is there and can be run."""
@@ -40,6 +42,7 @@ def predict_images(
     threads: Annotated[int | None, Number(gte=1, lte=MOST_THREADS)],
     as_json: bool,
     trust_config: bool = False,
+    save_pictures: Path | None = None,
 ) -> int:
     """Print the answer for each image: its likeliest classes, or what another task shows.
 
@@ -50,13 +53,14 @@ def predict_images(
         threads: CPU threads.
         as_json: print one JSON list.
         trust_config: run the code of a task that the file names by package.module:callable.
+        save_pictures: a folder for the class of every pixel of each image: see `_Pictures`.
 
     Returns:
         0; 2 where an image could not be read: the others are answered all the same.
 
     Raises:
         ConfigError: a number out of range, or a task whose code is not trusted.
-        RunError: no export that can be run here.
+        RunError: no export that can be run here, or answers that are no pictures.
         DataError: no images.
     """
     check_arguments(predict_images, top=top, threads=threads)
@@ -64,13 +68,17 @@ def predict_images(
     task = _task(student, runtime.metadata, trusted=trust_config)
     classes, frame, bits = runtime.metadata["classes"], Frame.read(runtime.metadata), runtime.metadata.get("bit_depth")
     answers, unread, content = [], 0, Content()
-    batch: list[tuple[str, bytes]] = []
+    pictures = None if save_pictures is None else _Pictures(save_pictures, task, classes, frame)
+    batch: list[tuple[str, bytes, Size]] = []
 
     def answer() -> None:
-        logits = array("f", runtime.logits(b"".join(pixels for _, pixels in batch), len(batch)))
-        for place, (name, _) in enumerate(batch):
-            found = task.answer(logits[place * len(classes) : (place + 1) * len(classes)], classes, top)
-            answers.append({"image": name, **found})
+        logits = array("f", runtime.logits(b"".join(pixels for _, pixels, _ in batch), len(batch)))
+        length = len(logits) // len(batch)  # of one image
+        for place, (name, _, size) in enumerate(batch):
+            outputs = logits[place * length : (place + 1) * length]
+            found = task.answer(outputs, classes, top)
+            saved = {} if pictures is None else {"picture": pictures.save(name, outputs, size)}
+            answers.append({"image": name, **found, **saved})
             if not as_json:
                 print(f"{name}: {task.in_words(found)}")  # noqa: T201 (the command's output)
         batch.clear()
@@ -85,8 +93,8 @@ def predict_images(
             warn(f"{name} is no image that PIL can decode ({error})")
             continue
         content.add(name, found)
-        batch.append((name, pixels))
-        if len(batch) == BATCH:
+        batch.append((name, pixels, (found.image.height, found.image.width)))
+        if len(batch) == (DENSE_BATCH if task.dense else BATCH):
             answer()
     if batch:
         answer()
@@ -94,6 +102,49 @@ def predict_images(
     if as_json:
         print(json.dumps(answers, ensure_ascii=False, indent=1))  # noqa: T201
     return 2 if unread else 0
+
+
+class _Pictures:
+    """Writes the answers of dense tasks: a PNG with a palette for each image, whose values are class indices.
+
+    Where the student sees whole images, resized (squash), a picture has the size of its image; else that which the
+    student sees.
+
+    Args:
+        folder: made where it is not there.
+        task: what the student is for.
+        classes: their names.
+        frame: how the student sees images.
+
+    Raises:
+        RunError: the task's answers are no pictures.
+    """
+
+    def __init__(self, folder: Path, task: Task, classes: Sequence[str], frame: Frame) -> None:
+        if not task.dense:
+            found, valid = "a student whose answers are no pictures", "a student for segmentation"
+            raise RunError(f"--save-pictures {folder}", found=found, valid=valid, hint="leave it out")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.task, self.classes, self.frame = folder, task, classes, frame
+        self.names = set[str]()
+
+    def save(self, name: str, outputs: Sequence[float], size: Size) -> str:
+        """The file that is written for an image of this name, and height and width."""
+        from factor_transfer.report.masks import colours
+
+        said = self.task.picture(outputs, self.classes, self.frame.size)
+        assert said is not None
+        whole = self.frame.mode == "squash" and self.frame.pct == 1
+        height, width = size if whole else self.frame.size
+        picture = Image.fromarray(said).resize((width, height), Image.Resampling.NEAREST)
+        picture.putpalette(colours(len(self.classes)).tobytes())
+        stem = "stdin" if name == "-" else Path(name).stem
+        alike = (f"{stem}-{at}" for at in count(1))
+        free = next(each for each in chain([stem], alike) if each not in self.names)
+        self.names.add(free)
+        path = self.folder / f"{free}.png"
+        picture.save(path)
+        return str(path)
 
 
 def _tell(content: Content, bits: int | None) -> None:

@@ -9,12 +9,12 @@ Shapes: B images of H x W pixels, N classes.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import sys
 import time
-from array import array
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,10 @@ KINDS = {"pt2": "torch", "onnx": "onnxruntime", "onnx-int8": "onnxruntime", "saf
 
 
 class Runtime(Protocol):
-    """A loaded student. `metadata` has `img_size`, `resize`, `mean`, `std` and `classes`."""
+    """A loaded student. `metadata` has `img_size`, `resize`, `mean`, `std` and `classes`.
+
+    Of segmentation the logits are a map, (B, N, h, w).
+    """
 
     metadata: dict[str, Any]
 
@@ -61,11 +64,13 @@ class TorchRuntime:
         import torch
 
         with torch.no_grad():
-            return self.module(images)
+            found = self.module(images)
+        return found["out"] if isinstance(found, dict) else found  # torchvision's networks for segmentation
 
     def logits(self, pixels: bytes, count: int) -> bytes:
         """See `Runtime`."""
-        return array("f", self.forward(self.prepare(pixels, count)).flatten().tolist()).tobytes()
+        found = self.forward(self.prepare(pixels, count)).float().contiguous()
+        return ctypes.string_at(found.data_ptr(), found.nbytes)
 
 
 class OnnxRuntime:
@@ -175,9 +180,14 @@ def _rebuilt(path: Path, threads: int | None) -> Runtime:
         metadata = _folder_metadata(path)
     architecture, arguments = metadata["architecture"], metadata.get("model_args", {})
     if architecture.startswith("torchvision/"):
-        import torchvision
+        import torchvision.models.segmentation  # which registers its names as well
 
         module = torchvision.models.get_model(architecture.partition("/")[2], weights=None, **arguments)
+        _load(module, state)
+    elif architecture.startswith(("lraspp/", "deeplab/")):
+        from factor_transfer.networks.segmenter import build_segmenter
+
+        module = build_segmenter(architecture, **arguments)
         _load(module, state)
     else:
         import timm

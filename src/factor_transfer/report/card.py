@@ -66,6 +66,7 @@ def write_card(path: Path, summary: Summary, exports: Mapping[str, Any], task: T
         "networks": networks,
         "head": head,
         "gives": task.gives,
+        "dense": task.dense,
         "exports": scored(exports),
         "by": METHOD if summary.method == "Factor Transfer" else summary.method,
         "classes": ", ".join(f"{place} {name}" for place, name in enumerate(classes)),

@@ -27,6 +27,7 @@ from factor_transfer.networks.load import Network
 from factor_transfer.networks.pair import Modules
 from factor_transfer.networks.weights import load_paraphraser, load_weights
 from factor_transfer.report.figures import photograph, png, strongest, tiles
+from factor_transfer.report.masks import Overlaps
 from factor_transfer.tasks.base import Task, task_of
 from factor_transfer.training.engine import Engine
 from factor_transfer.training.finished import answers, open_images, rebuild
@@ -40,6 +41,9 @@ VERSION = 3
 
 EXAMPLES, CHANNELS, DISAGREEMENTS = 6, 8, 24
 """Images whose maps are shown, channels of each, and images on which student and teacher differ."""
+
+MOST_DENSE = 16
+"""Images at a time where each has a map of logits."""
 
 
 @dataclass
@@ -83,7 +87,10 @@ def findings(folder: Path, modules: Modules | None = None, engine: Engine | None
         nets.missing["images"] = str(error)
     else:
         engine = engine or Engine(config.device, config.precision, config.threads)
-        made |= _look(nets, images, engine, task_of(config.task), config.batch_size)
+        task = task_of(config.task)
+        made |= _look(
+            nets, images, engine, task, min(config.batch_size, MOST_DENSE) if task.dense else config.batch_size
+        )
     made["missing"] = nets.missing
     write_json(path, made)
     return made
@@ -143,12 +150,15 @@ def _look(nets: Nets, images: Dataset, engine: Engine, task: Task, batch_size: i
     for part in parts:
         engine.place(part).eval()
     labels = images.validation.labels
-    given: dict[str, list[Tensor]] = {role: [] for role in nets.answering}
+    pixels = Overlaps(task, images, nets.answering) if task.dense else None
+    given: dict[str, list[Tensor]] = {role: [] for role in nets.answering if pixels is None}
     scores: dict[str, list[Tensor]] = {role: [] for role in nets.answering if images.labelled}
     sums: dict[str, Tensor] = {}
     cosines: list[Tensor] = []
     for chunk in np.array_split(np.arange(len(labels)), -(-len(labels) // batch_size)):
         logits, maps, targets = _forward(nets, images, chunk, engine, task)
+        if pixels is not None:
+            pixels.add(logits, targets)
         for role, values in given.items():
             values.append(torch.stack([*task.answers(logits[role])]))
         for role, parts_of in scores.items():
@@ -156,17 +166,16 @@ def _look(nets: Nets, images: Dataset, engine: Engine, task: Task, batch_size: i
             parts_of.extend([] if score is None else [score.double()])
         for name, value in _reconstruction_sums(maps).items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value
-        if "student_factor" in maps:
-            cosines.append(_cosine(maps))
-    joined = {role: torch.cat(values, 1).numpy() for role, values in given.items()}
-    sure = {role: values[0] for role, values in joined.items()}
-    said = {role: values[1].astype(np.int64) for role, values in joined.items()}
+        cosines += [_cosine(maps)] if "student_factor" in maps else []
     found: dict[str, Any] = {"images": len(labels)}
+    if pixels is not None:
+        chosen = pixels.chosen()
+        found |= pixels.found()
+        found["masks"] = pixels.pictures(_forward(nets, images, chosen, engine, task)[0], chosen)
+    else:
+        found |= _of_answers({role: torch.cat(values, 1).numpy() for role, values in given.items()}, images)
     if images.labelled:
-        found |= _accuracy(said, labels, len(images.classes))
         found["differences"] = _differences({role: torch.cat(each) for role, each in scores.items() if each})
-    if {"teacher", "student"} <= said.keys():
-        found["disagreements"] = _disagreements(said, sure, images)
     chosen = _examples(labels) if images.labelled else np.arange(min(EXAMPLES, len(labels)))
     _, maps, _ = _forward(nets, images, chosen, engine, task)
     if sums:
@@ -177,10 +186,20 @@ def _look(nets: Nets, images: Dataset, engine: Engine, task: Task, batch_size: i
     if cosines:
         every = torch.cat(cosines).numpy()
         found["cosine"] = round(float(every.mean()), 4)
-        if images.labelled:
+        if images.labelled and pixels is None:
             by_class = [every[labels == place] for place in range(len(images.classes))]
             found["similarity"] = [round(float(part.mean()), 4) if len(part) else None for part in by_class]
     found["examples"] = _pictures(maps, chosen, images)
+    return found
+
+
+def _of_answers(joined: Mapping[str, np.ndarray], images: Dataset) -> dict[str, Any]:
+    """What the answers of networks tell: how sure each is of an image, and what it names, (2, n)."""
+    sure = {role: values[0] for role, values in joined.items()}
+    said = {role: values[1].astype(np.int64) for role, values in joined.items()}
+    found = _accuracy(said, images.validation.labels, len(images.classes)) if images.labelled else {}
+    if {"teacher", "student"} <= said.keys():
+        found["disagreements"] = _disagreements(said, sure, images)
     return found
 
 
@@ -295,7 +314,7 @@ def _pictures(maps: Mapping[str, Tensor], chosen: np.ndarray, images: Dataset) -
 
 
 def _label(batch: Batch, place: int, images: Dataset) -> int | None:
-    return int(batch.label[place]) if images.labelled else None
+    return int(batch.label[place]) if images.labelled and images.pixels is None else None
 
 
 def _pair(one: Tensor, other: Tensor, *names: str) -> dict[str, str]:

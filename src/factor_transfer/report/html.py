@@ -22,6 +22,7 @@ from factor_transfer.networks.pair import Modules
 from factor_transfer.regime import Regime
 from factor_transfer.report.figures import Point, bars, dumbbell, heat, lines, scatter
 from factor_transfer.report.findings import findings
+from factor_transfer.report.masks import hexadecimal
 from factor_transfer.report.terminal import verdict
 from factor_transfer.tasks.classification import Classification
 from factor_transfer.tasks.metric import Metric
@@ -72,7 +73,7 @@ def report_values(folder: Path, found: Mapping[str, Any]) -> dict[str, Any]:
         for role, network in summary.networks.items()
     ]
     intervals = _intervals(summary, found)
-    answering = [role for role in roles if role in found.get("right", {})]
+    answering = [role for role in roles if role in found.get("overlap", found.get("right", {}))]
     per_class = _per_class(classes, answering, found)
     return {
         "title": f"{summary.teacher.name} to {summary.student.name}: {summary.method}",
@@ -100,6 +101,9 @@ def report_values(folder: Path, found: Mapping[str, Any]) -> dict[str, Any]:
         "class_low": _lowest(per_class),
         "disagreements": found.get("disagreements"),
         "only": found.get("only", {}),
+        "masks": found.get("masks", []),
+        "differing": found.get("differing"),
+        "colours": hexadecimal(len(classes)) if found.get("masks") else [],
         "images": found.get("images"),
         "command": repeat_command(summary.settings),
         "proof": _proof(summary),
@@ -293,14 +297,20 @@ def _reconstruction(found: Mapping[str, Any] | None) -> list[Markup]:
 
 
 def _per_class(classes: Sequence[str], roles: Sequence[str], found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Accuracy of each class and role, sorted by what the student lost, or by what it knows where that is not known."""
+    """Accuracy of each class and role, sorted by what the student lost, or by what it knows where that is not known.
+
+    Of segmentation it is the intersection over the union, and what is counted are pixels.
+    """
     if not roles:
         return []
     rows: list[dict[str, Any]] = []
     for place, (name, images) in enumerate(zip(classes, found["count"], strict=True)):
         if not images:
             continue
-        at = {role: 100 * found["right"][role][place] / images for role in roles}
+        if "overlap" in found:
+            at = {role: found["overlap"][role][place] for role in roles}
+        else:
+            at = {role: 100 * found["right"][role][place] / images for role in roles}
         similarity = found.get("similarity")
         row = {"name": name, "images": images, "accuracy": list(at.values()), "at": at}
         for gap, other in (("lost", "teacher"), ("gained", "baseline")):

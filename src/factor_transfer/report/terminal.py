@@ -44,7 +44,7 @@ def show(folder: Path) -> None:
     say(f"all of it: {folder / 'summary.json'}")
 
 
-def show_evaluation(folder: Path, found: Mapping[str, Mapping[str, float]]) -> None:
+def show_evaluation(folder: Path, found: Mapping[str, Mapping[str, Any]]) -> None:
     """Print what `evaluate` measured."""
     summary = read_summary(folder)
     rows = [
@@ -52,6 +52,11 @@ def show_evaluation(folder: Path, found: Mapping[str, Mapping[str, float]]) -> N
         for role, values in found.items()
     ]
     table(str(folder), ("", *(metric.heading for metric in summary.metrics)), rows)
+    parts = {summary.label(role): values["classes"] for role, values in found.items() if "classes" in values}
+    if parts:
+        names = next(iter(parts.values()))
+        by_class = [(name, *(summary.metric.number(each[name]) for each in parts.values())) for name in names]
+        table(f"{summary.metric.heading}, by class", ("", *parts), by_class)
 
 
 def show_diagnosis(tables: Sequence[Any], findings: Sequence[Any]) -> None:
