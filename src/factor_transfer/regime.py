@@ -3,8 +3,6 @@
 Names are timm's, and so is what they do, unless the help says otherwise.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated
 
