@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import factor_transfer.zoo  # noqa: F401 (registers the paper's families with timm)
 from factor_transfer.config import Rgb
 from factor_transfer.networks.outputs import choose, given_by, tensors, unwrap
-from factor_transfer.networks.segmenter import Segmenter, build_segmenter, kind_of, load_segmenter, sized
+from factor_transfer.networks.segmenter import Segmenter, build_sized, kind_of, load_segmenter
 from factor_transfer.networks.weightfiles import check_config, check_folder, identify
 from factor_transfer.networks.weights import check_finite, head_places, load_all, load_but_head
 from factor_transfer.util.arguments import AnySize, Size, as_size, brief, imported, is_callable_name, written
@@ -229,7 +229,7 @@ def _filled(
     if isinstance(built.module, Segmenter) and pretrained and built.from_name:
         new_head = True  # timm's weights are the encoder's
     if weights is not None and weights != "pretrained":
-        load: Callable[..., tuple[bool, str]] = load_segmenter if isinstance(built.module, Segmenter) else load_but_head
+        load = load_segmenter if isinstance(built.module, Segmenter) else load_but_head
         (new_head, origin), pretrained = load(built.module, weights, f"--{role}-weights {weights}"), True
         notes += [origin] if origin else []
     elif pretrained:
@@ -240,8 +240,7 @@ def _filled(
 
 
 def parse_name(name: str, role: Role) -> tuple[str | None, str]:
-    """(source, name): `callable`, `torchvision` and a name of its, `segmenter` and its encoder's, or timm's:
-    `local-dir`, `hf-hub` or None.
+    """(source, name): `callable`; `torchvision` and `segmenter` and a name of theirs; `local-dir`, `hf-hub` or None.
 
     Raises:
         ModelError: there is no such network; the message has near names.
@@ -325,10 +324,8 @@ def _create(
             module, more = _torchvision(name, num_classes, args, pretrained=pretrained)
             made |= more
         elif kind_of(name):
-            made |= {"num_classes": num_classes, **sized(name.partition("/")[2], img_size, args)}
-            module = build_segmenter(
-                name, pretrained=pretrained, **{k: v for k, v in made.items() if k != "model_name"}
-            )
+            module, more = build_sized(name, num_classes, img_size, args, pretrained=pretrained)
+            made |= more
         else:
             create: Callable[..., nn.Module] = _call if is_callable_name(name) else timm.create_model
             module = create(**made, pretrained=pretrained)

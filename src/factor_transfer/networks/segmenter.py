@@ -9,6 +9,7 @@ Shapes: B images of H x W pixels, N classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -100,13 +101,16 @@ def build_segmenter(name: str, num_classes: int, **args: Any) -> Segmenter:
     return Segmenter(kind, encoder, num_classes, **args)
 
 
-def sized(encoder: str, img_size: AnySize, args: dict[str, Any]) -> dict[str, Any]:
-    """The encoder's arguments, with the size of the images where its architecture is built for one."""
-    made = resolve_model_input_args(encoder, {"img_size": img_size}, **args)
-    return {name: value for name, value in made.items() if name not in {"model_name", "pretrained_cfg"}}
+def build_sized(
+    name: str, num_classes: int, img_size: AnySize, args: Mapping[str, Any], *, pretrained: bool
+) -> tuple[Segmenter, dict[str, Any]]:
+    """The network, and the arguments that build it again: with the images' size, where the encoder is built for one."""
+    made = resolve_model_input_args(name.partition("/")[2], {"img_size": img_size}, **args)
+    own = {key: value for key, value in made.items() if key not in {"model_name", "pretrained_cfg"}}
+    return build_segmenter(name, num_classes, pretrained=pretrained, **own), {"num_classes": num_classes, **own}
 
 
-def load_segmenter(module: Segmenter, weights: str, given: str) -> tuple[bool, str]:
+def load_segmenter(module: nn.Module, weights: str, given: str) -> tuple[bool, str]:
     """Load a file of weights: of the whole network, or of its encoder as a classifier, whose head is left out.
 
     Args:
@@ -120,6 +124,7 @@ def load_segmenter(module: Segmenter, weights: str, given: str) -> tuple[bool, s
     Raises:
         ModelError: as `load_weights`.
     """
+    assert isinstance(module, Segmenter)
     file, _ = split_key(weights)
     if any("encoder.model." in name for name in read_tensors(file, given).by_name):
         load_weights(module, weights, given)

@@ -207,6 +207,6 @@ def placed(batch: Batch, task: Task, share: float, device: torch.device) -> tupl
     if share == 1:
         return batch.image.to(device), task.targets(batch).to(device), None
     rows = batch.label != NO_LABEL
-    own = Batch(*(each if each is None else each[rows] for each in batch))
+    own = Batch(batch.image[rows], batch.label[rows], batch.index[rows])  # (no images with masks have others beside)
     known = Known(rows.to(device), len(own.label) / (share * len(rows)))
     return batch.image.to(device), task.targets(own).to(device), known
