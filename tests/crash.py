@@ -114,15 +114,15 @@ def rows(run: Path) -> list[tuple[Any, ...]]:
 def result(run: Path) -> dict[str, Any]:
     """All that must be the same: hashes of weights, the metrics, what was measured, and the exported student."""
     import torch
-    from safetensors.torch import load_file
 
+    from bits import bits
     from factor_transfer.util.files import state_fingerprint
 
     summary = json.loads((run / "summary.json").read_text())
     student = torch.export.load(run / "student.pt2").module()
     logits = student(torch.linspace(-1, 1, 5 * 3 * 64).view(5, 3, 8, 8))
     return {
-        "weights": {path.name: state_fingerprint(load_file(path)) for path in sorted(run.glob("*.safetensors"))},
+        "weights": bits(run),
         "metrics": rows(run),
         "top1": {role: summary[role]["top1"] for role in ("teacher", "student", "baseline") if role in summary},
         "exported": state_fingerprint({"logits": logits.detach()}),

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from bits import bits
 from factor_transfer import distill
 from factor_transfer.config import Config
 from factor_transfer.distillation import default_out, evaluate_run, rebuild
@@ -48,10 +49,6 @@ def job(out: Path, **changed: Any) -> Any:
 
 def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): sha256_file(path) for path in folder.rglob("*") if path.is_file()}
-
-
-def bits(folder: Path) -> dict[str, str]:
-    return {path.name: state_fingerprint(load_file(path)) for path in folder.glob("*.safetensors")}
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bits import bits
 from factor_transfer.data.views import permutation
 from factor_transfer.networks.load import load_network
 from factor_transfer.training.engine import Engine
 from factor_transfer.training.run_folder import Run
 from factor_transfer.training.trainer import training_chunks
 from factor_transfer.util.errors import ConfigError
-from factor_transfer.util.files import read_json, state_fingerprint
+from factor_transfer.util.files import read_json
 from processes import TORCHRUN, Started
 
 HERE = Path(__file__).parent
@@ -263,10 +264,6 @@ def left(process: Started, code: int | None = None) -> str:
     return done.stderr
 
 
-def bits(folder: Path) -> dict[str, str]:
-    return {path.name: state_fingerprint(load_file(path)) for path in (folder / "run").glob("*.safetensors")}
-
-
 PASSES = [("teacher", epoch) for epoch in range(1, 5)] + [("student", epoch) for epoch in range(1, 4)]
 
 
@@ -301,7 +298,7 @@ def test_torchrun__a_signal_to_any_process_saves_and_one_process_continues(strai
     assert "student: continued after 1 passes" in again.stderr
     assert "processes 2 -> 1" in again.stderr
     assert passes(tmp_path) == PASSES
-    one, two = bits(tmp_path), bits(straight)
+    one, two = bits(tmp_path / "run"), bits(straight / "run")
     assert one["paraphraser.safetensors"] == two["paraphraser.safetensors"], "up to the signal both were the same"
     assert one["student.safetensors"] != two["student.safetensors"], "batch norm saw other parts"
     rows = [json.loads((folder / "run/summary.json").read_text())["student"] for folder in (tmp_path, straight)]
@@ -327,7 +324,7 @@ def test_torchrun__a_process_that_dies_ends_the_run_and_the_same_command_continu
     assert "the same command continues" in said
     left(launch(tmp_path), code=0)
     assert passes(tmp_path) == PASSES
-    assert bits(tmp_path) == bits(straight)
+    assert bits(tmp_path / "run") == bits(straight / "run")
 
 
 ACCELERATE = "from accelerate.commands.launch import main; main()"
@@ -345,7 +342,7 @@ def test_accelerate_launch__gives_the_bits_of_torchrun(straight: Path, tmp_path:
     assert done.returncode == 0, done.stderr
     assert read_json(tmp_path / "run/environment.json")["processes"] == 2
     assert passes(tmp_path) == PASSES
-    assert bits(tmp_path) == bits(straight)
+    assert bits(tmp_path / "run") == bits(straight / "run")
 
 
 @pytest.mark.slow
@@ -417,4 +414,4 @@ def test_two_hosts__compute_the_same_and_one_that_vanishes_ends_the_other(
     for run in [launch(tmp_path, code=IN_HOST, how=how) for how in hosts]:
         left(run, code=0)
     assert passes(tmp_path) == PASSES
-    assert bits(tmp_path) == bits(straight)
+    assert bits(tmp_path / "run") == bits(straight / "run")

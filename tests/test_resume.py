@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
+from bits import bits
 from factor_transfer import distill
 from factor_transfer.config import Config
 from factor_transfer.training.trainer import Trainer
 from factor_transfer.util.checks import free
 from factor_transfer.util.errors import Interrupted
-from factor_transfer.util.files import state_fingerprint
 
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 4, 8)}
 JOB: dict[str, Any] = {
@@ -29,10 +28,6 @@ OTHERS: dict[str, Any] = {
     "pixel_cache_gb": 0.0, "log_with": "none", "val_interval": 2,
 }  # fmt: skip
 """Another value of each."""
-
-
-def bits(folder: Path) -> dict[str, str]:
-    return {path.name: state_fingerprint(load_file(path)) for path in folder.glob("*.safetensors")}
 
 
 @pytest.fixture(scope="module")

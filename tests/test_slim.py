@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
+from bits import bits
 from factor_transfer import distill
 from factor_transfer.config import Config
 from factor_transfer.distillation import evaluate_run
@@ -29,7 +30,6 @@ from factor_transfer.training.form import with_form
 from factor_transfer.training.run_folder import FORM, Run, form_of, saved_config
 from factor_transfer.training.trainer import Trainer
 from factor_transfer.util.errors import ConfigError, Interrupted, ModelError, RunError, TrainingError
-from factor_transfer.util.files import state_fingerprint
 
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 4, 8)}
 JOB: dict[str, Any] = {
@@ -195,10 +195,6 @@ def test_with_form__of_a_teacher_that_is_narrow_is_the_same_with_a_file(tmp_path
 
 
 # -- whole runs
-
-
-def bits(folder: Path) -> dict[str, str]:
-    return {path.name: state_fingerprint(load_file(path)) for path in folder.glob("*.safetensors")}
 
 
 @pytest.fixture(scope="module")

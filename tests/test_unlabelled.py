@@ -15,9 +15,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
+from bits import bits
 from factor_transfer import distill
 from factor_transfer.compare.plan import CompareConfig, planned
 from factor_transfer.config import Config, DataConfig
@@ -333,10 +334,6 @@ def job(folder: Path, unexported: None) -> dict[str, Any]:
     headless = {**SMALL, "num_classes": 0}
     weights = folder / "teacher.safetensors"
     return {**JOB, "data": folder / "images", "teacher_args": headless, "teacher_weights": weights}
-
-
-def bits(folder: Path) -> dict[str, str]:
-    return {path.name: state_fingerprint(load_file(path)) for path in folder.glob("*.safetensors")}
 
 
 def test_distill__the_student_has_them_and_the_baseline_is_as_ever(
