@@ -277,7 +277,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"teacher_epochs": 0, "teacher_weights": folder / "run" / "teacher.safetensors", "epochs": 3}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_distill__cached_factors_teach_as_live_ones_do(
     trained: dict[str, Any], tmp_path: Path, precision: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

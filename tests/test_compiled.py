@@ -136,6 +136,7 @@ def test_compiled__refuses_what_torch_cannot_export(trains: bool) -> None:
 # -- whole runs
 
 
+@pytest.mark.slow
 def test_start_up__does_not_wait_for_the_compiler() -> None:
     code = "import sys, factor_transfer.training.stages; sys.exit('torch._inductor.compile_fx' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

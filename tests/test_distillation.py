@@ -159,7 +159,7 @@ def test_distill__reads_settings_from_yaml_and_flags_win(
 @pytest.mark.parametrize(
     ("signum", "code", "stage"),
     [
-        (signal.SIGINT, 130, "teacher"),
+        pytest.param(signal.SIGINT, 130, "teacher", marks=pytest.mark.slow),
         (signal.SIGKILL, -9, "student"),
         pytest.param(signal.SIGTERM, 143, "student", marks=pytest.mark.slow),
     ],
