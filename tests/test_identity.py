@@ -205,7 +205,7 @@ NET = """
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.kinds = {"b", "a", "c"}
+            self.kinds = set("abcdefgh")  # which two processes order alike by a rare chance
             self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
         def forward(self, x):
             return self.body(x)
