@@ -167,7 +167,7 @@ def _chunks(pair: Measured, steps: int) -> list[np.ndarray]:
 def _run(trainer: Trainer, chunks: list[np.ndarray]) -> Any:
     trainer.objective.train()
     for chunk, batch in zip(chunks, trainer.train.batches(chunks, view=0), strict=True):
-        yield trainer.step(batch, len(chunk), view=0)
+        yield trainer.step([batch], len(chunk), view=0)
 
 
 # -- the tests

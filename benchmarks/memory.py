@@ -32,7 +32,7 @@ def work(shared: Path, kind: str) -> None:
             trainer = pair.trainer(kind)
             trainer.objective.train()
             for batch in trainer.train.batches(np.arange(STEPS * 128).reshape(STEPS, 128), view=0):
-                trainer.step(batch, 128, view=0)
+                trainer.step([batch], 128, view=0)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
 
 

@@ -58,7 +58,7 @@ def repeat(shared: Path, turns: int) -> dict[str, Any]:
             trainer, view = trainers[name], VIEWS - 1 if "fill" in name else 0  # one that no measured pass fills
             trainer.objective.train()
             for batch in trainer.train.batches(np.arange(STEPS * 128).reshape(STEPS, 128), view=view):
-                trainer.step(batch, 128, view=view)
+                trainer.step([batch], 128, view=view)
 
         works: Works = {"reference": recorded.run_pass, "reference without graph": plain.run_pass}
         works |= {name: partial(one_pass, trainer) for name, trainer in trainers.items()}

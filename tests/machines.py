@@ -60,10 +60,10 @@ def watched() -> Iterator[dict[str, list[tuple[int, int, int]]]]:
     shown: dict[str, list[tuple[int, int, int]]] = {}
     step = Trainer.step
 
-    def watching(self: Trainer, batch: Any, size: int, view: int) -> Any:
-        seen = [(self.progress.epoch, view, index) for index in batch.index.tolist()]
+    def watching(self: Trainer, parts: Any, size: int, view: int) -> Any:
+        seen = [(self.progress.epoch, view, index) for batch in parts for index in batch.index.tolist()]
         shown.setdefault(self.plan.stage, []).extend(seen)
-        return step(self, batch, size, view)
+        return step(self, parts, size, view)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "step", watching)

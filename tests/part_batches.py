@@ -112,9 +112,9 @@ def observed(made: Trainer) -> dict[str, Any]:
     shown: list[tuple[int, int]] = []
     step = made.step
 
-    def watched(batch: Any, size: int, view: int) -> Any:
-        shown.extend((made.progress.epoch, index) for index in batch.index.tolist())
-        values = step(batch, size, view)
+    def watched(parts: Any, size: int, view: int) -> Any:
+        shown.extend((made.progress.epoch, index) for batch in parts for index in batch.index.tolist())
+        values = step(parts, size, view)
         if values is None:
             return None
         losses.append(values["loss"])

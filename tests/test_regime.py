@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,15 +17,24 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
 
 import factor_transfer.zoo  # noqa: F401
 from factor_transfer import distill
-from factor_transfer.config import Config
+from factor_transfer.config import Config, DataConfig
 from factor_transfer.data.balance import class_weights
+from factor_transfer.data.dataset import Dataset, open_data
+from factor_transfer.method.losses import Labels
 from factor_transfer.method.term import Term
+from factor_transfer.networks.features import Tapped
 from factor_transfer.networks.pair import Side
 from factor_transfer.tasks.base import LabelLoss, Task, task_of
 from factor_transfer.tasks.classification import ClassLoss
+from factor_transfer.training.chunks import training_chunks
+from factor_transfer.training.engine import Engine
+from factor_transfer.training.run_folder import Run
 from factor_transfer.training.schedule import Plan
 from factor_transfer.training.stages import Job
+from factor_transfer.training.step import DistillationTask
+from factor_transfer.training.trainer import Trainer
 from factor_transfer.util.errors import ConfigError
+from factor_transfer.util.seeds import seeded
 
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "channels": (4, 4, 8)}
 JOB: dict[str, Any] = {
@@ -145,3 +155,78 @@ def test_task__with_a_loss_of_its_own_refuses_another() -> None:
 
     with pytest.raises(ConfigError, match="(?s)--smoothing with --task.*Own"):
         Own().labels(how=LabelLoss(smoothing=0.1))
+
+
+# -- several batches for one update
+
+
+class Plain(torch.nn.Module):
+    """A network without batch norm, in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = torch.nn.Conv2d(3, 4, 3, 2), torch.nn.Linear(4, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        maps = torch.tanh(self.layer(images.double() / 16))
+        found: torch.Tensor = self.head(maps.mean((2, 3)))
+        return found
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return open_data(DataConfig(data="digits", train_images=70), default_size=lambda: 8)
+
+
+class LostError(Exception):
+    """A process that is lost."""
+
+
+def trained(folder: Path, data: Dataset, cut: int | None = None, **given: Any) -> tuple[Trainer, list[float]]:
+    """Two passes over 70 images; `cut` loses the process after so many updates."""
+    with seeded(0):
+        network = Plain().double()
+    settings = config(epochs=2, lr=0.5, threads=1, model_ema=True, clip_grad=1.0, warmup_epochs=1, warmup_lr=0.1,
+                      checkpoint_minutes=1e-9, data_seed=3, **given)  # fmt: skip
+    plan = Plan(stage="student", epochs=2, lr=0.5, seed=0, average=True)
+    task = DistillationTask(Tapped(network, "layer"), torch.nn.Identity(), [Labels()])
+    folder.mkdir(exist_ok=True)
+    made = Trainer(task, plan, data.train, Engine("cpu", "fp32"), settings, Run(folder))
+    rates, step = [], made.step
+
+    def watched(*batch: Any) -> Any:
+        if len(rates) == cut:
+            raise LostError
+        rates.append(made.optimizer.param_groups[0]["lr"])
+        return step(*batch)
+
+    made.step = watched  # type: ignore[method-assign]
+    with contextlib.suppress(LostError):
+        made.fit()
+    return made, rates
+
+
+def weights_of(made: Trainer) -> dict[str, torch.Tensor]:
+    average = made.objective.get_trainable_module(ema=True).module
+    return {**made.module.state_dict(), **{f"average {name}": each for name, each in average.state_dict().items()}}
+
+
+def test_grad_accum_steps__equal_the_large_batch_and_continue_to_the_same_bits(tmp_path: Path, digits: Dataset) -> None:
+    """32 and 38 images an update, of which the last has an uneven part; weights, average, rates and curves."""
+    parts = {"batch_size": 8, "grad_accum_steps": 4}
+    large, rates = trained(tmp_path / "large", digits, batch_size=32)
+    small, same = trained(tmp_path / "small", digits, **parts)
+    assert rates == same
+    assert len(rates) == 2 * small.steps == 2 * len(training_chunks(np.arange(70), 32))
+    for name, value in weights_of(large).items():
+        torch.testing.assert_close(weights_of(small)[name], value, rtol=1e-9, atol=1e-11)
+    rows = [Run(tmp_path / name).metrics() for name in ("large", "small")]
+    for one, other in zip(*rows, strict=True):
+        assert [*one] == [*other]
+        for name in ("loss", "gradient_norm", "train_top1", "lr"):
+            assert other[name] == pytest.approx(one[name], rel=1e-6), name
+    assert vars(small.progress)["trained"] == 140
+
+    trained(tmp_path / "cut", digits, cut=1, **parts)
+    again, _ = trained(tmp_path / "cut", digits, **parts)
+    assert all(torch.equal(value, weights_of(again)[name]) for name, value in weights_of(small).items())

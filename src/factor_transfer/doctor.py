@@ -43,6 +43,7 @@ from factor_transfer.networks.pair import Modules, Pair, Side, check_alive
 from factor_transfer.rehearsal import rehearse
 from factor_transfer.tasks.base import check_knows
 from factor_transfer.tasks.metric import Metric
+from factor_transfer.training.chunks import images_of_update
 from factor_transfer.training.engine import Engine
 from factor_transfer.training.evaluation import answers, evaluate
 from factor_transfer.training.objective import fresh_paraphrasers
@@ -188,8 +189,9 @@ def _data(data: Dataset, config: Config, metric: Metric) -> Iterator[Finding]:
         yield Finding("warning", f"--data: {what}", hint)
     if data.mixed is not None and (never := data.mixed.never_shown(config.epochs)):
         yield Finding("warning", f"--unlabelled: {never}", "more --epochs, or a larger --unlabelled-share")
-    if config.batch_size > len(data.train):
-        what = f"--batch-size {config.batch_size} for {len(data.train)} training images: one step a pass"
+    if images_of_update(config) > len(data.train):
+        times = f" --grad-accum-steps {config.grad_accum_steps}" if config.grad_accum_steps > 1 else ""
+        what = f"--batch-size {config.batch_size}{times} for {len(data.train)} training images: one step a pass"
         yield Finding("warning", what, f"--batch-size {max(2, len(data.train) // 10)}")
     counts = np.bincount(data.train.labels, minlength=len(data.classes))
     if data.pixels is None and counts.max() > 20 * max(counts.min(), 1):

@@ -33,6 +33,10 @@ class Regime:
     """Weight of each class in the loss with labels: `balanced`, scikit-learn's (classes with few images count more, and
     the mean over images is 1), or a YAML or JSON file, `cat: 2.5`. The mean is over images, where torch's `weight`
     divides by the weights of the batch. For student, baseline and a teacher that is trained here."""
+    grad_accum_steps: Annotated[int, within("Training recipe"), Number(gte=1, lte=1000)] = 1
+    """Batches of --batch-size whose gradients are added up to one update, as timm's: the update, the schedule and
+    --model-ema are those of a batch so many times as large, in the memory of one. (Batch norm still sees each by
+    itself.)"""
 
 
 def check_regime(config: Regime, label_weight: float) -> None:

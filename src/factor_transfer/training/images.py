@@ -13,7 +13,7 @@ from factor_transfer.data.unlabelled import least_labelled
 from factor_transfer.data.views import Transform
 from factor_transfer.method.term import Term
 from factor_transfer.tasks.base import task_of
-from factor_transfer.training.trainer import training_chunks
+from factor_transfer.training.chunks import images_of_update, parts_in, training_chunks
 from factor_transfer.util.arguments import AnySize, written
 from factor_transfer.util.console import say, warn
 from factor_transfer.util.errors import ConfigError
@@ -39,11 +39,11 @@ def batches_of(data: Dataset, config: Config, processes: int) -> list[np.ndarray
     Raises:
         ConfigError: a process would have too few images of a batch, or none with a label.
     """
-    chunks = training_chunks(np.arange(len(data.train)), config.batch_size)
+    chunks = _parts(np.arange(len(data.train)), config)
     check_shares(chunks, processes, config.batch_size)
     if data.mixed is None:
         return chunks
-    chunks = training_chunks(data.mixed.order(config.data_seed, 0), config.batch_size)
+    chunks = _parts(data.mixed.order(config.data_seed, 0), config)
     check_shares(chunks, processes, config.batch_size)
     if not least_labelled(chunks, data.mixed.labelled, processes):
         raise ConfigError(
@@ -53,6 +53,12 @@ def batches_of(data: Dataset, config: Config, processes: int) -> list[np.ndarray
             hint="give a larger --batch-size, or a smaller --unlabelled-share",
         )
     return chunks
+
+
+def _parts(indices: np.ndarray, config: Config) -> list[np.ndarray]:
+    """The parts in which a pass is computed: with --grad-accum-steps several are one update."""
+    chunks = training_chunks(indices, images_of_update(config))
+    return [part for chunk in chunks for part in np.array_split(chunk, parts_in(len(chunk), config))]
 
 
 def say_images(data: Dataset, config: Config) -> None:

@@ -23,12 +23,13 @@ from factor_transfer.config import Config
 from factor_transfer.data.splits import Batch, Sample, Split, View
 from factor_transfer.data.views import permutation
 from factor_transfer.method.slim import FITTED, AnyParaphraser, SlimParaphraser, core
+from factor_transfer.training.chunks import training_chunks
 from factor_transfer.training.engine import Engine
 from factor_transfer.training.evaluation import chunks_of
 from factor_transfer.training.run_folder import Run
 from factor_transfer.training.schedule import Plan
 from factor_transfer.training.step import ParaphraserTask
-from factor_transfer.training.trainer import Trainer, training_chunks
+from factor_transfer.training.trainer import Trainer
 from factor_transfer.util.console import say
 
 MOST_MAPS, MOST_BYTES = 1024, 512_000_000
@@ -112,7 +113,7 @@ def train_paraphraser(
     if config.paraphraser_epochs == "auto":
         kept = keep_maps(paraphraser, teacher, train, engine, config, run.load_checkpoint(stage))
         shown: Split = kept
-        config = replace(config, batch_size=max(BATCH, 2 * engine.processes))
+        config = replace(config, batch_size=max(BATCH, 2 * engine.processes), grad_accum_steps=1)
         passes = max(1, MOST_STEPS // len(training_chunks(np.arange(len(shown)), config.batch_size)))
         plan, asked = replace(plan, epochs=passes, views=0, enough=settled), len(kept.maps)
         task = ParaphraserTask(Layers(paraphraser), Kept(), config.reconstruction)

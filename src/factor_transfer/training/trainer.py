@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from factor_transfer.config import Config
 from factor_transfer.data.splits import Batch, Split, View
@@ -24,8 +27,9 @@ from factor_transfer.method.health import first_bad_layer, not_finite
 from factor_transfer.networks.features import untrained
 from factor_transfer.tasks.base import task_of
 from factor_transfer.training.cache import CachedTeacher
+from factor_transfer.training.chunks import images_of_update, parts_in, training_chunks
 from factor_transfer.training.engine import Engine, StopRequest, stop_signals
-from factor_transfer.training.evaluation import chunks_of, evaluate
+from factor_transfer.training.evaluation import evaluate
 from factor_transfer.training.run_folder import Run
 from factor_transfer.training.schedule import Plan, optimizer_and_schedule
 from factor_transfer.training.step import DistillationTask, Known, ParaphraserTask, placed
@@ -107,7 +111,7 @@ class Trainer:
         self.objective, self.plan, self.engine, self.config, self.run = objective, plan, engine, config, run
         self.train, self.validation = train, validation
         self.task = task_of(config.task)
-        self.steps = len(training_chunks(np.arange(len(train)), config.batch_size))
+        self.steps = len(training_chunks(np.arange(len(train)), images_of_update(config)))
         engine.place(objective)
         self.module: nn.Module = objective.get_trainable_module()
         if plan.average:
@@ -161,7 +165,7 @@ class Trainer:
     def _reached(self, weights: Sequence[Tensor]) -> list[bool]:
         """Which weights the loss of the next step depends on; nothing of the step stays."""
         chunks, view = self._ahead()
-        (batch,) = self._shown(chunks[:1], view)
+        batch, *_ = self._shown(chunks[:1], view)
         buffers = [buffer.clone() for buffer in self._buffers]
         self.objective.train()
         images, labels, known = self._placed(batch)
@@ -175,13 +179,14 @@ class Trainer:
     def _ahead(self) -> tuple[list[np.ndarray], View]:
         """The batches that are left of the pass under way, and its view."""
         epoch, kept = self.progress.epoch, self.plan.views
-        chunks = training_chunks(self.train.order(self.config.data_seed, epoch), self.config.batch_size)
+        chunks = training_chunks(self.train.order(self.config.data_seed, epoch), images_of_update(self.config))
         return chunks[self.progress.step :], self.train.view(epoch, kept)
 
     def _shown(self, chunks: Sequence[np.ndarray], view: View) -> Iterator[Batch]:
-        """This process's part of each of the batches."""
+        """This process's share of each part of the batches."""
         by_host = bool(self.plan.views) and self.train.known == 1  # or a part might be without labelled images
-        parts = [self.engine.shard(chunk, by_host=by_host) for chunk in chunks]
+        parts = [part for chunk in chunks for part in np.array_split(chunk, parts_in(len(chunk), self.config))]
+        parts = [self.engine.shard(part, by_host=by_host) for part in parts]
         return self.train.batches(parts, view=view)
 
     def _placed(self, batch: Batch) -> tuple[Tensor, Tensor, Known | None]:
@@ -210,8 +215,10 @@ class Trainer:
         self.objective.train()
         with pass_bar(f"{plan.stage} {progress.epoch + 1}/{plan.epochs}", len(self.train)) as bar:
             self._show(bar, round(progress.sums.get("images", 0)))
-            for chunk, batch in zip(chunks, self._shown(chunks, view), strict=True):
-                values = self.step(batch, len(chunk), view)
+            shown = self._shown(chunks, view)
+            for chunk in chunks:
+                parts = list(islice(shown, parts_in(len(chunk), self.config)))
+                values = self.step(parts, len(chunk), view)
                 if values is None:
                     progress.skip()
                 else:
@@ -225,46 +232,41 @@ class Trainer:
                     saved = time.monotonic()
                     self._leave(signum)
 
-    def step(self, batch: Batch, size: int, view: View) -> dict[str, float] | None:
-        """One update from this process's part of a batch of `size` images.
+    def step(self, parts: Sequence[Batch], size: int, view: View) -> dict[str, float] | None:
+        """One update from this process's share of a batch of `size` images, which is computed in parts.
 
         Returns:
             Means over the whole batch; None where loss or gradient is not finite, and then nothing has changed.
         """
         engine, objective = self.engine, self.objective
         update = self.progress.epoch * self.steps + self.progress.step
-        images, labels, known = self._placed(batch)
-
-        def forward() -> dict[str, Any]:
-            engine.seed_noise(part_seed(self.plan.seed, "noise", self.plan.stage, update, engine.rank))
-            with engine.autocast():
-                found: dict[str, Any] = objective(images, labels, batch.index, view, known)
-            return found
-
-        buffers = [buffer.clone() for buffer in self._buffers]
-        asked = self._asked()
-        result = forward()
-        live, share = (self._asked() - asked) / len(images), len(images) / size
-        fresh = self.train.fresh(batch.index.numpy(), self.progress.epoch, self.plan.views) / len(images)
+        buffers, asked = [buffer.clone() for buffer in self._buffers], self._asked()
         self.optimizer.zero_grad(set_to_none=True)
-        # Gradients are averaged over processes, and the parts of one batch can differ in size.
-        (result["loss"] * (share * engine.processes)).backward()
+        sums: dict[str, Tensor] = {}
+        again, fresh, images = list[Callable[[], Any]](), 0, 0
+        for part, batch in enumerate(parts):
+            forward = partial(self._forward, batch, view, update, part)
+            with self._reduced(last=part == len(parts) - 1):
+                result, labels, weight = forward()
+                share = len(batch.index) / size
+                # Gradients are averaged over processes, and the parts of one batch can differ in size.
+                (result["loss"] * (share * engine.processes)).backward()
+            for name, value in self._values(result, labels, weight).items():
+                sums[name] = sums.get(name, 0) + value.to(result["loss"].dtype) * share
+            fresh += self.train.fresh(batch.index.numpy(), self.progress.epoch, self.plan.views)
+            images += len(batch.index)
+            again.append(forward)
         norm = nn.utils.get_total_norm([weight.grad for weight in self._weights if weight.grad is not None])
         if self.config.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(self._weights, self.config.clip_grad, norm)
-        values = {name: value.detach() for name, value in result.items() if name != "output"} | {"gradient_norm": norm}
-        if result["output"] is not None:
-            shown = self.task.step(result["output"].detach(), labels)
-            weight = 1.0 if known is None else known.weight
-            values |= {f"train_{name}": value * weight for name, value in shown.items()}
-        counted = [result["loss"].new_full((), value) for value in (live, fresh)]
-        summed = [*(value.to(result["loss"].dtype) for value in values.values()), *counted]
-        *totals, live, fresh = engine.total(torch.stack(summed) * share).tolist()
-        means = dict(zip(values, totals, strict=True))
-        self._count(size, round(live * size), round(fresh * size))
+        sums["gradient_norm"] = norm.to(sums["loss"].dtype) * (images / size)
+        counted = [sums["loss"].new_full((), value / size) for value in (self._asked() - asked, fresh)]
+        *totals, live, new = engine.total(torch.stack([*sums.values(), *counted])).tolist()
+        means = dict(zip(sums, totals, strict=True))
+        self._count(size, round(live * size), round(new * size))
         # Sums over processes and the averaged gradient: all processes decide alike.
         if not (math.isfinite(means["loss"]) and norm.isfinite()):
-            self._skip(means, forward)
+            self._skip(means, lambda: [forward() for forward in again])
             for buffer, value in zip(self._buffers, buffers, strict=True):
                 buffer.copy_(value)
             self.scheduler.step_update(update + 1)
@@ -274,6 +276,30 @@ class Trainer:
         engine.share_buffers(self.module)
         objective.update_ema(step=update)
         return means
+
+    def _forward(self, batch: Batch, view: View, update: int, part: int) -> tuple[dict[str, Any], Tensor, float]:
+        """Losses of a part of an update's batch; its labels, and the weight of a mean over them."""
+        seed = (self.plan.seed, "noise", self.plan.stage, update, self.engine.rank, *([part] if part else []))
+        images, labels, known = self._placed(batch)
+        self.engine.seed_noise(part_seed(*seed))
+        with self.engine.autocast():
+            found: dict[str, Any] = self.objective(images, labels, batch.index, view, known)
+        return found, labels, 1.0 if known is None else known.weight
+
+    def _reduced(self, *, last: bool) -> AbstractContextManager[None]:
+        """Inside the block, several processes add up their gradients, if the part is the last of its batch."""
+        trained = self.objective.trainable_module
+        whole = last or not isinstance(trained, DistributedDataParallel)
+        return nullcontext() if whole else trained.no_sync()  # type: ignore[operator]
+
+    def _values(self, result: Mapping[str, Any], labels: Tensor, weight: float) -> dict[str, Tensor]:
+        """What the curves show of a part of a batch, as means over it; a place is kept for the gradient's norm."""
+        values = {name: value.detach() for name, value in result.items() if name != "output"}
+        values["gradient_norm"] = torch.zeros_like(values["loss"])
+        if result["output"] is not None:
+            shown = self.task.step(result["output"].detach(), labels)
+            values |= {f"train_{name}": value * weight for name, value in shown.items()}
+        return values
 
     def _asked(self) -> int:
         """Images that this process's teacher has been shown so far."""
@@ -391,7 +417,7 @@ class Trainer:
 
     def _recount(self, progress: Progress) -> None:
         """The images up to a checkpoint that does not tell them, as if this run had filled its cache alone."""
-        sizes = list(map(len, training_chunks(np.arange(len(self.train)), self.config.batch_size)))
+        sizes = list(map(len, training_chunks(np.arange(len(self.train)), images_of_update(self.config))))
         progress.trained = progress.epoch * len(self.train) + sum(sizes[: progress.step])
         if self.teacher is not None:
             kept = isinstance(self.teacher, CachedTeacher)
@@ -422,19 +448,3 @@ class Trainer:
             means = self.progress.means()
             shown = ("loss", f"train_{self.task.headline.key}")
             bar(images, {name: means[name] for name in shown if name in means})
-
-
-def training_chunks(indices: np.ndarray, size: int) -> list[np.ndarray]:
-    """`indices` in batches of `size`; a rest of less than half a batch shares evenly with the batch before it.
-
-    Batch norm cannot train on one image, and every process needs two. The same for any number of processes, so that
-    another number of them can continue a pass.
-
-    >>> [len(chunk) for chunk in training_chunks(np.arange(33), 10)]
-    [10, 10, 7, 6]
-    """
-    chunks = chunks_of(indices, size)
-    if len(chunks) > 1 and len(chunks[-1]) < max(size / 2, 2):
-        last = np.concatenate(chunks[-2:])
-        chunks[-2:] = np.array_split(last, 2) if len(last) >= 4 else [last]
-    return chunks
