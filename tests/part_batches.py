@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from factor_transfer.config import Config, DataConfig
 from factor_transfer.data.dataset import open_data
+from factor_transfer.data.splits import NO_LABEL, Split
+from factor_transfer.data.unlabelled import Mixed
 from factor_transfer.method.factor_transfer import Paraphraser, Translator
 from factor_transfer.method.losses import FactorTransfer, Labels, Term
 from factor_transfer.networks.compiled import Compiled
@@ -36,7 +38,11 @@ from factor_transfer.util.seeds import seeded
 IMAGES = 466
 """Four batches of 99, and a short one."""
 
-NAMES = ("student", "compiled", "cached", "paraphraser", "no_labels", "batch_norm", "float32", "skips", "stops")
+LABELLED, BARE = 350, 232
+"""Of `mixed`: in each of the two passes of a round all of the labelled images, and half of the others."""
+
+NAMES = ("student", "compiled", "cached", "paraphraser", "no_labels", "mixed", "mixed_cached", "batch_norm", "float32",
+         "skips", "stops")  # fmt: skip
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
@@ -71,7 +77,12 @@ def network(width: int, norm: bool) -> nn.Sequential:
 
 def trainer(name: str, folder: Path, engine: Engine) -> Trainer:
     """One of `NAMES`: 99 images a batch, so that parts are uneven in every batch, and the last batch is short."""
-    data = open_data(DataConfig(data="digits", train_images=IMAGES), default_size=lambda: 8)
+    mixed = name.startswith("mixed")
+    count = LABELLED + BARE if mixed else IMAGES
+    train: Split = open_data(DataConfig(data="digits", train_images=count), default_size=lambda: 8).train
+    if mixed:
+        train.labels = np.where(np.arange(count) < LABELLED, train.labels, NO_LABEL)
+        train = Mixed(train, passes=2)
     with seeded(0):
         teacher, student = network(8, True), network(6, name == "batch_norm")
         paraphraser, translator = Paraphraser(8, 4), Translator(6, 4)
@@ -79,8 +90,8 @@ def trainer(name: str, folder: Path, engine: Engine) -> Trainer:
     live: Any = FrozenTeacher(
         TeacherSide(tapped, InputNorm(*HALF), (4, 4), None if name == "paraphraser" else paraphraser)
     )
-    if name == "cached":
-        live = CachedTeacher(live, FactorCache(folder / "cache", {}, {"factor": (4, 4, 4)}, len(data.train), 1))
+    if name in {"cached", "mixed_cached"}:
+        live = CachedTeacher(live, FactorCache(folder / "cache", {}, {"factor": (4, 4, 4)}, count, 1), LABELLED)
     terms: list[Term] = [Labels(), FactorTransfer(translator, 20.0)]
     if name == "no_labels":
         terms = [FactorTransfer(translator, 20.0)]
@@ -96,13 +107,18 @@ def trainer(name: str, folder: Path, engine: Engine) -> Trainer:
     )
     config = Config(teacher="t", student="s", data="digits", batch_size=99, device="cpu", lr=0.05)
     epochs = {"float32": 10, "skips": 3, "stops": 3}.get(name, 2)
-    views = 1 if name == "cached" else 0
+    views = 1 if name in {"cached", "mixed_cached"} else 0
     plan = Plan(
-        stage=name, epochs=epochs, lr=0.05, seed=0, views=views, average=name in {"student", "compiled", "cached"}
+        stage=name,
+        epochs=epochs,
+        lr=0.05,
+        seed=0,
+        views=views,
+        average=mixed or name in {"student", "compiled", "cached"},
     )
     folder.mkdir(parents=True, exist_ok=True)
     task = task.float() if name == "float32" else task.double()
-    return Trainer(task, plan, data.train, engine, config, Run(folder, writes=engine.main))
+    return Trainer(task, plan, train, engine, config, Run(folder, writes=engine.main))
 
 
 def observed(made: Trainer) -> dict[str, Any]:
@@ -112,7 +128,7 @@ def observed(made: Trainer) -> dict[str, Any]:
     shown: list[tuple[int, int]] = []
     step = made.step
 
-    def watched(parts: Any, size: int, view: int) -> Any:
+    def watched(parts: Any, size: int, view: Any) -> Any:
         shown.extend((made.progress.epoch, index) for batch in parts for index in batch.index.tolist())
         values = step(parts, size, view)
         if values is None:

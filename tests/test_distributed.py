@@ -66,7 +66,7 @@ def distance(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> floa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["student", "compiled", "cached", "paraphraser", "no_labels"])
+@pytest.mark.parametrize("name", ["student", "compiled", "cached", "paraphraser", "no_labels", "mixed", "mixed_cached"])
 def test_two_processes__give_the_loss_and_gradients_of_one(
     name: str, two: Path, tmp_path: Path, engine: Engine
 ) -> None:
@@ -84,6 +84,11 @@ def test_two_processes__give_the_loss_and_gradients_of_one(
 
 @pytest.mark.slow
 def test_two_processes__show_each_image_once_a_pass(two: Path, engine: Engine) -> None:
+    for name in ("mixed", "mixed_cached"):
+        first, second = torch.load(two / f"{name}.pt", weights_only=True)["shown"]
+        assert not set(first) & set(second)
+        labelled, bare = part_batches.LABELLED, part_batches.BARE
+        assert sorted(index for epoch, index in first + second) == sorted([*range(labelled), *range(labelled + bare)])
     for name in ("student", "paraphraser", "cached"):
         shown = torch.load(two / f"{name}.pt", weights_only=True)["shown"]
         assert len(shown) == 2
