@@ -23,6 +23,7 @@ from factor_transfer import distill
 from factor_transfer.compare.plan import CompareConfig, planned
 from factor_transfer.config import Config, DataConfig
 from factor_transfer.data.dataset import Dataset, open_data
+from factor_transfer.data.splits import Batch
 from factor_transfer.data.unlabelled import Mixed, round_of
 from factor_transfer.method.factor_transfer import Paraphraser, Translator
 from factor_transfer.method.losses import FactorTransfer, Labels
@@ -230,7 +231,7 @@ def test_task__parts_of_a_batch_add_up_to_it(folder: Path, batch: Any) -> None:
 
     def gradient(rows: slice) -> torch.Tensor:
         task, _ = sides()
-        part = type(batch)(*(each[rows] for each in batch))
+        part = Batch(batch.image[rows], batch.label[rows], batch.index[rows])
         images, labels, known = placed(part, Classification(), share, torch.device("cpu"))
         (task(images, labels, part.index, (0, 0), known)["loss"] * (len(images) / 13)).backward()
         return torch.cat([weight.grad.flatten() for weight in task.parameters() if weight.grad is not None])
