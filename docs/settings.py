@@ -9,7 +9,8 @@ from textwrap import fill
 from typing import Any, get_args
 
 from factor_transfer.cli import app
-from factor_transfer.config import Config, described
+from factor_transfer.config import Config
+from factor_transfer.report.html import described
 from factor_transfer.util.checks import Part, flag, said_of, taken
 
 PAGE = Path(__file__).with_name("settings.md")
