@@ -17,8 +17,9 @@ import pytest
 from safetensors.torch import save_file
 
 from factor_transfer.cli import app, main
-from factor_transfer.config import COMMON, FIELDS
+from factor_transfer.config import FIELDS
 from factor_transfer.export.predict import find_images
+from factor_transfer.settings import COMMON
 from factor_transfer.util.checks import flag
 from factor_transfer.util.console import table
 from factor_transfer.util.errors import DataError

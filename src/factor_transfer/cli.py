@@ -14,8 +14,8 @@ from cyclopts.config import Dict
 
 from factor_transfer import __version__
 from factor_transfer.compare.plan import CompareConfig
-from factor_transfer.config import COMMON, FIELDS, Config, SuggestConfig
-from factor_transfer.settings import RECIPE, read_settings, recipe, recipes
+from factor_transfer.config import FIELDS, Config, SuggestConfig
+from factor_transfer.settings import COMMON, RECIPE, read_settings, recipe, recipes
 from factor_transfer.util.arguments import check_trust
 from factor_transfer.util.checks import flag
 from factor_transfer.util.errors import ConfigError, FactorTransferError, Interrupted

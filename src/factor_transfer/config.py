@@ -346,6 +346,8 @@ class Config(Regime, DataConfig):
     """Run folder. Default: runs/DATA-TEACHER-STUDENT-sSEED. The same command again continues it."""
     overwrite: Annotated[bool, _in("Run"), _NOTHING] = False
     """Delete the run that is there and start anew."""
+    verbose: Annotated[bool, _in("Run"), _NOTHING] = False
+    """On a terminal, print a line for every pass, not only for the last one of each stage. (A file has them all.)"""
     log_with: Annotated[str, _in("Run"), _NOTHING] = "auto"
     """Trackers that are told of every pass: tensorboard, wandb, mlflow, ... (Accelerate's), with commas between
     several; `none`. auto: TensorBoard, in the run folder, where it is installed."""
@@ -433,13 +435,6 @@ def plain(values: Any) -> Any:
 
 
 FIELDS = tuple(f.name for f in fields(Config))
-
-COMMON = (
-    "data", "img_size", "train_images", "teacher", "teacher_weights", "teacher_epochs", "student", "student_weights",
-    "student_args", "beta", "kd_weight", "views", "epochs", "batch_size", "lr", "opt", "baseline", "device", "threads",
-    "seed", "out", "overwrite",
-)  # fmt: skip
-"""The settings that a short help shows."""
 
 
 def part_of(config: DataConfig, kind: type[DataConfig]) -> dict[str, Any]:

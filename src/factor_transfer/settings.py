@@ -13,6 +13,13 @@ from factor_transfer.util.errors import ConfigError, near
 
 RECIPES = resources.files("factor_transfer") / "recipes"
 
+COMMON = (
+    "data", "img_size", "train_images", "teacher", "teacher_weights", "teacher_epochs", "student", "student_weights",
+    "student_args", "beta", "kd_weight", "views", "epochs", "batch_size", "lr", "opt", "baseline", "device", "threads",
+    "seed", "out", "overwrite", "verbose",
+)  # fmt: skip
+"""The settings that a short help shows."""
+
 RECIPE = "recipe:"
 """How `--config` names a shipped recipe instead of a file."""
 

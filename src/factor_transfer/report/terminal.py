@@ -13,8 +13,10 @@ from factor_transfer.util.console import say, table, warn
 
 
 def show(folder: Path) -> None:
-    """Print a finished run's table, and where its student lies."""
+    """Print what a finished run shows, its table, and where its student lies."""
     summary = read_summary(folder)
+    for line in verdict(summary):
+        say(line)
     metric = summary.metric
     rows = [
         (
@@ -29,8 +31,6 @@ def show(folder: Path) -> None:
     header = ("", metric.heading, "parameters", "MB", "ms / image")
     title = f"{summary.teacher.name} to {summary.student.name}, {summary.data.name}"
     table(f"{title}: {summary.data.validation:,} validation images", header, rows)
-    for line in verdict(summary):
-        say(line)
     taken = summary.seconds
     stages = [*(stage for stage in STAGES if stage in taken), *sorted(taken.keys() - set(STAGES))]
     seconds = "  ".join(f"{stage} {taken[stage]:.0f} s" for stage in stages)

@@ -18,6 +18,7 @@ from torch import Tensor
 from factor_transfer.config import Config
 from factor_transfer.method.factor_transfer import Straight
 from factor_transfer.method.slim import AnyParaphraser, SlimParaphraser
+from factor_transfer.method.term import numbered
 from factor_transfer.networks.load import count_parameters
 from factor_transfer.networks.pair import Pair
 from factor_transfer.tasks.base import task_of
@@ -118,6 +119,29 @@ class Price:
         shown = self.layers * min(pool, MOST_MAPS) * self.teacher.multiply_adds
         trained = MOST_STEPS * BATCH * 3 * self.paraphraser.multiply_adds
         return (shown + trained) / (3 * self.student.multiply_adds * images)
+
+    def stages(self, config: Config, images: int, pool: int, views: int, hint_epochs: int) -> dict[str, float]:
+        """Multiply-adds of each stage that is trained; of the paraphrasers at most.
+
+        Args:
+            config: all settings.
+            images: that have labels.
+            pool: all images.
+            views: kept of each image; 0 with a live teacher.
+            hint_epochs: passes of the first stage with a hint.
+        """
+        student = 3 * self.student.multiply_adds
+        paraphrasers = self.paraphraser_stage(config, images, pool) * student * images
+        trained, frozen = self.of_stage("student")
+        asked = min(views or config.epochs, config.epochs) if self.taught else 0
+        found = {
+            "teacher": config.teacher_epochs * images * self.of_stage("teacher")[0],
+            **dict.fromkeys(numbered("paraphraser", self.layers), paraphrasers / max(self.layers, 1)),
+            "hint": hint_epochs * pool * sum(self.of_stage("hint")),
+            "student": pool * (config.epochs * trained + asked * frozen),
+            "baseline": config.epochs * images * student if config.baseline else 0.0,
+        }
+        return {stage: cost for stage, cost in found.items() if cost}
 
     def lines(self, config: Config, images: int, pool: int | None = None) -> Iterator[str]:
         """What a user is told before training on so many images; `pool` as for `paraphraser_stage`."""

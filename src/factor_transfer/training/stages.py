@@ -47,7 +47,7 @@ from factor_transfer.training.run_folder import FORM, Run, form_of
 from factor_transfer.training.schedule import Plan
 from factor_transfer.training.step import DistillationTask, TeacherSide
 from factor_transfer.training.trainer import Trainer
-from factor_transfer.util.console import say, warn
+from factor_transfer.util.console import begin, say, warn
 from factor_transfer.util.errors import TrainingError
 from factor_transfer.util.files import cache_folder, state_fingerprint
 from factor_transfer.util.identity import code_fingerprint
@@ -180,9 +180,12 @@ class Job:
         return price_of(self.config, self._pair, self.objective, self.sample(2))
 
     def count(self) -> None:
-        """Say what the run costs."""
+        """Say what the run costs, and from then on what time it will take."""
         for line in self.price.lines(self.config, len(self.data.train), len(self.data.pool)):
             say(line)
+        counts = len(self.data.train), len(self.data.pool), self.views, self.objective.hint_epochs
+        costs = self.price.stages(self.config, *counts).items()
+        begin({stage: cost for stage, cost in costs if self.recorded(stage) is None}, verbose=self.config.verbose)
 
     def _choose_views(self) -> int:
         """Views that are shown in turn; what `auto` chose when the run began stays, and holds for all processes."""

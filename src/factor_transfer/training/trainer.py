@@ -33,7 +33,7 @@ from factor_transfer.training.evaluation import evaluate
 from factor_transfer.training.run_folder import Run
 from factor_transfer.training.schedule import Plan, optimizer_and_schedule
 from factor_transfer.training.step import DistillationTask, Known, ParaphraserTask, placed
-from factor_transfer.util.console import PassBar, formatted, pass_bar, say, warn
+from factor_transfer.util.console import PassBar, end_stage, formatted, pass_bar, say, say_pass, warn
 from factor_transfer.util.errors import Interrupted, RunError, TrainingError
 from factor_transfer.util.files import state_fingerprint
 from factor_transfer.util.seeds import part_seed
@@ -138,6 +138,7 @@ class Trainer:
                 while self.progress.epoch < self.plan.epochs and not self._enough():
                     self.run_pass(stop)
                     self._leave(self.engine.largest(stop.signum))
+            end_stage(self.plan.stage)
             self.objective.trainable_module = self.module
         return self.progress
 
@@ -213,7 +214,7 @@ class Trainer:
         saved = started = time.monotonic()
         before = progress.seconds
         self.objective.train()
-        with pass_bar(f"{plan.stage} {progress.epoch + 1}/{plan.epochs}", len(self.train)) as bar:
+        with pass_bar(plan.stage, len(self.train), before=progress.epoch, passes=plan.epochs) as bar:
             self._show(bar, round(progress.sums.get("images", 0)))
             shown = self._shown(chunks, view)
             for chunk in chunks:
@@ -363,7 +364,7 @@ class Trainer:
             for watcher in self.run.watchers:
                 watcher(self, row)
         shown = {name: value for name, value in row.items() if name not in {"lr", "gradient_norm"}}
-        say(f"{plan.stage} {progress.epoch + 1}/{plan.epochs}  {formatted(shown)}  {progress.seconds:.0f} s")
+        say_pass(f"{plan.stage} {progress.epoch + 1}/{plan.epochs}  {formatted(shown)}  {progress.seconds:.0f} s")
         progress.next_pass()
         self.scheduler.step(progress.epoch)
         self._save()
