@@ -2,12 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo compare compare-at-weight compare-ablation compare-cifar10 compare-cifar10-50k compare-cifar10-why compare-cifar10-layers compare-cifar10-two test test-slow test-all test-avx2 fuzz lint types contracts settings docs check clean
+.PHONY: demo compare-demo compare compare-at-weight compare-ablation compare-cifar10 compare-cifar10-50k compare-cifar10-why compare-cifar10-layers compare-cifar10-two test test-slow test-all test-avx2 fuzz lint types contracts settings docs check clean
 
-demo: .venv/installed  ## the whole job on the built-in digits, in about half a minute with AVX-512
+demo: .venv/installed  ## one student trained in five ways, few images and a good teacher, in about two minutes
 	$(BIN)/factor-transfer demo
 
-DIGITS = $(BIN)/factor-transfer compare --config recipe:demo --no-baseline --jobs 2 --threads 1 \
+compare-demo: .venv/installed  ## the demo on twenty other seeds; about half an hour; leaves results/demo-fashion
+	$(BIN)/factor-transfer compare --config recipe:demo --methods baseline,baseline-matched,kd,ft,ft+kd --seed 100 --seeds 20 \
+		--jobs 2 --threads 1 --log-with none --out runs/demo-fashion
+	$(call keep,demo-fashion)
+
+DIGITS = $(BIN)/factor-transfer compare --config recipe:digits --no-baseline --jobs 2 --threads 1 \
 	--log-with none
 keep = mkdir -p results/$(1) && cd runs/$(1) && tar cf - compare.json compare.md */summary.json */metrics.jsonl | tar xf - -C ../../results/$(1)
 

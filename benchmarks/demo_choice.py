@@ -1,7 +1,7 @@
 """How the demo's pair and schedule were chosen, and what they give on seeds and images that chose nothing.
 
     python benchmarks/demo_choice.py choose    # seeds 0-9, an inner split of the digits' training images
-    python benchmarks/demo_choice.py confirm   # seeds 100-119, the demo as shipped, the 539 held-out images
+    python benchmarks/demo_choice.py confirm   # seeds 100-119, recipe:digits as shipped, the 539 held-out images
 
 `choose` scores each candidate by the mean paired difference of Factor Transfer to the same student alone; the largest
 wins, and its settings stand in `recipes/demo.yaml`. `confirm` is run once. Both are resumable, and leave their raw
@@ -89,7 +89,7 @@ def choose() -> None:
     found: list[dict[str, Any]] = []
     for size, group in itertools.groupby(CANDIDATES, key=lambda candidate: candidate["img_size"]):
         base = replace(
-            recipe("demo"), data=data, validation_share=0.25, img_size=int(size), crop_padding=int(size) // 8
+            recipe("digits"), data=data, validation_share=0.25, img_size=int(size), crop_padding=int(size) // 8
         )
         first = f"teacher-{size}"
         run(replace(base, epochs=1, baseline=False), first)
@@ -114,7 +114,7 @@ def choose() -> None:
 
 def confirm() -> None:
     """The demo as shipped, on fresh seeds and on the held-out images."""
-    rows, config = [], recipe("demo")
+    rows, config = [], recipe("digits")
     for seed in range(100, 120):
         settings = config if seed == 100 else with_teacher_of(config, "confirm-100")
         summary = run(replace(settings, seed=seed), f"confirm-{seed}")

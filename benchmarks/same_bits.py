@@ -20,7 +20,7 @@ from pathlib import Path
 
 from safetensors.numpy import load_file
 
-COMMON = """distill --config recipe:demo --paraphraser-epochs 2 --epochs 4 --precision fp32 --threads 1 --device cpu
+COMMON = """distill --config recipe:digits --paraphraser-epochs 2 --epochs 4 --precision fp32 --threads 1 --device cpu
             --log-with none"""
 
 STUDENT = '"stage": "student"'

@@ -220,7 +220,7 @@ def cheap(words: list[str], folder: Path) -> bool:
     if words[0] in {"demo", "recipes"} or "--help" in words:
         return True
     if "--data" in words:
-        return words[words.index("--data") + 1] == "digits"
+        return words[words.index("--data") + 1] in {"digits", "fashion"}
     return len(words) > 1 and not words[1].startswith("-") and (folder / words[1]).exists()
 
 

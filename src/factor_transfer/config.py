@@ -49,7 +49,7 @@ class DataConfig:
     """Which images, and how they are shown."""
 
     data: Annotated[str, _PLACE]
-    """Images: `digits` (built in), a folder or tar with train/ and validation/, a timm dataset such as
+    """Images: `digits` or `fashion` (built in), a folder or tar with train/ and validation/, a timm dataset such as
     torch/cifar10, or package.module:callable, which gives (train, validation or None, class names)."""
     data_dir: Annotated[str | None, _PLACE] = None
     """Where a timm dataset (torch/..., hfds/..., wds/...) lies or is kept."""

@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from factor_transfer.training.engine import stop_signals
 from factor_transfer.training.run_folder import DEFAULTS, FREE, Run, same_before_forms
 from factor_transfer.training.summary import read_summary
 from factor_transfer.util.checks import flag
-from factor_transfer.util.console import say, warn
+from factor_transfer.util.console import job_bar, say, warn
 from factor_transfer.util.errors import ConfigError, Interrupted, RunError
 from factor_transfer.util.files import locked, read_json, write_atomic
 
@@ -102,6 +102,7 @@ class _Runner:
         self.shared = shared_in(plan.runs)
         self.costs = self._costs()
         self.failures: dict[str, str] = {}
+        self.bar: Callable[[float, str], None] | None = None
         self.done, self.began = 0, time.monotonic()
 
     def work(self) -> dict[str, str]:
@@ -109,7 +110,8 @@ class _Runner:
         there = len(self.plan.runs) - len(self.pending)
         say(f"compare: {len(self.plan.runs)} runs in {self.plan.folder}, {there} of them finished")
         try:
-            with stop_signals() as stop:
+            with stop_signals() as stop, job_bar(sum(run.config.epochs for run in self.plan.runs)) as bar:
+                self.bar = bar
                 while self.pending or self.running:
                     self._reap()
                     if stop.signum:
@@ -120,6 +122,8 @@ class _Runner:
                     self._give_up()
                     while len(self.running) < self.plan.config.jobs and self._start_next():
                         pass
+                    if bar is not None:
+                        bar(self._passes(), ", ".join(self.running))
                     time.sleep(POLL_SECONDS)
         finally:
             self._stop(signal.SIGTERM)
@@ -155,7 +159,19 @@ class _Runner:
                 preexec_fn=_end_with_parent,  # noqa: PLW1509 (it makes one system call)
             )
         self.running[run.name] = run, process
-        say(f"{run.name}: started, {len(self.pending)} to come")
+        if self.bar is None:
+            say(f"{run.name}: started, {len(self.pending)} to come")
+
+    def _passes(self) -> float:
+        """How many of the planned passes are done; those of a matched baseline are shares of the passes planned."""
+        ended = {run.name for run in self.plan.runs} - {run.name for run in self.pending} - self.running.keys()
+        done = float(sum(run.config.epochs for run in self.plan.runs if run.name in ended))
+        for run, _ in self.running.values():
+            there = Run(run.folder)
+            if there.begun:
+                planned = int((_saved(run) or {}).get("epochs", run.config.epochs))
+                done += run.config.epochs * len(there.metrics("student")) / planned
+        return done
 
     def _reap(self) -> None:
         """Take note of the runs that have ended."""
@@ -176,10 +192,12 @@ class _Runner:
         write_outcome(self.plan.folder, outcome(self.plan))
         summary = read_summary(run.folder)
         left = len(self.pending) + len(self.running)
-        minutes = (time.monotonic() - self.began) / self.done * left / 60
         value = summary.value("student")
-        found = "finished" if value is None else summary.metric.shown(value)
-        say(f"{run.name}: {found}; {left} to go, about {minutes:.0f} min")
+        found = "finished" if value is None else f"{summary.metric.label} {summary.metric.shown(value)}"
+        if left and self.bar is None:
+            minutes = (time.monotonic() - self.began) / self.done * left / 60
+            found += f"; {left} to go, about {max(minutes, 1):.0f} min"
+        say(f"{run.name}: {found}")
 
     def _stop(self, signum: int) -> None:
         """Let all runs under way save and end."""

@@ -140,7 +140,7 @@ def missing(given: str, path: Path, valid: str = FORMS) -> DataError:
     while not parent.exists():
         path, parent = parent, parent.parent
     beside = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
-    close = near(path.name, [*beside, "digits"])
+    close = near(path.name, [*beside, "digits", "fashion"])
     hint = f"did you mean {listed(close)}?" if close else None
     return DataError(given, found=f"no {path.name} in {parent.resolve()}", valid=valid, hint=hint)
 

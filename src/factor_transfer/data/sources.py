@@ -19,9 +19,11 @@ fingerprint is over the images and labels that the function gives, and not over 
 
 from __future__ import annotations
 
+import io
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +46,14 @@ TORCH_FILES = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python",
 WRITTEN = ("digits", "torch/mnist", "torch/kmnist", "torch/qmnist")
 """Images of writing: a mirrored one is another sign or none, so they are not flipped by default."""
 
+BUILTIN = resources.files("factor_transfer") / "builtin"
+
 OWN = "a function without arguments that gives (train, validation or None, class names or None)"
 
 DIGITS_SHARE = 0.3
+
+FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+"""Fashion-MNIST's, in the order of its labels."""
 
 
 def open_source(config: DataConfig) -> Source:
@@ -74,8 +81,8 @@ def open_source(config: DataConfig) -> Source:
             )
     given = f"--data {config.data}" + (f" --data-dir {config.data_dir}" if config.data_dir else "")
     try:
-        if config.data == "digits":
-            return _digits()
+        if config.data in BUILT_IN:
+            return BUILT_IN[config.data]()
         if is_callable_name(config.data):
             return _own(config.data, config, given)
         if kind in ("hfids", "tfds"):
@@ -119,6 +126,23 @@ def _digits() -> Source:
         return _Arrays("digits", names, [str(found.target[row]) for row in rows], grey[rows])
 
     return Source(part(np.flatnonzero(~chosen)), part(np.flatnonzero(chosen)))
+
+
+def _fashion() -> Source:
+    with np.load(io.BytesIO((BUILTIN / "fashion.npz").read_bytes()), allow_pickle=False) as arrays:
+        found = dict(arrays)
+
+    def part(name: str) -> Images:
+        labels = found[f"{name}_labels"]
+        names = [f"{name} {row}" for row in range(len(labels))]
+        return _Arrays(f"fashion {name}", names, [FASHION_CLASSES[label] for label in labels], found[name])
+
+    note = "a part of Fashion-MNIST; training: 2,000 of its training images; validation: 2,000 of its test images"
+    return Source(part("train"), part("validation"), FASHION_CLASSES, (note,))
+
+
+BUILT_IN: dict[str, Callable[[], Source]] = {"digits": _digits, "fashion": _fashion}
+"""Names of the images that come with the package."""
 
 
 # -- datasets addressed by index: torchvision's, and the user's own

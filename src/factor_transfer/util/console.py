@@ -8,7 +8,15 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from factor_transfer.util.errors import harmless
@@ -139,6 +147,21 @@ def _left(seconds: float) -> str:
     minutes = seconds / 60
     shown = f"{seconds:.0f} s" if minutes < 1.5 else f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
     return f"{shown} left in all"
+
+
+@contextmanager
+def job_bar(total: float) -> Iterator[Callable[[float, str], None] | None]:
+    """On a terminal, one line for a job of many runs: call it with how much of `total` is done, and what is under way.
+
+    Elsewhere None: lines say what begins and ends.
+    """
+    if not _console.is_terminal or _console.quiet:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_console, transient=True, speed_estimate_period=300) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda done, text: progress.update(task, completed=done, description=escape(text))
 
 
 def formatted(values: Mapping[str, float]) -> str:

@@ -12,6 +12,7 @@ The map to tap is the output of `layer3`: the last block after its final ReLU, (
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import resources
 from typing import Any, Literal, get_args
 
 import torch
@@ -139,5 +140,18 @@ def _resnet(depth: int, shortcut: Shortcut) -> Callable[..., CifarResNet]:
 
 
 _VARIANTS = [_resnet(depth, shortcut) for depth in (20, 32, 44, 56, 110) for shortcut in get_args(Shortcut)]
-default_cfgs = generate_default_cfgs({variant.__name__: cifar_cfg("conv1", 8) for variant in _VARIANTS})
+_FASHION = {
+    **cifar_cfg("conv1", 7),
+    "input_size": (3, 28, 28),
+    "file": str(resources.files("factor_transfer") / "builtin/cifar_resnet20.fashion.safetensors"),
+}
+"""Trained on Fashion-MNIST by benchmarks/builtin.py. The classes are in the order of its labels."""
+
+default_cfgs = generate_default_cfgs(
+    {
+        "cifar_resnet20.fashion": _FASHION,
+        # A star makes it the network's default, so that the plain name stays the untrained one.
+        **{f"{variant.__name__}.*": cifar_cfg("conv1", 8) for variant in _VARIANTS},
+    }
+)
 globals().update({variant.__name__: registered(variant) for variant in _VARIANTS})
