@@ -73,8 +73,8 @@ def teachers_images() -> tuple[list[tuple[Image.Image, int]], list[tuple[Image.I
 def teacher() -> None:
     """Train it. (The job also trains a tiny student for one pass, which is not used.)"""
     distill(
-        "cifar_resnet20", "cifar_resnet20", "builtin:teachers_images", teacher_epochs=10, hflip=0.5, epochs=1, beta=0.0,
-        student_args={"layers": (1, 1, 1), "channels": (4, 4, 8)}, val_interval=5, precision="fp32", device="cpu",
+        "cifar_resnet20", "cifar_resnet20", "builtin:teachers_images", teacher_epochs=4, hflip=0.5, epochs=1, beta=0.0,
+        student_args={"layers": (1, 1, 1), "channels": (4, 4, 8)}, val_interval=4, precision="fp32", device="cpu",
         threads=1, log_with="none", out="runs/builtin-teacher",
     )  # fmt: skip
     made = read_tensors(Path("runs/builtin-teacher/teacher.safetensors"), "the teacher")

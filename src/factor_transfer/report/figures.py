@@ -169,12 +169,20 @@ def lines(
     )
     parts += _legend(names)
     parts += _hover(x_axis, passes, series, digits)
-    last = "; ".join(
-        f"{label}: {_number(values[0], digits)} after the first pass, {_number(values[-1], digits)} after the last"
-        for label, (_, values) in series.items()
-    )
+    last = "; ".join(_first_and_last(label, values, digits) for label, (_, values) in series.items())
     ends = f"{y_label} over {passes} pass(es). {last}" + (f"; {level[0]}: {level[2]:.{digits}g}" if level else "")
     return _figure(title, ends, parts)
+
+
+def _first_and_last(label: str, values: Sequence[float | None], digits: int) -> str:
+    """A curve in words. It need not have a value for every pass.
+
+    >>> _first_and_last("student", [None, 50.0, None, 60.0], 3)
+    'student: 50 after pass 2, 60 after pass 4'
+    """
+    known = [(place, value) for place, value in enumerate(values, 1) if value is not None]
+    ends = dict.fromkeys([known[0], known[-1]]) if known else {}
+    return f"{label}: " + (", ".join(f"{_number(v, digits)} after pass {place}" for place, v in ends) or "no value")
 
 
 def bars(title: str, values: Sequence[float], x_label: str, y_label: str, kind: str = "student") -> Markup:
@@ -279,6 +287,8 @@ def _hover(
             for label, (_, values) in series.items()
             if place < len(values) and values[place] is not None
         ]
+        if not values:
+            continue
         tip = f"pass {place + 1}: " + ", ".join(values)
         left = max(x_axis(place + 1) - half, x_axis.start)
         width = min(x_axis(place + 1) + half, x_axis.end) - left
