@@ -27,9 +27,6 @@ METHODS = {
 BEST = "ft+kd"
 """The method whose student the closing lines name."""
 
-RECORD = ""
-"""What `make compare-demo` gave on other seeds; tests/test_demo.py checks it against results/demo-fashion."""
-
 
 def demo(out: str, seed: int, *, overwrite: bool) -> Path:
     """Train the student of recipe:demo in each way, and print what came out.
@@ -52,7 +49,7 @@ def demo(out: str, seed: int, *, overwrite: bool) -> Path:
     page = write_comparison(runs_in([folder]), folder / "report.html", tabulated(folder))
     _show(found)
     run = folder / f"{BEST}-s{seed}"
-    say(f"\n{RECORD}\nThis was one seed; another one can come out otherwise.")
+    say("This was one seed; another one can come out otherwise.")
     say(f"look:     {page} (all of them), {run / 'report.html'} (the last one)")
     say(f"student:  {run / 'student.pt2'} (needs only torch)")
     say(f"ship it:  factor-transfer export {run}")
