@@ -71,7 +71,8 @@ def test_recipes__are_settings_with_a_line_on_each(name: str) -> None:
 def test_recipes__train_their_networks_for_two_steps(name: str, tmp_path: Path) -> None:
     """Every stage after the teacher's, with the recipe's losses, optimizer and views, on full-size networks."""
     asked = settings(name)
-    classes, side = (1000, 224) if "imagenet" in name else (100 if "cifar100" in name else 10, asked.img_size or 32)
+    usual = 28 if asked.data == "fashion" else 32
+    classes, side = (1000, 224) if "imagenet" in name else (100 if "cifar100" in name else 10, asked.img_size or usual)
     # A head for other classes, so that the teacher need not know what is on noise: its features teach.
     teacher = load_network(asked.teacher, role="teacher", num_classes=7, img_size=side, args=asked.teacher_args)
     see_once(teacher.module, side)
@@ -87,6 +88,7 @@ def test_recipes__train_their_networks_for_two_steps(name: str, tmp_path: Path) 
         class_map=str(tmp_path / "classes.txt"),
         teacher_weights=str(tmp_path / "teacher.safetensors"),
         teacher_epochs=0,
+        train_images=None,
         baseline=False,
         device="cpu",
         threads=1,

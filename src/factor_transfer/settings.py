@@ -28,7 +28,7 @@ def recipes() -> dict[str, str]:
     """Every shipped recipe, in alphabetical order, with what its first line says of it.
 
     >>> recipes()["demo"]
-    '`factor-transfer demo`: few images and a teacher that has seen more, on Fashion-MNIST, in about two minutes'
+    'The settings of `factor-transfer demo`: few images of clothes, and a teacher that has seen more'
     """
     found = {}
     for path in sorted(RECIPES.iterdir(), key=lambda path: path.name):
