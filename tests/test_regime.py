@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
 import factor_transfer.zoo  # noqa: F401
 from factor_transfer import distill
 from factor_transfer.config import Config, DataConfig
-from factor_transfer.data.balance import class_weights
+from factor_transfer.data.balance import Balanced, class_weights
 from factor_transfer.data.dataset import Dataset, open_data
 from factor_transfer.method.losses import Labels
 from factor_transfer.method.term import Term
@@ -28,6 +30,7 @@ from factor_transfer.tasks.base import LabelLoss, Task, task_of
 from factor_transfer.tasks.classification import ClassLoss
 from factor_transfer.training.chunks import training_chunks
 from factor_transfer.training.engine import Engine
+from factor_transfer.training.images import shown_for
 from factor_transfer.training.run_folder import Run
 from factor_transfer.training.schedule import Plan
 from factor_transfer.training.stages import Job
@@ -142,9 +145,17 @@ def test_settings__of_labels_contradict_what_reads_none() -> None:
         ({"smoothing": 0.1}, "--smoothing 0.1"),
         ({"bce_loss": True}, "--bce-loss"),
         ({"class_weights": "balanced"}, "--class-weights balanced"),
+        ({"sampler": "balanced"}, "--sampler balanced"),
     ):
         with pytest.raises(ConfigError, match=f"{said} with --label-weight 0"):
             config(label_weight=0, **given)
+    for given, said in (
+        ({"views": 2}, "--views 2"),
+        ({"views": "auto"}, "--views auto"),
+        ({"unlabelled": "u"}, "--unl"),
+    ):
+        with pytest.raises(ConfigError, match=f"--sampler balanced with {said}"):
+            config(sampler="balanced", **given)
     with pytest.raises(ConfigError, match="--smoothing 1\n"):
         config(smoothing=1)
 
@@ -230,3 +241,34 @@ def test_grad_accum_steps__equal_the_large_batch_and_continue_to_the_same_bits(t
     trained(tmp_path / "cut", digits, cut=1, **parts)
     again, _ = trained(tmp_path / "cut", digits, **parts)
     assert all(torch.equal(value, weights_of(again)[name]) for name, value in weights_of(small).items())
+
+
+# -- passes that show all classes alike
+
+
+def test_sampler__shows_classes_alike_and_every_image_of_a_class_equally_often(digits: Dataset) -> None:
+    split = copy.copy(digits.train)
+    split.labels = np.array([0] * 50 + [1] * 15 + [2] * 5)
+    balanced = Balanced(split)
+    passes = [balanced.order(7, epoch) for epoch in range(6)]
+    assert [np.bincount(split.labels[order]).tolist() for order in passes] == [[24, 23, 23]] * 6
+    times = np.bincount(np.concatenate(passes), minlength=70)
+    for label in range(3):
+        assert np.ptp(times[split.labels == label]) <= 1
+    for count in (1, 2, 3):
+        assert balanced.hidden(count) == 70 - len(np.unique(np.concatenate(passes[:count])))
+    assert (Balanced(split).order(7, 4) == passes[4]).all()
+    assert (passes[4] != passes[3]).any()
+    assert "26 of 70 images are not in it, and 0 in none of 3 passes" in balanced.told(3)
+
+
+def test_sampler__is_what_networks_with_labels_are_trained_by(digits: Dataset, tmp_path: Path) -> None:
+    """And it continues to the same bits."""
+    split = shown_for(digits, [Labels()], config(sampler="balanced"))
+    assert isinstance(split, Balanced)
+    assert shown_for(digits, [Labels()], config()) is digits.train
+    balanced = dataclasses.replace(digits, train=split)
+    whole, _ = trained(tmp_path / "whole", balanced, batch_size=20)
+    trained(tmp_path / "cut", balanced, cut=4, batch_size=20)
+    again, _ = trained(tmp_path / "cut", balanced, batch_size=20)
+    assert all(torch.equal(value, weights_of(again)[name]) for name, value in weights_of(whole).items())

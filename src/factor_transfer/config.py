@@ -378,7 +378,7 @@ class Config(Regime, DataConfig):
                 found="a student that would learn nothing",
                 valid="labels, factors, or another term: --kd-weight, --at-weight or --hint-weight above 0",
             )
-        check_regime(self, self.label_weight)
+        check_regime(self, self.label_weight, self.views, self.unlabelled)
         if self.unlabelled is not None and not self.label_weight:
             found, hint = "a run that reads no labels, so that all its images are alike", "put all of them into --data"
             raise ConfigError(f"--unlabelled {self.unlabelled} with --label-weight 0", found=found, hint=hint)

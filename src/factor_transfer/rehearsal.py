@@ -179,7 +179,7 @@ def _failure(run: Callable[[], object]) -> Exception | None:
 
 def _step(job: Job, task: Task, count: int) -> None:
     engine = job.engine
-    shown = shown_for(job.data, task.terms) if isinstance(task, DistillationTask) else job.data.pool
+    shown = shown_for(job.data, task.terms, job.config) if isinstance(task, DistillationTask) else job.data.pool
     chunk = np.arange(count) if shown.known == 1 else shown.order(job.config.data_seed, 0)[:count]
     (batch,) = shown.batches([chunk], view=0)
     task.train()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from factor_transfer.config import Config
+from factor_transfer.data.balance import Balanced
 from factor_transfer.data.dataset import Dataset, open_data
 from factor_transfer.data.splits import Split
 from factor_transfer.data.unlabelled import least_labelled
@@ -28,8 +29,10 @@ def images_of(config: Config, default_size: Callable[[], AnySize], transform: Tr
     return open_data(config, default_size, transform, unlabelled=beside, masked=task_of(config.task).dense)
 
 
-def shown_for(data: Dataset, terms: Sequence[Term]) -> Split:
+def shown_for(data: Dataset, terms: Sequence[Term], config: Config) -> Split:
     """The images that a network learns from by these terms: the labelled alone, where each term reads labels."""
+    if config.sampler == "balanced":
+        return Balanced(data.train)
     return data.train if data.mixed is None or all(term.supervised for term in terms) else data.mixed
 
 
@@ -69,6 +72,8 @@ def say_images(data: Dataset, config: Config) -> None:
         warn(f"data: {lost.what} ({lost.hint})")
     counts = f"{len(data.train):,} training and {len(data.validation):,} validation images"
     say(f"data: {data.name}, {counts} of {written(data.img_size)}, {len(data.classes)} classes")
+    if config.sampler == "balanced":
+        say(f"data: {Balanced(data.train).told(config.epochs)}")
     if data.mixed is not None:
         say(f"data: {data.mixed.told()}")
         if never := data.mixed.never_shown(config.epochs):

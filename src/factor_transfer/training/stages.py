@@ -400,7 +400,7 @@ class Job:
         if self.config.torchcompile:
             self._compile(task, plan.stage)
         validation = self.data.validation if self._measured(terms) else None
-        shown = shown_for(self.data, terms)
+        shown = shown_for(self.data, terms, self.config)
         trainer = Trainer(task, plan, shown, self.engine, self.config, self.run, validation)
         training = trainer.fit().record()
         trained = task.trained()
