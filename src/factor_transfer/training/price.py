@@ -120,7 +120,9 @@ class Price:
         trained = MOST_STEPS * BATCH * 3 * self.paraphraser.multiply_adds
         return (shown + trained) / (3 * self.student.multiply_adds * images)
 
-    def stages(self, config: Config, images: int, pool: int, views: int, hint_epochs: int) -> dict[str, float]:
+    def stages(
+        self, config: Config, images: int, pool: int, views: int, hint_epochs: int, shown: int | None = None
+    ) -> dict[str, float]:
         """Multiply-adds of each stage that is trained; of the paraphrasers at most.
 
         Args:
@@ -129,16 +131,19 @@ class Price:
             pool: all images.
             views: kept of each image; 0 with a live teacher.
             hint_epochs: passes of the first stage with a hint.
+            shown: images of a pass of the student, where it shows a part of those without labels.
         """
+        shown = pool if shown is None else shown
         student = 3 * self.student.multiply_adds
         paraphrasers = self.paraphraser_stage(config, images, pool) * student * images
         trained, frozen = self.of_stage("student")
-        asked = min(views or config.epochs, config.epochs) if self.taught else 0
+        whole = config.epochs * shown
+        asked = (min(views * pool, whole) if views else whole) if self.taught else 0
         found = {
             "teacher": config.teacher_epochs * images * self.of_stage("teacher")[0],
             **dict.fromkeys(numbered("paraphraser", self.layers), paraphrasers / max(self.layers, 1)),
-            "hint": hint_epochs * pool * sum(self.of_stage("hint")),
-            "student": pool * (config.epochs * trained + asked * frozen),
+            "hint": hint_epochs * shown * sum(self.of_stage("hint")),
+            "student": whole * trained + asked * frozen,
             "baseline": config.epochs * images * student if config.baseline else 0.0,
         }
         return {stage: cost for stage, cost in found.items() if cost}

@@ -184,7 +184,7 @@ class Job:
         for line in self.price.lines(self.config, len(self.data.train), len(self.data.pool)):
             say(line)
         counts = len(self.data.train), len(self.data.pool), self.views, self.objective.hint_epochs
-        costs = self.price.stages(self.config, *counts).items()
+        costs = self.price.stages(self.config, *counts, shown=len(self.data.mixed or self.data.train)).items()
         begin({stage: cost for stage, cost in costs if self.recorded(stage) is None}, verbose=self.config.verbose)
 
     def _choose_views(self) -> int:
