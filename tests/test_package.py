@@ -69,6 +69,21 @@ def test_dockerfile__copies_what_is_there_and_ends_without_root() -> None:
     assert users == ["1000:1000"]
 
 
+@pytest.mark.slow
+def test_notebook__runs_from_its_first_cell_to_its_last(tmp_path: Path) -> None:
+    if not os.environ.get("FACTOR_TRANSFER_CI"):
+        pytest.importorskip("nbclient", reason="`make .venv/installed-dev` installs it")
+    import nbclient
+    import nbformat
+
+    book = nbformat.read(ROOT / "examples" / "tour.ipynb", as_version=4)
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs for cell in code), "outputs are not kept"
+    nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert "runs/tour/report.html" in str(code[-1].outputs)
+    assert (tmp_path / "runs/tour/report.html").exists()
+
+
 def test_dockerfile__passes_its_linter() -> None:
     done = subprocess.run([tool("hadolint"), str(ROOT / "Dockerfile")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
