@@ -62,7 +62,7 @@ from pathlib import Path
 found = {}
 for file in sorted(Path().glob("labels-*/compare.json")):
     _, count, *beside = file.parent.name.split("-")
-    for each in json.loads(file.read_text())["methods"]:
+    for each in (each for each in json.loads(file.read_text())["methods"] if each["n"]):
         name = each["name"] + " with unlabelled" * (bool(beside) and each["matched_to"] is None)
         kept = {key: each[key] for key in ("mean", "sd", "n", "epochs", "compute", "top1")}
         found.setdefault(int(count), {})[name] = kept
