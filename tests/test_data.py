@@ -78,7 +78,7 @@ def everything(split, size=5, view=None):
     """Images, labels, indices of a whole split."""
     chunks = np.array_split(np.arange(len(split)), max(1, len(split) // size))
     parts = list(split.batches(chunks, view))
-    return [torch.cat(part) for part in zip(*parts, strict=True)]
+    return [torch.cat(part) for part in zip(*parts, strict=True) if part[0] is not None]  # masks, where there are any
 
 
 def error_of(path, **settings):

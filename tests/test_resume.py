@@ -25,7 +25,7 @@ JOB: dict[str, Any] = {
 OTHERS: dict[str, Any] = {
     "data": "moved", "out": "elsewhere", "overwrite": True, "workers": 1, "threads": 2,
     "checkpoint_minutes": 1e-4, "timeout_minutes": 1.0, "max_skipped": 0, "cache_dir": "other-cache",
-    "pixel_cache_gb": 0.0, "log_with": "none", "val_interval": 2,
+    "pixel_cache_gb": 0.0, "log_with": "none", "val_interval": 2, "verbose": True,
 }  # fmt: skip
 """Another value of each."""
 

@@ -50,7 +50,7 @@ class DataConfig:
 
     data: Annotated[str, _PLACE]
     """Images: `digits` or `fashion` (built in), a folder or tar with train/ and validation/, a timm dataset such as
-    torch/cifar10, or package.module:callable, which gives (train, validation or None, class names)."""
+    torch/cifar10, or your own package.module:callable."""
     data_dir: Annotated[str | None, _PLACE] = None
     """Where a timm dataset (torch/..., hfds/..., wds/...) lies or is kept."""
     label_column: Annotated[str | None, _PLACE] = None

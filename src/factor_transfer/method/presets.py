@@ -60,7 +60,8 @@ def acts_on(setting: str, method: str) -> bool:
     (True, False, True)
     """
     settings, readers = _switched(method), read_by(Config, setting)
-    return not readers or any(settings[name] for name in readers)
+    # A term of the user's own (None in every method) can be added to any method, and nothing else acts through it.
+    return not readers or any(name == setting if settings[name] is None else settings[name] for name in readers)
 
 
 def _switched(method: str) -> dict[str, Any]:
