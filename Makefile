@@ -4,11 +4,11 @@ BIN := .venv/bin
 
 .PHONY: demo compare-demo compare compare-at-weight compare-ablation compare-cifar10 compare-cifar10-50k compare-cifar10-why compare-cifar10-layers compare-cifar10-two test test-slow test-all test-avx2 fuzz lint types contracts settings docs check clean
 
-demo: .venv/installed  ## one student trained in five ways, few images and a good teacher, in about two minutes
+demo: .venv/installed  ## one student trained in five ways, few images and a good teacher, in about three minutes
 	$(BIN)/factor-transfer demo
 
-compare-demo: .venv/installed  ## the demo on twenty other seeds; about half an hour; leaves results/demo-fashion
-	$(BIN)/factor-transfer compare --config recipe:demo --methods baseline,baseline-matched,kd,ft,ft+kd --seed 100 --seeds 20 \
+compare-demo: .venv/installed  ## the demo on ten other seeds; about a quarter of an hour; leaves results/demo-fashion
+	$(BIN)/factor-transfer compare --config recipe:demo --methods baseline,baseline-matched,kd,ft,ft+kd --seed 100 --seeds 10 \
 		--jobs 2 --threads 1 --log-with none --out runs/demo-fashion
 	$(call keep,demo-fashion)
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import timm
@@ -11,6 +16,18 @@ import factor_transfer.zoo  # noqa: F401 (it registers the networks)
 from factor_transfer.config import DataConfig
 from factor_transfer.data.images import Source
 from factor_transfer.data.sources import open_source
+from factor_transfer.demo import METHODS, RECORD, _show
+from factor_transfer.settings import read_settings
+
+ROOT = Path(__file__).parent.parent
+KEPT = ROOT / "results/demo-fashion/compare.json"
+
+
+@pytest.fixture(scope="module")
+def kept() -> dict[str, Any]:
+    """The demo on twenty seeds."""
+    found: dict[str, Any] = json.loads(KEPT.read_text())
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +57,28 @@ def test_fashion__its_teacher_knows_the_images_and_the_order_of_their_classes(fa
 def test_fashion__the_plain_name_stays_an_untrained_network() -> None:
     assert "file" not in timm.create_model("cifar_resnet20").pretrained_cfg
     assert timm.create_model("cifar_resnet20").pretrained_cfg["input_size"] == (3, 32, 32)
+
+
+def test_demo__its_words_on_other_seeds_are_those_of_the_kept_result(kept: dict[str, Any]) -> None:
+    assert kept["complete"]
+    given = read_settings("recipe:demo")
+    assert {name: kept["settings"][name] for name in given} == given
+    assert f"{kept['methods'][0]['n']} other seeds" in RECORD
+    assert 0 not in {run["seed"] for run in kept["runs"]}
+    named = {each["name"]: each for each in kept["methods"]}
+    for name in ("ft", "kd", "ft+kd"):
+        gain = named[name]["to_alone"]
+        mean, low, high = (f"{gain[key]:+.2f}" for key in ("mean", "low", "high"))
+        assert f"{mean} ({low} to {high})" in RECORD
+
+
+def test_demo__the_table_has_the_teacher_and_every_method(
+    kept: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    _show(kept)
+    said = capsys.readouterr().out
+    for each in kept["methods"]:
+        row = next(line for line in said.splitlines() if re.match(rf"│ {re.escape(METHODS[each['name']])} +│", line))
+        assert re.search(rf"{each['mean']:.2f}.*{each['compute_to_alone']:.2f}", row)
+    assert f"{kept['teacher']['top1']:.2f}" in said

@@ -307,7 +307,7 @@ def predict(
 
 @app.command
 def demo(*, out: str = "runs/demo", seed: int = 0, overwrite: bool = False) -> None:
-    """Few images and a good teacher: one student without it, by kd, by Factor Transfer and by both, in two minutes.
+    """Few images and a good teacher: one student without it, by kd, by Factor Transfer and by both, in three minutes.
 
     The images (Fashion-MNIST) and the teacher come with the package.
 
