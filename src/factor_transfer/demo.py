@@ -27,7 +27,6 @@ METHODS = {
 BEST = "ft+kd"
 """The method whose student the closing lines name."""
 
-
 RECORD = """\
 On 10 other seeds, in points of top-1 beyond the baseline, with the 95 % interval of the mean:
   Factor Transfer +3.46 (+2.35 to +4.57); kd +5.10 (+4.16 to +6.05); both +6.06 (+5.25 to +6.88);
