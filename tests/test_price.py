@@ -43,6 +43,12 @@ def test_price__is_that_of_the_layers() -> None:
     assert "; --views auto would lower it" in lines[0], "no map is wide enough for the slim form"
 
 
+def test_price__advises_no_cached_views_to_a_sampler_that_refuses_them() -> None:
+    price, lines = priced(sampler="balanced")
+    assert price.live_step > DEAREST_STEP
+    assert "--views auto" not in lines[0]
+
+
 def test_price__names_the_slim_form_only_where_it_would_reduce_a_map() -> None:
     tiny = {"student_args": {"layers": (1, 1, 1), "channels": (4, 8, 16)}}
     price, lines = priced(**tiny, factor_form="paper")

@@ -166,7 +166,8 @@ class Price:
         able = self.wide and config.k <= 1 and config.paraphraser is None and config.translator == "conv"
         if config.factor_form == "paper" and config.beta and able and self.cached_step > DEAREST_STEP:
             flags.append("--factor-form slim")
-        if self.cached and not config.views and self.live_step > DEAREST_STEP:
+        able = self.cached and not config.views and config.sampler == "all"  # the balanced sampler refuses --views
+        if able and self.live_step > DEAREST_STEP:
             flags.append("--views auto")
         return f"; {' and '.join(flags)} would lower it" if flags else ""
 
