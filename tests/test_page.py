@@ -14,6 +14,7 @@ import pytest
 from browser import Page, check
 from factor_transfer import distill
 from factor_transfer.cli import app
+from factor_transfer.compare.words import tabulated
 from factor_transfer.config import Config
 from factor_transfer.report.figures import photograph
 from factor_transfer.report.findings import findings
@@ -173,6 +174,13 @@ def test_comparison__gives_mean_and_spread_over_seeds(run: Path, page: Page, tmp
     check(page, file)
     with pytest.raises(RunError, match="no run"):
         runs_in([tmp_path])
+
+
+def test_comparison__of_methods_fits_every_width(page: Page, tmp_path: Path) -> None:
+    """The kept runs of the demo: methods differ in many settings, so the table of runs is wide."""
+    kept = Path(__file__).parent.parent / "results/demo-fashion"
+    page_of_methods = write_comparison(sorted(kept.glob("*-s100")), tmp_path / "comparison.html", tabulated(kept))
+    check(page, page_of_methods)
 
 
 def test_runs_in__says_which_runs_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
